@@ -1,0 +1,90 @@
+# ChatSecure. `make help` lists what can be made.
+
+CXXFLAGS ?= -O2 -g
+WARNINGS ?= -Wall -Wextra -Wpedantic -Wshadow -Wconversion
+PREFIX   ?= /usr/local
+O        ?= .# where to build; make takes ./server and server for the same file
+PKG_CONFIG ?= pkg-config
+
+# What `make deps` installs, by package manager. All of them are the distribution's own packages.
+APT    := g++ make pkg-config libssl-dev openssl libcxxopts-dev doctest-dev libedit-dev
+DNF    := gcc-c++ make pkgconf-pkg-config openssl-devel openssl cxxopts-devel doctest-devel libedit-devel
+PACMAN := gcc make pkgconf openssl cxxopts doctest libedit
+APK    := g++ make pkgconf openssl-dev openssl cxxopts-dev doctest-dev libedit-dev
+BREW   := pkg-config openssl@3 cxxopts doctest
+
+# Which of the libraries are missing. Tried with the compiler itself, wherever they come from.
+CRYPTO_CFLAGS = $(shell $(PKG_CONFIG) --cflags libcrypto 2>/dev/null)
+CRYPTO_LIBS   = $(shell $(PKG_CONFIG) --libs libcrypto 2>/dev/null || echo -lcrypto)
+has = $(shell printf '\043include <$(1)>\n' | \
+        $(CXX) $(CPPFLAGS) $(CRYPTO_CFLAGS) -std=c++20 -E -x c++ - >/dev/null 2>&1 && echo yes)
+
+# ---- make deps, alone or before other goals -----------------------------------------------------
+#
+# `make deps test` installs first and builds then, also with -j. What there is to build with is found
+# out when make starts, so the other goals go to a second make that starts after the installation.
+
+ifneq ($(filter deps,$(MAKECMDGOALS)),)
+
+OTHERS := $(filter-out deps,$(MAKECMDGOALS))
+.PHONY: $(MAKECMDGOALS)
+
+deps:
+	@if [ -n "$(strip $(foreach h,openssl/core_names.h cxxopts.hpp doctest/doctest.h histedit.h,$(if $(call has,$(h)),,$(h))))" ] \
+	    || ! command -v openssl >/dev/null; then \
+	    if [ "$$(id -u)" = 0 ]; then sudo=; else sudo=sudo; fi; \
+	    if   command -v apt-get >/dev/null; then \
+	        $$sudo env DEBIAN_FRONTEND=noninteractive sh -c \
+	            'apt-get update -qq && apt-get install -y -qq --no-install-recommends $(APT)' >/dev/null; \
+	    elif command -v dnf     >/dev/null; then $$sudo dnf install -y $(DNF); \
+	    elif command -v pacman  >/dev/null; then $$sudo pacman -S --needed --noconfirm $(PACMAN); \
+	    elif command -v apk     >/dev/null; then $$sudo apk add $(APK); \
+	    elif command -v brew    >/dev/null; then brew install $(BREW); \
+	    else echo "deps: no package manager that I know. Install a C++20 compiler, OpenSSL 3," \
+	              "cxxopts, doctest and libedit, with their headers."; exit 1; \
+	    fi; \
+	fi
+	@echo "deps: everything is there."
+
+ifneq ($(OTHERS),)
+$(firstword $(OTHERS)): deps
+	@$(MAKE) --no-print-directory $(OTHERS)
+$(wordlist 2,$(words $(OTHERS)),$(OTHERS)): $(firstword $(OTHERS)) ;
+endif
+
+else
+
+# ---- Everything else ----------------------------------------------------------------------------
+
+.PHONY: all test clean help
+all: $(O)/tests
+
+ifneq ($(O),.)
+$(shell mkdir -p $(O))
+.PHONY: tests
+tests: %: $(O)/%
+endif
+
+COMPILE = $(CXX) $(CPPFLAGS) -std=c++20 $(WARNINGS) $(CXXFLAGS) $(CRYPTO_CFLAGS) -pthread
+need = $(if $(call has,$(1)),,@echo "$(1) is missing: 'make deps' installs it ($(2))." && exit 1)
+
+$(O)/tests: tests.cpp chatsecure.hpp Makefile
+	$(call need,openssl/core_names.h,OpenSSL 3)
+	$(call need,doctest/doctest.h,doctest)
+	$(COMPILE) -o $@ $< $(LDFLAGS) $(CRYPTO_LIBS)
+
+test: $(O)/tests
+	$(O)/tests
+
+clean:
+	rm -rf server client tests build
+
+help:
+	@echo "make           builds ./tests (installs nothing)"
+	@echo "make deps      installs what is missing, with the system's package manager; 'make deps test'"
+	@echo "               works on a fresh machine"
+	@echo "make test      builds and runs the tests"
+	@echo "make clean     removes what was built"
+	@echo "Variables: CXX, CXXFLAGS, O (where to build: 'make test O=build/asan CXXFLAGS=-fsanitize=address')"
+
+endif

@@ -1,0 +1,2056 @@
+// ChatSecure: encrypted chat over raw TCP sockets, in one C++20 header, written to be read.
+//
+// You hold a whole chat system: sockets, framing, key exchange, passwords, end-to-end encryption,
+// a threaded server and a client engine. Read it from the top. Every chapter uses only the chapters
+// above it, so nothing is needed before it was explained; when you reach the end you can write a
+// compatible client in another language, because every byte on the wire is described next to the
+// code that writes it.
+//
+//      alice's client                   server (blind relay)                    bob's client
+//      +----------------+  hop channel  +--------------------+  hop channel  +---------------+
+//      | seals for bob  |-------------->| sees: alice -> bob,|-------------->| opens, checks,|
+//      | (end to end)   |  AES-256-GCM  | a size, ciphertext |  AES-256-GCM  | shows         |
+//      +----------------+               +--------------------+               +---------------+
+//
+// Two independent layers of cryptography. The HOP CHANNEL (client <-> server, chapter 5) hides
+// everything from the network and proves to the client that it talks to the right server. The
+// END-TO-END LAYER (client <-> client, chapter 8) hides every message from the server. A stolen
+// server sees who talks to whom, when, and how much. It does not see one word.
+//
+//      1. Bytes          numbers in network order, text that is safe to show, secrets that wipe
+//                        themselves, files that survive a crash
+//      2. Sockets        TCP connections as objects
+//      3. Framing        where does a message end? TCP does not say
+//      4. RSA & friends  the cryptographic tools, all from OpenSSL
+//      5. Hop channel    a handshake and encrypted records
+//      6. Passwords      SCRAM: log in without ever sending the password
+//      7. Messages       what client and server say to each other, and the queue they wait in
+//      8. End to end     identities, safety numbers, sealed messages
+//      9. Files          (its place; the lanes and kinds it needs exist already)
+//     10. Server         the engine: one relay, many threads
+//     11. Client         the engine: one queue of commands in, one queue of events out
+//
+// A server in five lines, a client in five lines:
+//
+//      chatsecure::Server server({.data_directory = "data", .port = 5000});
+//      server.run();                                     // until server.stop()
+//
+//      chatsecure::Client client({.host = "localhost", .user = "alice", .password = ...});
+//      client.post(chatsecure::Say{"hello, world"});
+//      while (auto event = client.next_event()) show(*event);
+//
+// What it needs: a C++20 compiler, POSIX or Windows sockets, OpenSSL 3 (link with -lcrypto, and
+// with -pthread). What it promises and what it cannot do: see "Security" in README.md.
+//
+// Everything lives in namespace chatsecure; the header defines no macro that outlives it.
+// MIT licence: the text is at the end of this file.
+
+#ifndef CHATSECURE_HPP
+#define CHATSECURE_HPP
+
+#include <algorithm>
+#include <array>
+#include <atomic>
+#include <bit>
+#include <charconv>
+#include <chrono>
+#include <condition_variable>
+#include <cstddef>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <deque>
+#include <exception>
+#include <filesystem>
+#include <functional>
+#include <iostream>
+#include <list>
+#include <map>
+#include <memory>
+#include <mutex>
+#include <new>
+#include <optional>
+#include <semaphore>
+#include <set>
+#include <shared_mutex>
+#include <span>
+#include <sstream>
+#include <stdexcept>
+#include <string>
+#include <string_view>
+#include <system_error>
+#include <thread>
+#include <unordered_map>
+#include <utility>
+#include <variant>
+#include <vector>
+
+#include <openssl/core_names.h>
+#include <openssl/crypto.h>
+#include <openssl/err.h>
+#include <openssl/evp.h>
+#include <openssl/hmac.h>
+#include <openssl/kdf.h>
+#include <openssl/params.h>
+#include <openssl/pem.h>
+#include <openssl/pkcs12.h>
+#include <openssl/rand.h>
+#include <openssl/rsa.h>
+#include <openssl/x509.h>
+
+#ifdef _WIN32
+#include <winsock2.h>
+#include <ws2tcpip.h>
+#include <conio.h>
+#include <io.h>
+#include <fcntl.h>
+#include <sys/stat.h>
+#else
+#include <cerrno>
+#include <csignal>
+#include <fcntl.h>
+#include <netdb.h>
+#include <netinet/in.h>
+#include <netinet/tcp.h>
+#include <poll.h>
+#include <sys/file.h>
+#include <sys/resource.h>
+#include <sys/socket.h>
+#include <sys/stat.h>
+#include <sys/time.h>
+#include <sys/types.h>
+#include <termios.h>
+#include <unistd.h>
+#endif
+
+namespace chatsecure {
+
+inline constexpr std::string_view version = "0.1.0";
+
+// =================================================================================================
+//  Chapter 1. Bytes
+// =================================================================================================
+//
+// A network carries bytes: not numbers, not text, not structs. Copying a struct into a socket works
+// on your machine, today, with this compiler; the other side may store its numbers the other way
+// round, pad its structs differently, or be written in another language. So we decide, once, how
+// each kind of value is laid out, and write it byte by byte:
+//
+//      number       big-endian ("network order"), 1, 2, 4 or 8 bytes
+//      text         u16 length, then that many bytes of UTF-8
+//      blob         u32 length, then that many bytes
+//      fixed array  its bytes, no length: both sides know it
+//
+//          0x0102 as u16         01 02
+//          "hi" as text          00 02 68 69
+//
+// The traps of this chapter. A length that comes from the network is a claim, not a fact: Reader
+// checks it against what is really there before anything is read or allocated. A text that comes
+// from the network may contain escape sequences that repaint your terminal: visible() shows them
+// instead of obeying them. A password in memory stays there after free() until somebody reads it:
+// Secret wipes itself. A file that is half written when the power goes is neither old nor new:
+// write_file() makes it one or the other.
+//
+// What this chapter does not protect against: somebody who can read this process's memory while
+// it runs. Nobody can.
+
+using Bytes = std::vector<std::uint8_t>;         // bytes that we own
+using ByteView = std::span<const std::uint8_t>;  // bytes that somebody else owns, to read
+using ByteSpan = std::span<std::uint8_t>;        // bytes that somebody else owns, to change
+using Digest = std::array<std::uint8_t, 32>;     // a SHA-256 value
+
+// ---- Errors -------------------------------------------------------------------------------------
+//
+// An error is a sentence for the person who will read it: what happened, with which name or number,
+// and what to do. The type says whose problem it is, so that the edge (a connection's thread, a
+// command, main) can decide what to do about it.
+
+struct Error : std::runtime_error {  // something on this machine: a file, a flag, a key
+    using std::runtime_error::runtime_error;
+};
+struct NetworkError : Error {  // the connection: refused, reset, cut, gone
+    using Error::Error;
+};
+struct TimedOut : NetworkError {  // nothing came in the time allowed
+    using NetworkError::NetworkError;
+};
+struct ProtocolError : Error {  // the other side sent what it must not send
+    using Error::Error;
+};
+
+// Glues its arguments into one string: concat("port ", 5000, " is in use").
+template <class... Part>
+std::string concat(const Part&... part) {
+    std::ostringstream out;
+    (out << ... << part);
+    return out.str();
+}
+
+// ---- Views: text as bytes and back, without copying ---------------------------------------------
+
+inline ByteView as_bytes(std::string_view text) {
+    return {reinterpret_cast<const std::uint8_t*>(text.data()), text.size()};
+}
+inline std::string_view as_text(ByteView bytes) {
+    return {reinterpret_cast<const char*>(bytes.data()), bytes.size()};
+}
+inline std::string to_string(ByteView bytes) { return std::string(as_text(bytes)); }
+inline Bytes to_bytes(ByteView bytes) { return Bytes(bytes.begin(), bytes.end()); }
+inline void append(Bytes& to, ByteView more) { to.insert(to.end(), more.begin(), more.end()); }
+
+// One buffer from several: the transcript of a handshake, the input of a key derivation.
+template <class... Part>
+Bytes join(const Part&... part) {
+    Bytes out;
+    (append(out, ByteView(part)), ...);
+    return out;
+}
+
+// Equal, in a time that does not depend on where the first difference is. Comparing a secret with
+// memcmp tells an attacker with a good clock how many leading bytes were right.
+inline bool equal_in_constant_time(ByteView a, ByteView b) {
+    return a.size() == b.size() && CRYPTO_memcmp(a.data(), b.data(), a.size()) == 0;
+}
+
+// ---- Secrets that wipe themselves ---------------------------------------------------------------
+//
+// OPENSSL_cleanse is memset that the compiler may not optimise away ("nobody reads it afterwards"
+// is precisely the point). We wipe by type, in a destructor, because discipline forgets the
+// early return and the exception.
+
+// A secret of N bytes, all zero until filled. It moves (the source is wiped) and never copies.
+template <std::size_t N>
+class Secret {
+  public:
+    Secret() = default;
+    explicit Secret(ByteView from) {
+        if (from.size() != N) throw Error(concat("A secret of ", N, " bytes was expected."));
+        std::copy(from.begin(), from.end(), bytes_.begin());
+    }
+    Secret(Secret&& other) noexcept : bytes_(other.bytes_) { other.wipe(); }
+    Secret& operator=(Secret&& other) noexcept {
+        if (this != &other) {
+            bytes_ = other.bytes_;
+            other.wipe();
+        }
+        return *this;
+    }
+    Secret(const Secret&) = delete;
+    Secret& operator=(const Secret&) = delete;
+    ~Secret() { wipe(); }
+
+    ByteView view() const { return bytes_; }
+    ByteSpan span() { return bytes_; }
+
+  private:
+    void wipe() noexcept { OPENSSL_cleanse(bytes_.data(), N); }
+    std::array<std::uint8_t, N> bytes_{};
+};
+
+// For secrets whose size is not known beforehand (passwords, PEM text): an allocator that wipes
+// what it gives back, also when a vector grows and leaves its old memory behind. There is no
+// SecretString: std::string keeps short texts inside itself, where no allocator can wipe them.
+template <class T>
+struct WipingAllocator {
+    using value_type = T;
+    WipingAllocator() = default;
+    template <class U>
+    explicit WipingAllocator(const WipingAllocator<U>&) noexcept {}
+    T* allocate(std::size_t n) { return std::allocator<T>().allocate(n); }
+    void deallocate(T* p, std::size_t n) noexcept {
+        OPENSSL_cleanse(p, n * sizeof(T));
+        std::allocator<T>().deallocate(p, n);
+    }
+    friend bool operator==(const WipingAllocator&, const WipingAllocator&) { return true; }
+};
+using SecretBytes = std::vector<std::uint8_t, WipingAllocator<std::uint8_t>>;
+
+inline SecretBytes to_secret(std::string_view text) {
+    return SecretBytes(text.begin(), text.end());
+}
+
+// ---- Writer and Reader --------------------------------------------------------------------------
+//
+// Every message in this program says once which fields it has, in a function `fields`, and that
+// one function serves for writing and for reading:
+//
+//      struct Joined {
+//          LoginId id{};
+//          std::string user;
+//          static void fields(auto& self, auto& io) { io(self.id, self.user); }
+//      };
+//
+// A Writer takes the fields and appends their bytes; a Reader takes the same fields and fills them.
+// The two can never disagree about the order.
+
+class Writer {
+  public:
+    // Appends to `out`, which must outlive the Writer.
+    explicit Writer(Bytes& out) : out_(out) {}
+
+    template <class... Field>
+    Writer& operator()(const Field&... field) {
+        (put(field), ...);
+        return *this;
+    }
+
+    void raw(ByteView bytes) { append(out_, bytes); }
+
+  private:
+    template <std::unsigned_integral T>
+    void put(T number) {
+        for (int shift = 8 * (static_cast<int>(sizeof(T)) - 1); shift >= 0; shift -= 8)
+            out_.push_back(static_cast<std::uint8_t>(number >> shift));
+    }
+    template <class E>
+    requires std::is_enum_v<E>
+    void put(E value) { put(static_cast<std::underlying_type_t<E>>(value)); }
+    void put(const std::string& text) {
+        if (text.size() > 0xffff) throw Error("A text field holds at most 65535 bytes.");
+        put(static_cast<std::uint16_t>(text.size()));
+        raw(as_bytes(text));
+    }
+    void put(ByteView blob) {
+        if (blob.size() > 0xffffffff) throw Error("A blob holds at most 4 GiB.");
+        put(static_cast<std::uint32_t>(blob.size()));
+        raw(blob);
+    }
+    void put(const Bytes& blob) { put(ByteView(blob)); }
+    template <std::size_t N>
+    void put(const std::array<std::uint8_t, N>& fixed) {
+        raw(fixed);
+    }
+
+    Bytes& out_;
+};
+
+class Reader {
+  public:
+    // Reads from `in`, which must outlive the Reader and every ByteView read from it. `what` names
+    // the thing in errors: "a login message".
+    Reader(ByteView in, std::string_view what) : in_(in), what_(what) {}
+
+    // Throws ProtocolError if a field reaches over the end.
+    template <class... Field>
+    Reader& operator()(Field&... field) {
+        (get(field), ...);
+        return *this;
+    }
+
+    ByteView raw(std::size_t size) {
+        if (size > in_.size())
+            throw ProtocolError(concat("Received ", what_, " that is cut short."));
+        ByteView taken = in_.first(size);
+        in_ = in_.subspan(size);
+        return taken;
+    }
+    ByteView rest() { return raw(in_.size()); }
+    bool empty() const { return in_.empty(); }
+
+    // Call it when everything was read: bytes that nobody asked for are an error too. A parser that
+    // ignores them lets two programs disagree about what was said.
+    void finish() const {
+        if (!in_.empty())
+            throw ProtocolError(
+                concat("Received ", what_, " with ", in_.size(), " bytes too many."));
+    }
+
+  private:
+    template <std::unsigned_integral T>
+    void get(T& number) {
+        number = 0;
+        for (std::uint8_t byte : raw(sizeof(T)))
+            number = static_cast<T>(static_cast<T>(number << (sizeof(T) > 1 ? 8 : 0)) | byte);
+    }
+    template <class E>
+    requires std::is_enum_v<E>
+    void get(E& value) {
+        std::underlying_type_t<E> number{};
+        get(number);
+        value = static_cast<E>(number);  // may be a value without a name: switches have a default
+    }
+    void get(std::string& text) {
+        std::uint16_t size{};
+        get(size);
+        text = to_string(raw(size));
+    }
+    void get(ByteView& blob) {  // a view into the input, not a copy
+        std::uint32_t size{};
+        get(size);
+        blob = raw(size);
+    }
+    void get(Bytes& blob) {
+        ByteView view;
+        get(view);
+        blob = to_bytes(view);
+    }
+    template <std::size_t N>
+    void get(std::array<std::uint8_t, N>& fixed) {
+        ByteView bytes = raw(N);
+        std::copy(bytes.begin(), bytes.end(), fixed.begin());
+    }
+
+    ByteView in_;
+    std::string_view what_;
+};
+
+// Appends some values to `out`.
+template <class... Field>
+void append_fields(Bytes& out, const Field&... field) {
+    Writer writer(out);
+    writer(field...);
+}
+
+// The bytes of a value that has `fields`, and the value that some bytes hold.
+template <class T>
+Bytes encode(const T& value) {
+    Bytes out;
+    Writer writer(out);
+    T::fields(value, writer);
+    return out;
+}
+template <class T>
+T decode(ByteView bytes, std::string_view what) {
+    T value;
+    Reader reader(bytes, what);
+    T::fields(value, reader);
+    reader.finish();
+    return value;
+}
+
+// ---- Hexadecimal and base64 ---------------------------------------------------------------------
+
+inline std::string to_hex(ByteView bytes) {
+    static constexpr std::string_view digits = "0123456789abcdef";
+    std::string out;
+    for (std::uint8_t byte : bytes) {
+        out += digits[byte >> 4];
+        out += digits[byte & 15];
+    }
+    return out;
+}
+
+// Throws Error if `text` is not an even number of hexadecimal digits.
+inline Bytes from_hex(std::string_view text) {
+    if (text.size() % 2 != 0) throw Error("A hexadecimal text has an odd number of digits.");
+    Bytes out(text.size() / 2);
+    for (std::size_t i = 0; i < out.size(); ++i) {
+        const char* digits = text.data() + 2 * i;
+        auto [end, failure] = std::from_chars(digits, digits + 2, out[i], 16);
+        if (failure != std::errc{} || end != digits + 2)
+            throw Error("A hexadecimal text has a character that is no digit.");
+    }
+    return out;
+}
+
+// RFC 4648 section 4, with padding.
+inline std::string to_base64(ByteView bytes) {
+    std::string out(4 * ((bytes.size() + 2) / 3) + 1, '\0');  // OpenSSL adds a final NUL
+    EVP_EncodeBlock(reinterpret_cast<unsigned char*>(out.data()), bytes.data(),
+                    static_cast<int>(bytes.size()));
+    out.pop_back();
+    return out;
+}
+
+// Strict: no white space, padding required, one text for each value. (EVP_DecodeBlock alone is
+// lenient, and counts the padding as zero bytes. Two spellings of one key are one too many.)
+inline Bytes from_base64(std::string_view text) {
+    Bytes out(text.size() / 4 * 3);
+    int size = text.empty() ? 0
+                            : EVP_DecodeBlock(out.data(), as_bytes(text).data(),
+                                              static_cast<int>(text.size()));
+    if (size < 0) throw Error("A base64 text is damaged.");
+    out.resize(static_cast<std::size_t>(size));
+    for (int padding = 0; padding < 2 && !out.empty() && text.ends_with('='); ++padding) {
+        text.remove_suffix(1);
+        out.pop_back();
+    }
+    std::string again = to_base64(out);
+    if (again.substr(0, text.size()) != text ||
+        again.find_first_not_of('=', text.size()) != again.npos)
+        throw Error("A base64 text is damaged.");
+    return out;
+}
+
+// ---- Text that is safe to show ------------------------------------------------------------------
+
+inline constexpr char32_t invalid_code_point = 0xffffffff;
+
+// Takes one code point (RFC 3629) from the front of `text`, which must not be empty. A byte that
+// begins no valid sequence (overlong, surrogate, cut short, above U+10FFFF) is taken alone and
+// gives invalid_code_point.
+inline char32_t take_code_point(std::string_view& text) {
+    auto byte = [&](std::size_t i) { return static_cast<std::uint8_t>(text[i]); };
+    std::uint8_t first = byte(0);
+    std::size_t size = first < 0x80   ? 1
+                       : first < 0xc2 ? 0
+                       : first < 0xe0 ? 2
+                       : first < 0xf0 ? 3
+                                      : 4;
+    bool valid = size != 0 && first < 0xf5 && size <= text.size();
+    char32_t point = size < 2 ? first : first & (0xffU >> (size + 1));
+    for (std::size_t i = 1; valid && i < size; ++i) {
+        valid = (byte(i) & 0xc0) == 0x80;
+        point = point << 6 | (byte(i) & 0x3f);
+    }
+    constexpr std::array<char32_t, 5> smallest{0, 0, 0x80, 0x800, 0x10000};
+    valid = valid && point >= smallest[size] && point <= 0x10ffff &&
+            !(point >= 0xd800 && point <= 0xdfff);
+    text.remove_prefix(valid ? size : 1);
+    return valid ? point : invalid_code_point;
+}
+
+// Code points that a terminal or a window obeys instead of drawing: the control characters (ESC
+// begins the sequences that move the cursor, rename the window, or type for you), and the marks
+// that reverse the direction of text, so that what you read is not what is there. (The weak marks
+// U+200E, U+200F and U+061C stay: Hebrew and Arabic are written with them.)
+inline bool drives_the_screen(char32_t point) {
+    return point < 0x20 || (point >= 0x7f && point <= 0x9f) || point == 0x2028 || point == 0x2029 ||
+           (point >= 0x202a && point <= 0x202e) || (point >= 0x2066 && point <= 0x2069);
+}
+
+// `text` with everything that could drive a terminal made visible: ESC becomes the four characters
+// \x1b. Text from another person, from a server or from a file passes through here, at the last
+// moment, before it is shown (property P12).
+inline std::string visible(std::string_view text) {
+    std::string out;
+    auto escape = [&](char letter, ByteView bytes) {
+        out += '\\';
+        out += letter;
+        out += to_hex(bytes);
+    };
+    while (!text.empty()) {
+        std::string_view before = text;
+        char32_t point = take_code_point(text);
+        std::string_view taken = before.substr(0, before.size() - text.size());
+        if (point == U'\n') {
+            out += "\\n";
+        } else if (point == U'\t') {
+            out += "    ";
+        } else if (point == invalid_code_point || point < 0x20 || point == 0x7f) {
+            escape('x', as_bytes(taken));
+        } else if (drives_the_screen(point)) {
+            escape('u', std::array{static_cast<std::uint8_t>(point >> 8),
+                                   static_cast<std::uint8_t>(point & 0xff)});
+        } else {
+            out += taken;
+        }
+    }
+    return out;
+}
+
+// The number of code points, or nothing if `text` is not valid UTF-8.
+inline std::optional<std::size_t> utf8_length(std::string_view text) {
+    std::size_t count = 0;
+    for (; !text.empty(); ++count)
+        if (take_code_point(text) == invalid_code_point) return std::nullopt;
+    return count;
+}
+
+// User names: [a-z0-9][a-z0-9_.-]{0,31}. Few characters on purpose: no name can look like another
+// (no Cyrillic "a"), break a line of users.db, or climb out of a directory.
+inline constexpr std::size_t max_name_bytes = 32;
+inline bool is_valid_name(std::string_view name) {
+    auto letter_or_digit = [](char c) { return (c >= 'a' && c <= 'z') || (c >= '0' && c <= '9'); };
+    return !name.empty() && name.size() <= max_name_bytes && letter_or_digit(name[0]) &&
+           std::all_of(name.begin(), name.end(), [&](char c) {
+               return letter_or_digit(c) || c == '_' || c == '.' || c == '-';
+           });
+}
+
+// `name` in lower case. Throws Error, with the rule, if it is no valid user name.
+inline std::string fold_name(std::string_view name) {
+    std::string folded(name);
+    for (char& c : folded)
+        if (c >= 'A' && c <= 'Z') c = static_cast<char>(c - 'A' + 'a');
+    if (!is_valid_name(folded))
+        throw Error(concat("\"", visible(name.substr(0, 64)),
+                           "\" cannot be a user name. A name has 1 to 32 characters: letters a-z, "
+                           "digits, and after the first one also _ . and -"));
+    return folded;
+}
+
+// The words of a line, split at white space.
+inline std::vector<std::string> split_words(std::string_view line) {
+    std::vector<std::string> words;
+    std::istringstream in{std::string(line)};
+    for (std::string word; in >> word;) words.push_back(word);
+    return words;
+}
+
+// Now, as RFC 3339 writes it, in UTC: 2026-11-23T09:41:00Z
+inline std::string rfc3339_now() {
+    auto now = std::chrono::floor<std::chrono::seconds>(std::chrono::system_clock::now());
+    auto day = std::chrono::floor<std::chrono::days>(now);
+    std::chrono::year_month_day date(day);
+    std::chrono::hh_mm_ss time(now - day);
+    auto two = [](auto n) { return concat(n < 10 ? "0" : "", n); };
+    return concat(static_cast<int>(date.year()), "-", two(static_cast<unsigned>(date.month())), "-",
+                  two(static_cast<unsigned>(date.day())), "T", two(time.hours().count()), ":",
+                  two(time.minutes().count()), ":", two(time.seconds().count()), "Z");
+}
+
+// ---- Files that survive a crash -----------------------------------------------------------------
+//
+// Writing over a file is not atomic: a crash in the middle leaves half of the new one. So:
+//
+//      1. write everything into a new file beside it
+//      2. fsync the new file           (now its bytes are on the disk, not only in the cache)
+//      3. rename it over the old one   (atomic: a reader sees the old file or the new one)
+//      4. fsync the directory          (now the rename itself is on the disk)
+//
+// Files with secrets are created with mode 0600. Setting the mode afterwards leaves an instant in
+// which others can open the file, and an open file stays open.
+
+enum class FileMode { readable_by_all, owner_only };
+
+inline std::string system_reason(int error = errno) {
+    return std::generic_category().message(error);
+}
+
+namespace detail {
+
+#ifdef _WIN32
+inline int open_file(const std::filesystem::path& path, bool create, FileMode) {
+    int flags = create ? _O_WRONLY | _O_CREAT | _O_EXCL : _O_RDONLY;
+    return ::_wopen(path.c_str(), flags | _O_BINARY, _S_IREAD | _S_IWRITE);
+}
+inline int sync_file(int file) { return ::_commit(file); }
+inline std::ptrdiff_t read_file(int file, ByteSpan into) {
+    return ::_read(file, into.data(), static_cast<unsigned>(into.size()));
+}
+inline std::ptrdiff_t write_file(int file, ByteView bytes) {
+    return ::_write(file, bytes.data(), static_cast<unsigned>(bytes.size()));
+}
+inline int close_file(int file) { return ::_close(file); }
+inline void sync_directory(const std::filesystem::path&) {}  // NTFS logs the rename itself
+#else
+inline int open_file(const std::filesystem::path& path, bool create, FileMode mode) {
+    int flags = create ? O_WRONLY | O_CREAT | O_EXCL | O_NOFOLLOW : O_RDONLY;
+    return ::open(path.c_str(), flags | O_CLOEXEC, mode == FileMode::owner_only ? 0600 : 0644);
+}
+inline int sync_file(int file) { return ::fsync(file); }
+inline std::ptrdiff_t read_file(int file, ByteSpan into) {
+    return ::read(file, into.data(), into.size());
+}
+inline std::ptrdiff_t write_file(int file, ByteView bytes) {
+    return ::write(file, bytes.data(), bytes.size());
+}
+inline int close_file(int file) { return ::close(file); }
+inline void sync_directory(const std::filesystem::path& directory) {
+    int handle = ::open(directory.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+    if (handle < 0) return;  // an unreadable directory: the rename is done, only not yet durable
+    ::fsync(handle);
+    ::close(handle);
+}
+#endif
+
+// Runs a function when the scope is left, however it is left.
+template <class F>
+class AtExit {
+  public:
+    explicit AtExit(F function) : function_(std::move(function)) {}
+    ~AtExit() { function_(); }
+    AtExit(const AtExit&) = delete;
+    AtExit& operator=(const AtExit&) = delete;
+
+  private:
+    F function_;
+};
+
+inline std::filesystem::path directory_of(const std::filesystem::path& path) {
+    return path.has_parent_path() ? path.parent_path() : std::filesystem::path(".");
+}
+
+}  // namespace detail
+
+// The whole content of a file, at most `max_size` bytes; nothing if there is no such file. Throws
+// Error if it is there and cannot be read. The content may be secret, so it wipes itself.
+inline std::optional<SecretBytes> read_file(const std::filesystem::path& path,
+                                            std::size_t max_size) {
+    int file = detail::open_file(path, false, FileMode::readable_by_all);
+    if (file < 0 && errno == ENOENT) return std::nullopt;
+    if (file < 0) throw Error(concat("Cannot read ", path.string(), ": ", system_reason(), "."));
+    detail::AtExit close([&] { detail::close_file(file); });
+    SecretBytes content;
+    for (std::array<std::uint8_t, 16384> block;;) {
+        std::ptrdiff_t got = detail::read_file(file, block);
+        if (got < 0 && errno == EINTR) continue;
+        if (got < 0) throw Error(concat("Cannot read ", path.string(), ": ", system_reason(), "."));
+        content.insert(content.end(), block.begin(), block.begin() + got);
+        OPENSSL_cleanse(block.data(), block.size());
+        if (got == 0) return content;
+        if (content.size() > max_size)
+            throw Error(concat(path.string(), " is larger than ", max_size, " bytes."));
+    }
+}
+
+// Replaces (or creates) a file in one atomic, durable step. Throws Error; then the old file is
+// untouched.
+inline void write_file(const std::filesystem::path& path, ByteView content, FileMode mode) {
+    std::filesystem::path fresh = path;
+    fresh += ".new";
+    auto fail = [&](std::string_view step) {
+        std::string reason = system_reason();
+        std::error_code ignored;
+        std::filesystem::remove(fresh, ignored);
+        throw Error(concat("Cannot write ", path.string(), " (", step, "): ", reason, "."));
+    };
+    std::error_code ignored;
+    std::filesystem::remove(fresh, ignored);  // left behind by a crash
+    int file = detail::open_file(fresh, true, mode);
+    if (file < 0) fail("create");
+    {
+        detail::AtExit close([&] { detail::close_file(file); });
+        for (ByteView left = content; !left.empty();) {
+            std::ptrdiff_t wrote = detail::write_file(file, left);
+            if (wrote < 0 && errno == EINTR) continue;
+            if (wrote < 0) fail("write");
+            left = left.subspan(static_cast<std::size_t>(wrote));
+        }
+        if (detail::sync_file(file) != 0) fail("fsync");
+    }
+    std::error_code failure;
+    std::filesystem::rename(fresh, path, failure);
+    if (failure) {
+        errno = failure.value();
+        fail("rename");
+    }
+    detail::sync_directory(detail::directory_of(path));
+}
+
+// Creates a directory, and those above it, for the owner alone. No error if it exists.
+inline void make_private_directory(const std::filesystem::path& path) {
+    std::error_code failure;
+    bool made = std::filesystem::create_directories(path, failure);
+    if (!failure && made)
+        std::filesystem::permissions(path, std::filesystem::perms::owner_all, failure);
+    if (failure)
+        throw Error(
+            concat("Cannot create the directory ", path.string(), ": ", failure.message(), "."));
+}
+
+// Holds a directory for this process, so that two programs never write the same files. The lock
+// is on the directory itself: it leaves no file behind, and it ends with the process, however
+// the process ends.
+class DirectoryLock {
+  public:
+    // Throws Error if `directory` does not exist. If another process holds it: waits when `wait`
+    // is true, else throws Error with the sentence `busy`.
+    DirectoryLock(const std::filesystem::path& directory, bool wait, std::string_view busy) {
+#ifdef _WIN32
+        std::filesystem::path file = directory / ".lock";
+        do {
+            handle_ = ::CreateFileW(file.c_str(), GENERIC_WRITE, 0, nullptr, OPEN_ALWAYS,
+                                    FILE_FLAG_DELETE_ON_CLOSE, nullptr);
+            if (handle_ == INVALID_HANDLE_VALUE && wait) ::Sleep(10);
+        } while (handle_ == INVALID_HANDLE_VALUE && wait);
+        if (handle_ == INVALID_HANDLE_VALUE) throw Error(std::string(busy));
+#else
+        handle_ = ::open(directory.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+        if (handle_ < 0)
+            throw Error(concat("Cannot open the directory ", directory.string(), ": ",
+                               system_reason(), "."));
+        int result;
+        do result = ::flock(handle_, wait ? LOCK_EX : LOCK_EX | LOCK_NB);
+        while (result != 0 && errno == EINTR);
+        if (result != 0) {
+            std::string reason = errno == EWOULDBLOCK
+                                     ? std::string(busy)
+                                     : concat("Cannot lock the directory ", directory.string(),
+                                              ": ", system_reason(), ".");
+            ::close(handle_);
+            throw Error(reason);
+        }
+#endif
+    }
+    DirectoryLock(const DirectoryLock&) = delete;
+    DirectoryLock& operator=(const DirectoryLock&) = delete;
+#ifdef _WIN32
+    ~DirectoryLock() { ::CloseHandle(handle_); }
+
+  private:
+    HANDLE handle_;
+#else
+    ~DirectoryLock() { ::close(handle_); }
+
+  private:
+    int handle_;
+#endif
+};
+
+// =================================================================================================
+//  Chapter 2. Sockets
+// =================================================================================================
+//
+// A TCP connection is a pair of byte streams, one in each direction. The operating system hands
+// out a number (a descriptor) for it. The life of a connection:
+//
+//      server: socket() -> bind(address) -> listen() -> accept() --+
+//      client: socket() -> connect(address) -----------------------+--> send(), recv() ... close()
+//
+// What goes wrong, and why this chapter is longer than those four calls:
+//
+//   - recv() returns SOME bytes, not the bytes you wanted; send() takes SOME, not all.
+//   - A peer that vanishes (power cut, laptop lid) sends nothing, not even an end. Without a time
+//     limit, recv() waits for ever. TCP keep-alive and our own pings find out.
+//   - Writing to a connection whose other end is closed kills the process with SIGPIPE, unless one
+//     asks for an error instead.
+//   - A name may have several addresses (IPv6 and IPv4), of which only one may answer.
+//   - A thread that waits in accept() or recv() must be woken when the program wants to end.
+//     Closing the descriptor under its feet is a race: the number may be reused at once by another
+//     thread's socket. We shut the connection DOWN (the waiting thread sees the end of the stream)
+//     and close it when nobody uses it any more.
+//
+// Nothing here is encrypted, and nothing here knows where a message ends. That is what the next
+// chapters are for.
+
+// ---- The few differences between POSIX and Windows ----------------------------------------------
+
+namespace detail {
+
+#ifdef _WIN32
+using SocketHandle = SOCKET;
+inline constexpr SocketHandle no_socket = INVALID_SOCKET;
+inline int socket_error() { return ::WSAGetLastError(); }
+inline bool would_block(int e) { return e == WSAEWOULDBLOCK || e == WSAETIMEDOUT; }
+inline bool in_progress(int e) { return e == WSAEWOULDBLOCK; }
+inline bool interrupted(int e) { return e == WSAEINTR; }
+inline bool connection_aborted(int e) { return e == WSAECONNABORTED || e == WSAECONNRESET; }
+inline bool out_of_descriptors(int e) { return e == WSAEMFILE || e == WSAENOBUFS; }
+inline bool address_in_use(int e) { return e == WSAEADDRINUSE || e == WSAEACCES; }
+inline bool not_our_address(int e) { return e == WSAEADDRNOTAVAIL || e == WSAEAFNOSUPPORT; }
+inline std::string socket_reason(int e) { return std::system_category().message(e); }
+inline void close_socket(SocketHandle s) { ::closesocket(s); }
+inline void set_blocking(SocketHandle s, bool blocking) {
+    u_long on = blocking ? 0 : 1;
+    ::ioctlsocket(s, FIONBIO, &on);
+}
+inline constexpr int shut_both = SD_BOTH, shut_write = SD_SEND;
+inline constexpr int send_flags = 0;
+using PollEntry = WSAPOLLFD;
+inline int poll_sockets(std::vector<PollEntry>& entries, int timeout_ms) {
+    return ::WSAPoll(entries.data(), static_cast<ULONG>(entries.size()), timeout_ms);
+}
+struct SocketLibrary {  // Winsock wants to be started before the first call
+    SocketLibrary() {
+        WSADATA data;
+        ::WSAStartup(MAKEWORD(2, 2), &data);
+    }
+    ~SocketLibrary() { ::WSACleanup(); }
+};
+inline void start_socket_library() { static SocketLibrary library; }
+#else
+using SocketHandle = int;
+inline constexpr SocketHandle no_socket = -1;
+inline int socket_error() { return errno; }
+inline bool would_block(int e) { return e == EAGAIN || e == EWOULDBLOCK; }
+inline bool in_progress(int e) { return e == EINPROGRESS || e == EINTR; }
+inline bool interrupted(int e) { return e == EINTR; }
+inline bool connection_aborted(int e) { return e == ECONNABORTED || e == EPROTO; }
+inline bool out_of_descriptors(int e) {
+    return e == EMFILE || e == ENFILE || e == ENOBUFS || e == ENOMEM;
+}
+inline bool address_in_use(int e) { return e == EADDRINUSE; }
+inline bool not_our_address(int e) { return e == EADDRNOTAVAIL || e == EAFNOSUPPORT; }
+inline std::string socket_reason(int e) { return std::generic_category().message(e); }
+inline void close_socket(SocketHandle s) { ::close(s); }
+inline void set_blocking(SocketHandle s, bool blocking) {
+    int flags = ::fcntl(s, F_GETFL, 0);
+    ::fcntl(s, F_SETFL, blocking ? flags & ~O_NONBLOCK : flags | O_NONBLOCK);
+}
+inline constexpr int shut_both = SHUT_RDWR, shut_write = SHUT_WR;
+#ifdef MSG_NOSIGNAL
+inline constexpr int send_flags = MSG_NOSIGNAL;  // an error instead of SIGPIPE
+#else
+inline constexpr int send_flags = 0;  // macOS: SO_NOSIGPIPE, set in the constructor
+#endif
+using PollEntry = ::pollfd;
+inline int poll_sockets(std::vector<PollEntry>& entries, int timeout_ms) {
+    return ::poll(entries.data(), static_cast<nfds_t>(entries.size()), timeout_ms);
+}
+inline void start_socket_library() {}
+#endif
+
+template <class T>
+void set_option(SocketHandle s, int level, int name, const T& value) {
+    ::setsockopt(s, level, name, reinterpret_cast<const char*>(&value),
+                 static_cast<socklen_t>(sizeof value));  // each is a wish: none is vital
+}
+
+// A timeout as SO_RCVTIMEO wants it. Zero would mean "for ever", so it becomes one millisecond.
+inline void set_timeout_option(SocketHandle s, int name, std::chrono::milliseconds timeout) {
+    timeout = std::max(timeout, std::chrono::milliseconds(1));
+#ifdef _WIN32
+    set_option(s, SOL_SOCKET, name, static_cast<DWORD>(timeout.count()));
+#else
+    timeval value{};
+    value.tv_sec = static_cast<decltype(value.tv_sec)>(timeout.count() / 1000);
+    value.tv_usec = static_cast<decltype(value.tv_usec)>(timeout.count() % 1000 * 1000);
+    set_option(s, SOL_SOCKET, name, value);
+#endif
+}
+
+}  // namespace detail
+
+using Clock = std::chrono::steady_clock;  // never jumps, unlike the time of day
+using Milliseconds = std::chrono::milliseconds;
+
+// ---- Addresses ----------------------------------------------------------------------------------
+
+struct Endpoint {  // one IPv4 or IPv6 address with its port, as the system keeps it
+    sockaddr_storage storage{};
+    socklen_t size = 0;
+
+    const sockaddr* address() const { return reinterpret_cast<const sockaddr*>(&storage); }
+    sockaddr* address() { return reinterpret_cast<sockaddr*>(&storage); }
+
+    // The host alone ("127.0.0.1", "::1"), or with the port ("127.0.0.1:5000", "[::1]:5000").
+    std::string host() const { return numeric().first; }
+    std::uint16_t port() const {
+        std::uint16_t value = 0;
+        std::string text = numeric().second;
+        std::from_chars(text.data(), text.data() + text.size(), value);
+        return value;
+    }
+    std::string text() const {
+        auto [host, port] = numeric();
+        bool ipv6 = host.find(':') != host.npos;
+        return concat(ipv6 ? "[" : "", host, ipv6 ? "]:" : ":", port);
+    }
+
+  private:
+    std::pair<std::string, std::string> numeric() const {
+        std::array<char, 128> host{};
+        std::array<char, 16> port{};
+        ::getnameinfo(address(), size, host.data(), static_cast<socklen_t>(host.size()),
+                      port.data(), static_cast<socklen_t>(port.size()),
+                      NI_NUMERICHOST | NI_NUMERICSERV);
+        return {host.data(), port.data()};
+    }
+};
+
+// "HOST", "HOST:PORT", "[IPV6]:PORT" or a bare IPv6 address, taken apart. Throws Error.
+struct HostPort {
+    std::string host;
+    std::uint16_t port = 0;
+};
+inline HostPort parse_host_port(std::string_view text, std::uint16_t default_port) {
+    std::string_view host = text, port;
+    std::size_t colon = text.rfind(':');
+    if (text.starts_with('[')) {
+        std::size_t bracket = text.find(']');
+        if (bracket == text.npos) throw Error(concat("\"", visible(text), "\" lacks a closing ]."));
+        host = text.substr(1, bracket - 1);
+        port = text.substr(bracket + 1);
+        if (!port.empty() && port[0] != ':')
+            throw Error(
+                concat("\"", visible(text), "\": after ] comes : and the port, or nothing."));
+        if (port == ":")
+            throw Error(concat("\"", visible(text), "\" lacks a port after the colon."));
+        if (!port.empty()) port.remove_prefix(1);
+    } else if (colon != text.npos && text.find(':') == colon) {  // one colon: HOST:PORT
+        host = text.substr(0, colon);
+        port = text.substr(colon + 1);
+        if (port.empty())
+            throw Error(concat("\"", visible(text), "\" lacks a port after the colon."));
+    }
+    HostPort result{std::string(host), default_port};
+    if (host.empty()) throw Error(concat("\"", visible(text), "\" has no host name."));
+    if (!port.empty()) {
+        auto [end, failure] = std::from_chars(port.data(), port.data() + port.size(), result.port);
+        if (failure != std::errc{} || end != port.data() + port.size() || result.port == 0)
+            throw Error(
+                concat("\"", visible(port), "\" is not a port: give a number from 1 to 65535."));
+    }
+    return result;
+}
+
+// All addresses of a host, in the order in which the system advises to try them (RFC 6724). For a
+// listener (`passive`) the host is one of our own. May block for seconds while a name server is
+// asked; throws NetworkError.
+inline std::vector<Endpoint> resolve(const std::string& host, std::uint16_t port, bool passive) {
+    detail::start_socket_library();
+    addrinfo hints{};
+    hints.ai_family = AF_UNSPEC;  // IPv4 or IPv6
+    hints.ai_socktype = SOCK_STREAM;
+    hints.ai_flags = AI_NUMERICSERV | (passive ? AI_PASSIVE : 0);
+    addrinfo* found = nullptr;
+    int failure = ::getaddrinfo(host.c_str(), std::to_string(port).c_str(), &hints, &found);
+    if (failure != 0)
+        throw NetworkError(
+            concat("Cannot find the host \"", visible(host), "\": ", ::gai_strerror(failure), "."));
+    detail::AtExit release([&] { ::freeaddrinfo(found); });
+    std::vector<Endpoint> endpoints;
+    for (const addrinfo* a = found; a != nullptr; a = a->ai_next) {
+        Endpoint& endpoint = endpoints.emplace_back();
+        std::memcpy(&endpoint.storage, a->ai_addr, a->ai_addrlen);
+        endpoint.size = static_cast<socklen_t>(a->ai_addrlen);
+    }
+    return endpoints;
+}
+
+// ---- The socket ---------------------------------------------------------------------------------
+
+// One connection (or one listening socket); closes it when destroyed. Any thread may call
+// shut_down(); one thread at a time may read, and one may write.
+class Socket {
+  public:
+    Socket() = default;
+    explicit Socket(detail::SocketHandle handle) : handle_(handle) {
+#ifdef SO_NOSIGPIPE
+        detail::set_option(handle_, SOL_SOCKET, SO_NOSIGPIPE, 1);
+#endif
+    }
+    Socket(Socket&& other) noexcept : handle_(std::exchange(other.handle_, detail::no_socket)) {}
+    Socket& operator=(Socket&& other) noexcept {
+        std::swap(handle_, other.handle_);
+        return *this;
+    }
+    ~Socket() {
+        if (is_open()) detail::close_socket(handle_);
+    }
+
+    bool is_open() const { return handle_ != detail::no_socket; }
+    detail::SocketHandle handle() const { return handle_; }
+
+    // Blocks until at least one byte is there and returns how many were read; 0 means that the
+    // other side has ended the stream. Throws TimedOut or NetworkError.
+    std::size_t read_some(ByteSpan into) {
+        for (;;) {
+            auto got =
+                ::recv(handle_, reinterpret_cast<char*>(into.data()), length(into.size()), 0);
+            if (got >= 0) return static_cast<std::size_t>(got);
+            int error = detail::socket_error();
+            if (detail::interrupted(error)) continue;
+            if (detail::would_block(error)) throw TimedOut("The other side is silent.");
+            throw NetworkError(concat("The connection broke: ", detail::socket_reason(error), "."));
+        }
+    }
+
+    // Blocks until every byte is with the operating system (which is not yet with the other side).
+    // Throws TimedOut if the other side takes nothing for the write timeout, or NetworkError.
+    void write_all(ByteView bytes) {
+        while (!bytes.empty()) {
+            auto sent = ::send(handle_, reinterpret_cast<const char*>(bytes.data()),
+                               length(bytes.size()), detail::send_flags);
+            if (sent >= 0) {
+                bytes = bytes.subspan(static_cast<std::size_t>(sent));
+                continue;
+            }
+            int error = detail::socket_error();
+            if (detail::interrupted(error)) continue;
+            if (detail::would_block(error)) throw TimedOut("The other side takes no more data.");
+            throw NetworkError(concat("The connection broke: ", detail::socket_reason(error), "."));
+        }
+    }
+
+    // Ends both streams at once. Whoever waits in read_some or write_all returns or throws.
+    void shut_down() noexcept { ::shutdown(handle_, detail::shut_both); }
+    // Ends our stream; the other side can still send.
+    void finish_writing() noexcept { ::shutdown(handle_, detail::shut_write); }
+
+    // Ends our stream and reads (away) what the other side still sends, until it ends too or the
+    // time is over. Closing at once while unread data is there makes the system send a reset, and a
+    // reset destroys our last words on their way: the other side would never see the goodbye.
+    void close_politely(Milliseconds limit) {
+        finish_writing();
+        try {
+            std::array<std::uint8_t, 4096> discarded;
+            for (auto end = Clock::now() + limit; Clock::now() < end;) {
+                set_read_timeout(std::chrono::ceil<Milliseconds>(end - Clock::now()));
+                if (read_some(discarded) == 0) return;
+            }
+        } catch (const NetworkError&) {
+            // whatever it was, the connection is over
+        }
+    }
+
+    void set_read_timeout(Milliseconds t) { detail::set_timeout_option(handle_, SO_RCVTIMEO, t); }
+    void set_write_timeout(Milliseconds t) { detail::set_timeout_option(handle_, SO_SNDTIMEO, t); }
+
+    // For a chat: send small packets at once (Nagle's algorithm would hold them back up to 40 ms,
+    // hoping for more), and let the system notice when the other machine is gone.
+    void set_chat_options() {
+        detail::set_option(handle_, IPPROTO_TCP, TCP_NODELAY, 1);
+        detail::set_option(handle_, SOL_SOCKET, SO_KEEPALIVE, 1);
+    }
+
+    Endpoint local_endpoint() const { return name_of(&::getsockname); }
+    Endpoint remote_endpoint() const { return name_of(&::getpeername); }
+
+  private:
+#ifdef _WIN32
+    static int length(std::size_t n) { return static_cast<int>(std::min<std::size_t>(n, 1 << 30)); }
+#else
+    static std::size_t length(std::size_t n) { return n; }
+#endif
+    template <class NameFunction>
+    Endpoint name_of(NameFunction function) const {
+        Endpoint endpoint;
+        endpoint.size = static_cast<socklen_t>(sizeof endpoint.storage);
+        if (function(handle_, endpoint.address(), &endpoint.size) != 0) endpoint.size = 0;
+        return endpoint;
+    }
+    detail::SocketHandle handle_ = detail::no_socket;
+};
+
+// Wakes a thread that waits in poll(): the "self-pipe trick". wake() only writes one byte, so that
+// even a signal handler may call it (a handler may do almost nothing else: POSIX lists the few
+// functions that are "async-signal-safe", and write() is one of them).
+class Waker {
+  public:
+    Waker() {
+        detail::start_socket_library();
+#ifdef _WIN32
+        // Windows polls sockets only: a UDP socket that talks to itself serves as the pipe.
+        Endpoint loop = resolve("127.0.0.1", 0, true).front();
+        read_ = ::socket(AF_INET, SOCK_DGRAM, 0);
+        ::bind(read_, loop.address(), loop.size);
+        ::getsockname(read_, loop.address(), &loop.size);
+        ::connect(read_, loop.address(), loop.size);
+        write_ = read_;
+#else
+        std::array<int, 2> ends{};
+        if (::pipe(ends.data()) != 0)
+            throw Error(concat("Cannot create a pipe: ", system_reason(), "."));
+        for (int end : ends) {
+            ::fcntl(end, F_SETFD, FD_CLOEXEC);
+            detail::set_blocking(end, false);
+        }
+        read_ = ends[0];
+        write_ = ends[1];
+#endif
+    }
+    Waker(const Waker&) = delete;
+    Waker& operator=(const Waker&) = delete;
+    ~Waker() {
+        detail::close_socket(read_);
+        if (write_ != read_) detail::close_socket(write_);
+    }
+
+    void wake() noexcept {
+        const char byte = 1;
+#ifdef _WIN32
+        ::send(write_, &byte, 1, 0);
+#else
+        int saved = errno;  // a signal handler must not disturb the code that it interrupts
+        [[maybe_unused]] auto full_pipe_is_awake_too = ::write(write_, &byte, 1);
+        errno = saved;
+#endif
+    }
+    // Forgets past wake() calls.
+    void drain() noexcept {
+        std::array<char, 64> bytes{};
+#ifdef _WIN32
+        detail::set_blocking(read_, false);
+        while (::recv(read_, bytes.data(), static_cast<int>(bytes.size()), 0) > 0) {
+        }
+#else
+        while (::read(read_, bytes.data(), bytes.size()) > 0) {
+        }
+#endif
+    }
+    detail::SocketHandle handle() const { return read_; }  // readable after wake()
+
+  private:
+    detail::SocketHandle read_ = detail::no_socket, write_ = detail::no_socket;
+};
+
+namespace detail {
+
+struct AddressNotHere : NetworkError {  // this machine does not have the address, or its family
+    using NetworkError::NetworkError;
+};
+
+inline Socket new_socket(const Endpoint& endpoint) {
+    int type = SOCK_STREAM;
+#ifdef SOCK_CLOEXEC
+    type |= SOCK_CLOEXEC;  // a program started from here shall not inherit our connections
+#endif
+    SocketHandle handle = ::socket(endpoint.storage.ss_family, type, 0);
+    if (handle == no_socket) {
+        int error = socket_error();
+        std::string sentence = concat("Cannot create a socket: ", socket_reason(error), ".");
+        if (not_our_address(error)) throw AddressNotHere(sentence);
+        throw NetworkError(sentence);
+    }
+    return Socket(handle);
+}
+
+// Connects to one address. connect() itself would wait for minutes, so it is started without
+// blocking and poll() waits for it: until it is done, until the time is over, until `cancel`.
+inline Socket connect_one(const Endpoint& endpoint, Clock::time_point deadline,
+                          const Waker& cancel) {
+    Socket socket = new_socket(endpoint);
+    set_blocking(socket.handle(), false);
+    if (::connect(socket.handle(), endpoint.address(), endpoint.size) != 0) {
+        int error = socket_error();
+        if (!in_progress(error)) throw NetworkError(socket_reason(error));
+        std::vector<PollEntry> entries{{socket.handle(), POLLOUT, 0}, {cancel.handle(), POLLIN, 0}};
+        int ready;
+        do {
+            auto left = std::chrono::ceil<Milliseconds>(deadline - Clock::now()).count();
+            ready = poll_sockets(entries, static_cast<int>(std::max<decltype(left)>(left, 0)));
+        } while (ready < 0 && interrupted(socket_error()));
+        if (entries[1].revents != 0) throw NetworkError("cancelled");
+        if (ready <= 0) throw TimedOut("no answer");
+        socklen_t size = sizeof error;
+        error = 0;
+        ::getsockopt(socket.handle(), SOL_SOCKET, SO_ERROR, reinterpret_cast<char*>(&error), &size);
+        if (error != 0) throw NetworkError(socket_reason(error));
+    }
+    set_blocking(socket.handle(), true);
+    return socket;
+}
+
+}  // namespace detail
+
+// Connects to the first address of `host` that answers within `timeout`. Blocks; `cancel` ends the
+// wait early. Throws NetworkError with the reason of the last address that was tried.
+inline Socket connect_to(const std::string& host, std::uint16_t port, Milliseconds timeout,
+                         const Waker& cancel) {
+    std::string reason = "it has no address";
+    for (const Endpoint& endpoint : resolve(host, port, false)) {
+        try {
+            Socket socket = detail::connect_one(endpoint, Clock::now() + timeout, cancel);
+            socket.set_chat_options();
+            return socket;
+        } catch (const NetworkError& e) {
+            reason = e.what();
+        }
+    }
+    throw NetworkError(concat("Cannot connect to ", visible(host), " port ", port, ": ", reason,
+                              ". Is the server running, and are host and port right?"));
+}
+
+// The listening side: one socket for each address of `host` ("localhost" has two).
+class Listener {
+  public:
+    // Port 0 lets the system choose a free one: see port(). Throws NetworkError.
+    Listener(const std::string& host, std::uint16_t port) : port_(port) {
+        std::string reason;
+        for (Endpoint& endpoint : resolve(host, port, true)) {
+            if (!sockets_.empty()) set_port(endpoint, port_);
+            try {
+                sockets_.push_back(listen_on(endpoint, host));
+                port_ = sockets_.back().local_endpoint().port();
+            } catch (const detail::AddressNotHere& e) {
+                reason = e.what();  // "localhost" has an IPv6 address, this machine no IPv6
+            }
+        }
+        if (sockets_.empty()) throw NetworkError(reason);
+        reserve_ = detail::new_socket(sockets_.front().local_endpoint());
+    }
+
+    std::uint16_t port() const { return port_; }
+    std::vector<std::string> addresses() const {
+        std::vector<std::string> texts;
+        for (const Socket& socket : sockets_) texts.push_back(socket.local_endpoint().text());
+        return texts;
+    }
+
+    struct Accepted {
+        Socket socket;
+        Endpoint from;
+    };
+    // Blocks until somebody connects, or `waker` wakes (then returns nothing). Out of descriptors,
+    // a newcomer is turned away and NetworkError thrown; those who are connected do not notice.
+    std::optional<Accepted> accept(const Waker& waker) {
+        std::vector<detail::PollEntry> entries{{waker.handle(), POLLIN, 0}};
+        for (const Socket& socket : sockets_) entries.push_back({socket.handle(), POLLIN, 0});
+        if (detail::poll_sockets(entries, -1) < 0) return std::nullopt;
+        if (entries[0].revents != 0) return std::nullopt;
+        for (std::size_t i = 1; i < entries.size(); ++i)
+            if (entries[i].revents != 0) return accept_from(sockets_[i - 1]);
+        return std::nullopt;
+    }
+
+  private:
+    static void set_port(Endpoint& endpoint, std::uint16_t port) {
+        std::uint16_t network_order = htons(port);
+        if (endpoint.storage.ss_family == AF_INET6)
+            reinterpret_cast<sockaddr_in6*>(&endpoint.storage)->sin6_port = network_order;
+        else
+            reinterpret_cast<sockaddr_in*>(&endpoint.storage)->sin_port = network_order;
+    }
+
+    static Socket listen_on(const Endpoint& endpoint, const std::string& host) {
+        Socket socket = detail::new_socket(endpoint);
+#ifndef _WIN32
+        // Without it, a restarted server cannot have its port back while old connections linger
+        // in TIME_WAIT. (On Windows the option means something else, and is dangerous.)
+        detail::set_option(socket.handle(), SOL_SOCKET, SO_REUSEADDR, 1);
+#endif
+        if (endpoint.storage.ss_family == AF_INET6)  // "::" listens for IPv4 as well, others do not
+            detail::set_option(socket.handle(), IPPROTO_IPV6, IPV6_V6ONLY, host == "::" ? 0 : 1);
+        if (::bind(socket.handle(), endpoint.address(), endpoint.size) != 0 ||
+            ::listen(socket.handle(), SOMAXCONN) != 0) {
+            int error = detail::socket_error();
+            std::string advice = detail::address_in_use(error)
+                                     ? " Another program uses this port: stop it, or choose "
+                                       "another with --port."
+                                     : "";
+            std::string sentence = concat("Cannot listen on ", endpoint.text(), ": ",
+                                          detail::socket_reason(error), ".", advice);
+            if (detail::not_our_address(error)) throw detail::AddressNotHere(sentence);
+            throw NetworkError(sentence);
+        }
+        detail::set_blocking(socket.handle(), false);  // see accept_from
+        return socket;
+    }
+
+    // The connection that poll() announced may be gone again before accept() is called; a blocking
+    // accept() would then wait for the next one, and the waker would not be heard.
+    std::optional<Accepted> accept_from(const Socket& listening) {
+        Endpoint from;
+        from.size = static_cast<socklen_t>(sizeof from.storage);
+        detail::SocketHandle handle = ::accept(listening.handle(), from.address(), &from.size);
+        if (handle == detail::no_socket) {
+            int error = detail::socket_error();
+            if (!detail::out_of_descriptors(error)) return std::nullopt;  // aborted: nothing to do
+            turn_one_away(listening);
+            throw NetworkError(
+                concat("A newcomer was turned away: ", detail::socket_reason(error), "."));
+        }
+        Socket socket(handle);
+        detail::set_blocking(handle, true);
+#ifndef _WIN32
+        ::fcntl(handle, F_SETFD, FD_CLOEXEC);
+#endif
+        socket.set_chat_options();
+        return Accepted{std::move(socket), from};
+    }
+
+    // With no descriptor left we cannot even accept in order to close, and poll() would report the
+    // waiting newcomer for ever, at full speed. So one descriptor is kept in reserve: give it up,
+    // accept, close, take it back.
+    void turn_one_away(const Socket& listening) {
+        reserve_ = Socket();
+        Socket newcomer(::accept(listening.handle(), nullptr, nullptr));
+        newcomer = Socket();
+        try {
+            reserve_ = detail::new_socket(listening.local_endpoint());
+        } catch (const NetworkError&) {
+            // somebody else was faster: the next newcomer waits until a descriptor is free
+        }
+    }
+
+    std::vector<Socket> sockets_;
+    Socket reserve_;
+    std::uint16_t port_;
+};
+
+// Every connection needs a descriptor, and the usual soft limit is 1024. Raises it to what the
+// system allows this process; returns the limit in force.
+inline std::size_t raise_descriptor_limit() {
+#ifdef _WIN32
+    return 16384;
+#else
+    rlimit limit{};
+    ::getrlimit(RLIMIT_NOFILE, &limit);
+    limit.rlim_cur = limit.rlim_max;
+    ::setrlimit(RLIMIT_NOFILE, &limit);
+    ::getrlimit(RLIMIT_NOFILE, &limit);
+    return static_cast<std::size_t>(limit.rlim_cur);
+#endif
+}
+
+// =================================================================================================
+//  Chapter 3. Framing
+// =================================================================================================
+//
+// TCP is a stream without edges. You send "hello" and "world"; the other side may receive "hellowo"
+// and, a second later, "rld". It is entirely possible that we read just half a message, or three
+// and a half. So before each message goes its length:
+//
+//      +----------------+------------------------+
+//      | u32 length     | that many bytes        |      a frame
+//      +----------------+------------------------+
+//
+// Two traps. The length comes from a stranger: "4 GiB follow" must not make us allocate 4 GiB, so
+// every call says how much it is prepared to take, and the check comes before the allocation. And
+// a system call for every little piece is slow: we read as much as there is into a buffer, and cut
+// frames out of it.
+
+inline constexpr std::size_t frame_header_bytes = 4;
+
+// The length that a frame announces in its first four bytes. Throws ProtocolError over `limit`.
+inline std::size_t frame_length(ByteView header, std::size_t limit) {
+    std::uint32_t length{};
+    Reader(header.first(frame_header_bytes), "a frame header")(length);
+    if (length > limit)
+        throw ProtocolError(concat("Received a frame of ", length, " bytes where at most ", limit,
+                                   " are allowed. Is the other side a ChatSecure program?"));
+    return length;
+}
+
+// The four bytes that go before `length` bytes of content.
+inline std::array<std::uint8_t, frame_header_bytes> frame_header(std::size_t length) {
+    return {static_cast<std::uint8_t>(length >> 24), static_cast<std::uint8_t>(length >> 16),
+            static_cast<std::uint8_t>(length >> 8), static_cast<std::uint8_t>(length)};
+}
+inline Bytes make_frame(ByteView content) { return join(frame_header(content.size()), content); }
+
+// Cuts a socket's stream into frames. One thread uses it.
+class FrameReader {
+  public:
+    // `socket` must outlive the reader. `largest` bounds every frame that will ever be asked for.
+    FrameReader(Socket& socket, std::size_t largest)
+        : socket_(socket),
+          capacity_(2 * (frame_header_bytes + largest)),
+          buffer_(std::make_unique_for_overwrite<std::uint8_t[]>(capacity_)) {}
+
+    // The next frame's content: valid, and yours to change, until the next call. Nothing if the
+    // stream ended between two frames. Blocks. Throws ProtocolError (longer than `limit`), TimedOut
+    // (what has come so far is kept: call again) or NetworkError (also for an end inside a frame).
+    std::optional<ByteSpan> next(std::size_t limit) {
+        if (!fill(frame_header_bytes)) return std::nullopt;
+        std::size_t length = frame_length({buffer_.get() + begin_, frame_header_bytes}, limit);
+        fill(frame_header_bytes + length);
+        ByteSpan content{buffer_.get() + begin_ + frame_header_bytes, length};
+        begin_ += frame_header_bytes + length;
+        return content;
+    }
+
+    // From now on: everything must be here by `deadline`. A time limit for each recv() alone would
+    // let a stranger hold a thread for ever by sending one byte a second.
+    void set_deadline(Clock::time_point deadline) { deadline_ = deadline; }
+    // From now on: some byte must come every `patience`.
+    void set_patience(Milliseconds patience) {
+        deadline_.reset();
+        socket_.set_read_timeout(patience);
+    }
+
+  private:
+    // Reads until `wanted` bytes are in the buffer. False if the stream ended before the first one.
+    bool fill(std::size_t wanted) {
+        if (begin_ == end_) begin_ = end_ = 0;
+        if (begin_ + wanted > capacity_) {  // the frame does not fit behind: move it to the front
+            std::memmove(buffer_.get(), buffer_.get() + begin_, end_ - begin_);
+            end_ -= begin_;
+            begin_ = 0;
+        }
+        while (end_ - begin_ < wanted) {
+            if (deadline_)
+                socket_.set_read_timeout(
+                    std::chrono::ceil<Milliseconds>(*deadline_ - Clock::now()));
+            if (deadline_ && Clock::now() >= *deadline_)
+                throw TimedOut("The other side took too long.");
+            std::size_t got = socket_.read_some({buffer_.get() + end_, capacity_ - end_});
+            if (got == 0 && begin_ == end_) return false;
+            if (got == 0) throw NetworkError("The connection ended in the middle of a message.");
+            end_ += got;
+        }
+        return true;
+    }
+
+    Socket& socket_;
+    std::size_t capacity_;
+    std::unique_ptr<std::uint8_t[]> buffer_;  // untouched pages of it cost no memory
+    std::size_t begin_ = 0, end_ = 0;         // the bytes that are read and not yet handed out
+    std::optional<Clock::time_point> deadline_;
+};
+
+// =================================================================================================
+//  Chapter 4. RSA and friends
+// =================================================================================================
+//
+// The tools. All of them come from OpenSSL: nobody should write a cipher, a hash or a random
+// generator, and the reason is not that the formulas are hard. It is that a right answer that takes
+// a different time for different secrets is already a leak. What this chapter does is to wrap each
+// tool so that it is hard to use wrongly:
+//
+//      tool           does                                        wrong use that does not compile
+//      -------------  ------------------------------------------  --------------------------------
+//      random_bytes   unpredictable bytes                         -
+//      RSA-OAEP       boxes up to a few hundred bytes for         a label left out
+//                     whoever has the private key
+//      RSA-PSS        signs; everybody can check                  checking with a private key
+//      X25519         two public keys -> one shared secret        sending the private half
+//      HKDF           one secret -> as many keys as needed        two keys with the same label
+//      AES-256-GCM    encrypts and authenticates any amount       a nonce that is no counter
+//
+// Why so many? RSA encrypts KEYS, never messages: RSA-OAEP fits 318 bytes into a 3072-bit key and
+// costs a millisecond to open; AES-256-GCM has no limit and costs about a nanosecond for four
+// bytes. And RSA alone would be a time bomb: who records today's traffic and steals the key
+// tomorrow, reads it all. X25519 keys are made for one connection and thrown away, so there is
+// nothing left to steal ("forward secrecy"). One construction serves both layers of this program:
+//
+//      agree(initiator, responder):
+//          the initiator sends 32 random bytes in an RSA-OAEP box for the responder's long-lived
+//          key, and both sides mix that secret with an ephemeral X25519 exchange:
+//
+//              prk = HKDF-Extract(salt = transcript hash, ikm = boxed secret || X25519 secret)
+//
+//          RSA says WHO can read. X25519 says that it is over when it is over.
+//
+// What goes wrong without care: a nonce that repeats under one key breaks AES-GCM completely (it
+// reveals the XOR of two messages, and lets anybody forge). So Nonce can only be made from a
+// counter, and the counters belong to the key.
+
+// Throws Error with OpenSSL's own reason unless `ok`. The queue of reasons is left empty.
+inline void require_openssl(bool ok, std::string_view what) {
+    if (ok) return;
+    unsigned long code = ::ERR_get_error();
+    const char* reason = code != 0 ? ::ERR_reason_error_string(code) : nullptr;
+    ::ERR_clear_error();
+    throw Error(concat(what, " failed", reason != nullptr ? ": " : "",
+                       reason != nullptr ? reason : "", "."));
+}
+
+namespace detail {
+
+template <auto Free>
+struct Freed {  // how a unique_ptr gives an OpenSSL object back
+    template <class T>
+    void operator()(T* object) const noexcept {
+        Free(object);
+    }
+};
+using PkeyPtr = std::unique_ptr<EVP_PKEY, Freed<EVP_PKEY_free>>;
+using PkeyContext = std::unique_ptr<EVP_PKEY_CTX, Freed<EVP_PKEY_CTX_free>>;
+using DigestContext = std::unique_ptr<EVP_MD_CTX, Freed<EVP_MD_CTX_free>>;
+using CipherContext = std::unique_ptr<EVP_CIPHER_CTX, Freed<EVP_CIPHER_CTX_free>>;
+using KdfPtr = std::unique_ptr<EVP_KDF, Freed<EVP_KDF_free>>;
+using KdfContext = std::unique_ptr<EVP_KDF_CTX, Freed<EVP_KDF_CTX_free>>;
+using BioPtr = std::unique_ptr<BIO, Freed<BIO_free_all>>;
+using Pkcs8Ptr = std::unique_ptr<PKCS8_PRIV_KEY_INFO, Freed<PKCS8_PRIV_KEY_INFO_free>>;
+using X509SigPtr = std::unique_ptr<X509_SIG, Freed<X509_SIG_free>>;
+using BignumPtr = std::unique_ptr<BIGNUM, Freed<BN_free>>;
+
+// OpenSSL's parameters are lists of (name, pointer). They only read what these two point to, but
+// their type is not const.
+inline OSSL_PARAM text_param(const char* name, const char* value) {
+    return ::OSSL_PARAM_construct_utf8_string(name, const_cast<char*>(value), 0);
+}
+inline OSSL_PARAM bytes_param(const char* name, ByteView value) {
+    static constexpr std::uint8_t nothing = 0;  // a null pointer would be an error
+    const std::uint8_t* data = value.empty() ? &nothing : value.data();
+    return ::OSSL_PARAM_construct_octet_string(name, const_cast<std::uint8_t*>(data), value.size());
+}
+
+}  // namespace detail
+
+// ---- Randomness and hashes ----------------------------------------------------------------------
+
+// Unpredictable bytes from the system's generator, seeded and reseeded by OpenSSL.
+inline void fill_random(ByteSpan bytes) {
+    require_openssl(::RAND_priv_bytes(bytes.data(), static_cast<int>(bytes.size())) == 1,
+                    "Drawing random bytes");
+}
+template <std::size_t N>
+Secret<N> random_secret() {
+    Secret<N> secret;
+    fill_random(secret.span());
+    return secret;
+}
+inline Bytes random_bytes(std::size_t size) {
+    Bytes bytes(size);
+    fill_random(bytes);
+    return bytes;
+}
+
+template <class... Part>
+Digest sha256(const Part&... part) {  // of all parts, one after the other
+    detail::DigestContext context(::EVP_MD_CTX_new());
+    Digest digest{};
+    bool ok = ::EVP_DigestInit_ex2(context.get(), ::EVP_sha256(), nullptr) == 1;
+    auto update = [&](ByteView bytes) {
+        ok = ok && ::EVP_DigestUpdate(context.get(), bytes.data(), bytes.size()) == 1;
+    };
+    (update(ByteView(part)), ...);
+    require_openssl(ok && ::EVP_DigestFinal_ex(context.get(), digest.data(), nullptr) == 1,
+                    "SHA-256");
+    return digest;
+}
+
+// HMAC-SHA256 (RFC 2104).
+inline void hmac_sha256(ByteView key, ByteView message, ByteSpan out32) {
+    require_openssl(::HMAC(::EVP_sha256(), key.data(), static_cast<int>(key.size()), message.data(),
+                           message.size(), out32.data(), nullptr) != nullptr,
+                    "HMAC");
+}
+
+// ---- HKDF: one secret becomes many keys (RFC 5869) ----------------------------------------------
+
+namespace detail {
+inline void hkdf(int mode, ByteView key, ByteView salt, ByteView info, ByteSpan out) {
+    KdfPtr kdf(::EVP_KDF_fetch(nullptr, "HKDF", nullptr));
+    KdfContext context(::EVP_KDF_CTX_new(kdf.get()));
+    std::array<OSSL_PARAM, 6> params{::OSSL_PARAM_construct_int(OSSL_KDF_PARAM_MODE, &mode),
+                                     text_param(OSSL_KDF_PARAM_DIGEST, "SHA256"),
+                                     bytes_param(OSSL_KDF_PARAM_KEY, key),
+                                     mode == EVP_KDF_HKDF_MODE_EXTRACT_ONLY
+                                         ? bytes_param(OSSL_KDF_PARAM_SALT, salt)
+                                         : bytes_param(OSSL_KDF_PARAM_INFO, info),
+                                     ::OSSL_PARAM_construct_end(),
+                                     ::OSSL_PARAM_construct_end()};
+    require_openssl(::EVP_KDF_derive(context.get(), out.data(), out.size(), params.data()) == 1,
+                    "HKDF");
+}
+}  // namespace detail
+
+// Concentrates the entropy of `ikm` into a pseudorandom key. The salt need not be secret; here it
+// is the hash of everything that was said, so that whoever changed a byte gets another key.
+inline Secret<32> hkdf_extract(ByteView salt, ByteView ikm) {
+    Secret<32> prk;
+    detail::hkdf(EVP_KDF_HKDF_MODE_EXTRACT_ONLY, ikm, salt, {}, prk.span());
+    return prk;
+}
+// Derives a key for one purpose, named by `label`. Keys with different labels tell nothing about
+// each other.
+inline Secret<32> hkdf_expand(const Secret<32>& prk, std::string_view label) {
+    Secret<32> key;
+    detail::hkdf(EVP_KDF_HKDF_MODE_EXPAND_ONLY, prk.view(), {}, as_bytes(label), key.span());
+    return key;
+}
+
+// The construction of the chapter's introduction: both long-lived and ephemeral secret, bound to
+// the transcript.
+inline Secret<32> agree(ByteView transcript, const Secret<32>& boxed, const Secret<32>& ephemeral) {
+    Secret<64> ikm;
+    std::copy(boxed.view().begin(), boxed.view().end(), ikm.span().begin());
+    std::copy(ephemeral.view().begin(), ephemeral.view().end(), ikm.span().begin() + 32);
+    return hkdf_extract(transcript, ikm.view());
+}
+
+// PBKDF2-HMAC-SHA256 (RFC 8018): a slow hash for passwords. Blocks: about 0.25 s for 600,000
+// iterations. That is its purpose: an attacker who tries a billion passwords pays for each.
+inline Secret<32> pbkdf2_sha256(ByteView password, ByteView salt, std::uint32_t iterations) {
+    Secret<32> out;
+    require_openssl(::PKCS5_PBKDF2_HMAC(as_text(password).data(), static_cast<int>(password.size()),
+                                        salt.data(), static_cast<int>(salt.size()),
+                                        static_cast<int>(iterations), ::EVP_sha256(), 32,
+                                        out.span().data()) == 1,
+                    "PBKDF2");
+    return out;
+}
+
+// ---- Fingerprints -------------------------------------------------------------------------------
+
+// The SHA-256 of a public key's SPKI (its standard encoding, RFC 5280 section 4.1.2.7). Short
+// enough to compare, printed like OpenSSH does: "SHA256:" and base64 without padding. To compute
+// it with other tools:
+//      openssl pkey -pubin -in server_public.pem -outform DER |
+//          openssl dgst -sha256 -binary | base64
+struct Fingerprint {
+    Digest digest{};
+
+    std::string text() const {
+        std::string base64 = to_base64(digest);
+        return concat("SHA256:", base64.substr(0, base64.find('=')));
+    }
+    // Throws Error.
+    static Fingerprint parse(std::string_view text) {
+        constexpr std::string_view prefix = "SHA256:";
+        Bytes bytes;
+        if (text.starts_with(prefix) && text.size() == prefix.size() + 43 && !text.ends_with('='))
+            bytes = from_base64(concat(text.substr(prefix.size()), "="));
+        if (bytes.size() != 32)
+            throw Error(concat("\"", visible(text.substr(0, 80)),
+                               "\" is no fingerprint: that is SHA256: and 43 characters, as the "
+                               "server prints it."));
+        Fingerprint fingerprint;
+        std::copy(bytes.begin(), bytes.end(), fingerprint.digest.begin());
+        return fingerprint;
+    }
+    friend bool operator==(const Fingerprint&, const Fingerprint&) = default;
+};
+
+// ---- RSA ----------------------------------------------------------------------------------------
+
+inline constexpr int min_rsa_bits = 2048;  // below: broken or close to it (NIST SP 800-57)
+inline constexpr int max_rsa_bits = 4096;  // above: a stranger's key could cost us real time
+inline constexpr int default_rsa_bits = 3072;
+inline constexpr std::size_t max_rsa_bytes = max_rsa_bits / 8;
+inline constexpr std::size_t max_key_file_bytes = 64 * 1024;
+
+namespace detail {
+
+// A key that we are willing to compute with. A public exponent is usually 65537; the bound keeps
+// a stranger from choosing one that makes the "cheap" public operation expensive (and FIPS 186-5
+// asks for more than 2^16).
+inline void require_usable_rsa(const PkeyPtr& key, std::string_view what) {
+    if (key == nullptr || ::EVP_PKEY_is_a(key.get(), "RSA") != 1) {
+        ::ERR_clear_error();
+        throw Error(concat(what, " holds no RSA key."));
+    }
+    int bits = ::EVP_PKEY_get_bits(key.get());
+    if (bits < min_rsa_bits || bits > max_rsa_bits)
+        throw Error(concat(what, " holds an RSA key of ", bits, " bits; ", min_rsa_bits, " to ",
+                           max_rsa_bits, " are accepted."));
+    auto number = [&](const char* name) {
+        BIGNUM* raw = nullptr;
+        ::EVP_PKEY_get_bn_param(key.get(), name, &raw);
+        return BignumPtr(raw);
+    };
+    BignumPtr modulus = number(OSSL_PKEY_PARAM_RSA_N), exponent = number(OSSL_PKEY_PARAM_RSA_E);
+    if (modulus == nullptr || ::BN_is_odd(modulus.get()) != 1)
+        throw Error(concat(what, " holds an RSA key with an impossible modulus."));
+    if (exponent == nullptr || ::BN_is_odd(exponent.get()) != 1 ||
+        ::BN_num_bits(exponent.get()) < 17 || ::BN_num_bits(exponent.get()) > 32)
+        throw Error(concat(what, " holds an RSA key with an unusual public exponent."));
+}
+
+// OAEP with SHA-256 (RFC 8017 section 7.1). The label is authenticated with the box: a box that
+// was made for one handshake does not open in another.
+inline std::array<OSSL_PARAM, 5> oaep_params(ByteView label) {
+    return {text_param(OSSL_ASYM_CIPHER_PARAM_PAD_MODE, OSSL_PKEY_RSA_PAD_MODE_OAEP),
+            text_param(OSSL_ASYM_CIPHER_PARAM_OAEP_DIGEST, "SHA256"),
+            text_param(OSSL_ASYM_CIPHER_PARAM_MGF1_DIGEST, "SHA256"),
+            bytes_param(OSSL_ASYM_CIPHER_PARAM_OAEP_LABEL, label), ::OSSL_PARAM_construct_end()};
+}
+// PSS with SHA-256 and a salt of 32 bytes (RFC 8017 section 8.1).
+inline std::array<OSSL_PARAM, 4> pss_params() {
+    return {text_param(OSSL_SIGNATURE_PARAM_PAD_MODE, OSSL_PKEY_RSA_PAD_MODE_PSS),
+            text_param(OSSL_SIGNATURE_PARAM_PSS_SALTLEN, OSSL_PKEY_RSA_PSS_SALT_LEN_DIGEST),
+            text_param(OSSL_SIGNATURE_PARAM_MGF1_DIGEST, "SHA256"), ::OSSL_PARAM_construct_end()};
+}
+
+inline BioPtr memory_bio(ByteView content) {
+    return BioPtr(::BIO_new_mem_buf(content.data(), static_cast<int>(content.size())));
+}
+inline SecretBytes bio_content(const BioPtr& bio) {
+    char* data = nullptr;
+    long size = ::BIO_get_mem_data(bio.get(), &data);
+    return SecretBytes(data, data + size);
+}
+
+}  // namespace detail
+
+class RsaPublicKey {
+  public:
+    // From SPKI, DER. Throws Error if it is no RSA key that we accept, or if bytes follow it.
+    static RsaPublicKey from_der(ByteView der, std::string_view what = "A public key") {
+        const unsigned char* cursor = der.data();
+        detail::PkeyPtr key(::d2i_PUBKEY(nullptr, &cursor, static_cast<long>(der.size())));
+        detail::require_usable_rsa(key, what);
+        if (cursor != der.data() + der.size()) throw Error(concat(what, " has bytes behind it."));
+        return RsaPublicKey(std::move(key));
+    }
+    static RsaPublicKey from_pem(ByteView pem, std::string_view what) {
+        detail::BioPtr bio = detail::memory_bio(pem);
+        detail::PkeyPtr key(::PEM_read_bio_PUBKEY(bio.get(), nullptr, nullptr, nullptr));
+        detail::require_usable_rsa(key, what);
+        return RsaPublicKey(std::move(key));
+    }
+    explicit RsaPublicKey(detail::PkeyPtr key) : key_(std::move(key)) {
+        unsigned char* out = nullptr;
+        int size = ::i2d_PUBKEY(key_.get(), &out);
+        require_openssl(size > 0, "Encoding a public key");
+        der_.assign(out, out + size);
+        ::OPENSSL_free(out);
+    }
+
+    const Bytes& der() const { return der_; }
+    Fingerprint fingerprint() const { return {sha256(der_)}; }
+    std::size_t box_bytes() const {
+        return static_cast<std::size_t>(::EVP_PKEY_get_size(key_.get()));
+    }
+
+    std::string pem() const {
+        detail::BioPtr bio(::BIO_new(::BIO_s_mem()));
+        require_openssl(::PEM_write_bio_PUBKEY(bio.get(), key_.get()) == 1,
+                        "Encoding a public key");
+        return to_string(detail::bio_content(bio));
+    }
+
+    // RSA-OAEP: a box that only the private key opens; box_bytes() long.
+    Bytes encrypt(const Secret<32>& secret, ByteView label) const {
+        auto params = detail::oaep_params(label);
+        detail::PkeyContext context(::EVP_PKEY_CTX_new(key_.get(), nullptr));
+        Bytes box(box_bytes());
+        std::size_t size = box.size();
+        require_openssl(
+            ::EVP_PKEY_encrypt_init_ex(context.get(), params.data()) == 1 &&
+                ::EVP_PKEY_encrypt(context.get(), box.data(), &size, secret.view().data(), 32) == 1,
+            "RSA encryption");
+        return box;
+    }
+
+    // RSA-PSS: true if `signature` was made over `message` by the private key.
+    bool verify(ByteView message, ByteView signature) const {
+        auto params = detail::pss_params();
+        detail::DigestContext context(::EVP_MD_CTX_new());
+        bool good = ::EVP_DigestVerifyInit_ex(context.get(), nullptr, "SHA256", nullptr, nullptr,
+                                              key_.get(), params.data()) == 1 &&
+                    ::EVP_DigestVerify(context.get(), signature.data(), signature.size(),
+                                       message.data(), message.size()) == 1;
+        ::ERR_clear_error();
+        return good;
+    }
+
+  private:
+    detail::PkeyPtr key_;
+    Bytes der_;
+};
+
+class RsaPrivateKey {
+  public:
+    // Blocks: finding two primes takes from 0.1 to some seconds for 3072 bits.
+    static RsaPrivateKey generate(int bits) {
+        detail::PkeyPtr key(::EVP_RSA_gen(static_cast<unsigned>(bits)));
+        require_openssl(key != nullptr, "Making an RSA key");
+        return RsaPrivateKey(std::move(key));
+    }
+
+    // Reads a PEM file: PKCS#8, encrypted with `passphrase` unless that is empty. Nothing if there
+    // is no such file; throws Error if it does not open.
+    static std::optional<RsaPrivateKey> load(const std::filesystem::path& path,
+                                             ByteView passphrase) {
+        std::optional<SecretBytes> pem = read_file(path, max_key_file_bytes);
+        if (!pem) return std::nullopt;
+        detail::BioPtr bio = detail::memory_bio(*pem);
+        detail::PkeyPtr key(
+            ::PEM_read_bio_PrivateKey(bio.get(), nullptr, &give_passphrase, &passphrase));
+        ::ERR_clear_error();
+        if (key == nullptr)
+            throw Error(concat(path.string(), " is no private key that opens",
+                               passphrase.empty() ? "." : " with this password."));
+        detail::require_usable_rsa(key, path.string());
+        return RsaPrivateKey(std::move(key));
+    }
+
+    // Writes the same, mode 0600. The passphrase goes through PBKDF2 with `iterations` and
+    // encrypts with AES-256-CBC, the most that `openssl pkey` of every age can read (PBES2, RFC
+    // 8018). OpenSSL's default of 2,048 iterations is from another time.
+    void save(const std::filesystem::path& path, ByteView passphrase,
+              std::uint32_t iterations) const {
+        detail::Pkcs8Ptr plain(::EVP_PKEY2PKCS8(key_.get()));
+        require_openssl(plain != nullptr, "Encoding a private key");
+        detail::BioPtr bio(::BIO_new(::BIO_s_secmem()));
+        if (passphrase.empty()) {
+            require_openssl(::PEM_write_bio_PKCS8_PRIV_KEY_INFO(bio.get(), plain.get()) == 1,
+                            "Encoding a private key");
+        } else {
+            detail::X509SigPtr sealed(
+                ::PKCS8_encrypt(-1, ::EVP_aes_256_cbc(), as_text(passphrase).data(),
+                                static_cast<int>(passphrase.size()), nullptr, 0,
+                                static_cast<int>(iterations), plain.get()));
+            require_openssl(
+                sealed != nullptr && ::PEM_write_bio_PKCS8(bio.get(), sealed.get()) == 1,
+                "Encrypting a private key");
+        }
+        write_file(path, detail::bio_content(bio), FileMode::owner_only);
+    }
+
+    const RsaPublicKey& public_key() const { return public_; }
+
+    // Opens an RSA-OAEP box with 32 bytes in it; nothing if it does not open.
+    //
+    // Careful with "nothing": whoever can ask us many times whether a box opens can, with a
+    // padding oracle, open one that was not meant for them (Manger's attack on OAEP, 2001). Where
+    // strangers can ask, use decrypt_or_random.
+    std::optional<Secret<32>> decrypt(ByteView box, ByteView label) const {
+        Secret<32> secret;
+        if (!decrypt_into(box, label, secret)) return std::nullopt;
+        return secret;
+    }
+    // The same, and a random secret when the box does not open ("implicit rejection"): the
+    // conversation goes on and fails later, in the same way and at the same place for every cause.
+    Secret<32> decrypt_or_random(ByteView box, ByteView label) const {
+        Secret<32> random = random_secret<32>();
+        Secret<32> secret;
+        return decrypt_into(box, label, secret) ? std::move(secret) : std::move(random);
+    }
+
+    // RSA-PSS over the SHA-256 of `message`.
+    Bytes sign(ByteView message) const {
+        auto params = detail::pss_params();
+        detail::DigestContext context(::EVP_MD_CTX_new());
+        Bytes signature(public_.box_bytes());
+        std::size_t size = signature.size();
+        require_openssl(::EVP_DigestSignInit_ex(context.get(), nullptr, "SHA256", nullptr, nullptr,
+                                                key_.get(), params.data()) == 1 &&
+                            ::EVP_DigestSign(context.get(), signature.data(), &size, message.data(),
+                                             message.size()) == 1,
+                        "RSA signing");
+        return signature;
+    }
+
+    // A secret that only the holder of this key knows, for one purpose.
+    Secret<32> derived_secret(std::string_view label) const {
+        detail::Pkcs8Ptr plain(::EVP_PKEY2PKCS8(key_.get()));
+        detail::BioPtr bio(::BIO_new(::BIO_s_secmem()));
+        require_openssl(
+            plain != nullptr && ::i2d_PKCS8_PRIV_KEY_INFO_bio(bio.get(), plain.get()) == 1,
+            "Encoding a private key");
+        return hkdf_expand(hkdf_extract({}, detail::bio_content(bio)), label);
+    }
+
+  private:
+    explicit RsaPrivateKey(detail::PkeyPtr key)
+        : key_(std::move(key)), public_(RsaPublicKey(detail::PkeyPtr(share(key_.get())))) {}
+
+    static EVP_PKEY* share(EVP_PKEY* key) {  // OpenSSL counts references itself
+        ::EVP_PKEY_up_ref(key);
+        return key;
+    }
+    static int give_passphrase(char* buffer, int size, int, void* passphrase) {
+        ByteView bytes = *static_cast<const ByteView*>(passphrase);
+        if (bytes.size() > static_cast<std::size_t>(size)) return -1;
+        std::copy(bytes.begin(), bytes.end(), buffer);
+        return static_cast<int>(bytes.size());
+    }
+    bool decrypt_into(ByteView box, ByteView label, Secret<32>& secret) const {
+        auto params = detail::oaep_params(label);
+        detail::PkeyContext context(::EVP_PKEY_CTX_new(key_.get(), nullptr));
+        Secret<max_rsa_bytes> opened;  // OpenSSL wants room for a whole block
+        std::size_t size = max_rsa_bytes;
+        bool ok = ::EVP_PKEY_decrypt_init_ex(context.get(), params.data()) == 1 &&
+                  ::EVP_PKEY_decrypt(context.get(), opened.span().data(), &size, box.data(),
+                                     box.size()) == 1 &&
+                  size == 32;
+        ::ERR_clear_error();
+        if (ok) secret = Secret<32>(opened.view().first(32));
+        return ok;
+    }
+
+    detail::PkeyPtr key_;
+    RsaPublicKey public_;
+};
+
+// ---- X25519 (RFC 7748) --------------------------------------------------------------------------
+
+using X25519Public = std::array<std::uint8_t, 32>;
+
+// One side of an ephemeral exchange. The private half exists only inside this object.
+class X25519Key {
+  public:
+    static X25519Key generate() {
+        return X25519Key(detail::PkeyPtr(::EVP_PKEY_Q_keygen(nullptr, nullptr, "X25519")));
+    }
+    static X25519Key from_private(const Secret<32>& scalar) {
+        return X25519Key(detail::PkeyPtr(
+            ::EVP_PKEY_new_raw_private_key(EVP_PKEY_X25519, nullptr, scalar.view().data(), 32)));
+    }
+
+    const X25519Public& public_key() const { return public_; }
+
+    // The secret that both sides get from the other's public key. Throws ProtocolError for the few
+    // public keys that would make it zero, whoever's turn it is (RFC 7748 section 6.1).
+    Secret<32> shared_secret(const X25519Public& other) const {
+        detail::PkeyPtr peer(
+            ::EVP_PKEY_new_raw_public_key(EVP_PKEY_X25519, nullptr, other.data(), other.size()));
+        detail::PkeyContext context(::EVP_PKEY_CTX_new(key_.get(), nullptr));
+        Secret<32> secret;
+        std::size_t size = 32;
+        bool ok = peer != nullptr && ::EVP_PKEY_derive_init(context.get()) == 1 &&
+                  ::EVP_PKEY_derive_set_peer(context.get(), peer.get()) == 1 &&
+                  ::EVP_PKEY_derive(context.get(), secret.span().data(), &size) == 1;
+        ::ERR_clear_error();
+        if (!ok) throw ProtocolError("Received an X25519 key that cannot be used.");
+        return secret;
+    }
+
+  private:
+    explicit X25519Key(detail::PkeyPtr key) : key_(std::move(key)) {
+        std::size_t size = public_.size();
+        require_openssl(key_ != nullptr &&
+                            ::EVP_PKEY_get_raw_public_key(key_.get(), public_.data(), &size) == 1,
+                        "Making an X25519 key");
+    }
+    detail::PkeyPtr key_;
+    X25519Public public_{};
+};
+
+// ---- AES-256-GCM (NIST SP 800-38D) --------------------------------------------------------------
+
+inline constexpr std::size_t gcm_tag_bytes = 16;
+
+// 96 bits that must never be used twice with one key. Ours are counters: 0 (u32) || number (u64).
+class Nonce {
+  public:
+    explicit Nonce(std::uint64_t number) {
+        for (std::size_t i = 0; i < 8; ++i)
+            bytes_[11 - i] = static_cast<std::uint8_t>(number >> (8 * i));
+    }
+    const std::uint8_t* data() const { return bytes_.data(); }
+
+  private:
+    std::array<std::uint8_t, 12> bytes_{};
+};
+
+// Both directions of the cipher keep one OpenSSL context for all messages: setting up the key
+// schedule is the expensive part, a new nonce is cheap.
+class GcmSealer {
+  public:
+    explicit GcmSealer(const Secret<32>& key) : context_(::EVP_CIPHER_CTX_new()) {
+        require_openssl(::EVP_EncryptInit_ex2(context_.get(), ::EVP_aes_256_gcm(),
+                                              key.view().data(), nullptr, nullptr) == 1,
+                        "AES-256-GCM");
+    }
+    // Encrypts `text` in place and writes the tag. `aad` is authenticated and not encrypted.
+    void seal(const Nonce& nonce, ByteView aad, ByteSpan text, std::span<std::uint8_t, 16> tag) {
+        EVP_CIPHER_CTX* c = context_.get();
+        int size = 0;
+        bool ok = ::EVP_EncryptInit_ex2(c, nullptr, nullptr, nonce.data(), nullptr) == 1 &&
+                  (aad.empty() || ::EVP_EncryptUpdate(c, nullptr, &size, aad.data(),
+                                                      static_cast<int>(aad.size())) == 1) &&
+                  (text.empty() || ::EVP_EncryptUpdate(c, text.data(), &size, text.data(),
+                                                       static_cast<int>(text.size())) == 1) &&
+                  ::EVP_EncryptFinal_ex(c, nullptr, &size) == 1 &&
+                  ::EVP_CIPHER_CTX_ctrl(c, EVP_CTRL_AEAD_GET_TAG, 16, tag.data()) == 1;
+        require_openssl(ok, "AES-256-GCM");
+    }
+
+  private:
+    detail::CipherContext context_;
+};
+
+class GcmOpener {
+  public:
+    explicit GcmOpener(const Secret<32>& key) : context_(::EVP_CIPHER_CTX_new()) {
+        require_openssl(::EVP_DecryptInit_ex2(context_.get(), ::EVP_aes_256_gcm(),
+                                              key.view().data(), nullptr, nullptr) == 1,
+                        "AES-256-GCM");
+    }
+    // Decrypts `sealed` (ciphertext and tag) in place and returns the plaintext inside it; nothing
+    // if it was not sealed with this key, nonce and aad. What is in `sealed` is then garbage.
+    [[nodiscard]] std::optional<ByteSpan> open(const Nonce& nonce, ByteView aad, ByteSpan sealed) {
+        if (sealed.size() < gcm_tag_bytes) return std::nullopt;
+        ByteSpan text = sealed.first(sealed.size() - gcm_tag_bytes);
+        EVP_CIPHER_CTX* c = context_.get();
+        int size = 0;
+        bool ok =
+            ::EVP_DecryptInit_ex2(c, nullptr, nullptr, nonce.data(), nullptr) == 1 &&
+            (aad.empty() || ::EVP_DecryptUpdate(c, nullptr, &size, aad.data(),
+                                                static_cast<int>(aad.size())) == 1) &&
+            (text.empty() || ::EVP_DecryptUpdate(c, text.data(), &size, text.data(),
+                                                 static_cast<int>(text.size())) == 1) &&
+            ::EVP_CIPHER_CTX_ctrl(c, EVP_CTRL_AEAD_SET_TAG, 16, sealed.data() + text.size()) == 1 &&
+            ::EVP_DecryptFinal_ex(c, nullptr, &size) == 1;
+        if (!ok) {
+            ::ERR_clear_error();
+            return std::nullopt;
+        }
+        return text;
+    }
+
+  private:
+    detail::CipherContext context_;
+};
+
+}  // namespace chatsecure
+
+#endif  // CHATSECURE_HPP
+
+// MIT License
+//
+// Copyright (c) 2026 The ChatSecure authors
+//
+// Permission is hereby granted, free of charge, to any person obtaining a copy of this software and
+// associated documentation files (the "Software"), to deal in the Software without restriction,
+// including without limitation the rights to use, copy, modify, merge, publish, distribute,
+// sublicense, and/or sell copies of the Software, and to permit persons to whom the Software is
+// furnished to do so, subject to the following conditions:
+//
+// The above copyright notice and this permission notice shall be included in all copies or
+// substantial portions of the Software.
+//
+// THE SOFTWARE IS PROVIDED "AS IS", WITHOUT WARRANTY OF ANY KIND, EXPRESS OR IMPLIED, INCLUDING BUT
+// NOT LIMITED TO THE WARRANTIES OF MERCHANTABILITY, FITNESS FOR A PARTICULAR PURPOSE AND
+// NONINFRINGEMENT. IN NO EVENT SHALL THE AUTHORS OR COPYRIGHT HOLDERS BE LIABLE FOR ANY CLAIM,
+// DAMAGES OR OTHER LIABILITY, WHETHER IN AN ACTION OF CONTRACT, TORT OR OTHERWISE, ARISING FROM,
+// OUT OF OR IN CONNECTION WITH THE SOFTWARE OR THE USE OR OTHER DEALINGS IN THE SOFTWARE.

@@ -1,0 +1,1579 @@
+// The tests of ChatSecure, in the order of the chapters: first the pieces, then server and client
+// in one process, then the attacks on the properties P1 to P12 of the design, then the real
+// programs as a user runs them.
+//
+//      ./tests                 runs all (./tests --help: doctest's flags, to choose some)
+//
+// Nothing here waits by sleeping, and no port is fixed. Keys are small (2048 bits) and passwords
+// are hashed a few times only: what is tested is that they are used, not that they are slow.
+
+#include "chatsecure.hpp"
+
+#define DOCTEST_CONFIG_IMPLEMENT
+#include <doctest/doctest.h>
+
+#include <cmath>
+#include <cstdio>
+#include <fstream>
+#include <iterator>
+#include <random>
+#include <typeinfo>
+
+#include <openssl/param_build.h>
+#include <spawn.h>
+#include <sys/ioctl.h>
+#include <sys/wait.h>
+
+using namespace chatsecure;
+
+namespace {
+
+// ---- Tools --------------------------------------------------------------------------------------
+
+constexpr Milliseconds long_enough{20'000};  // for whatever must happen: only failures wait for it
+
+// A fresh private directory, removed with everything in it.
+struct TempDir {
+    std::filesystem::path path;
+    TempDir() {
+        std::string name = (std::filesystem::temp_directory_path() / "chatsecure-XXXXXX").string();
+        if (::mkdtemp(name.data()) == nullptr) throw Error("Cannot make a temporary directory.");
+        path = name;
+    }
+    TempDir(const TempDir&) = delete;
+    TempDir& operator=(const TempDir&) = delete;
+    ~TempDir() {
+        std::error_code ignored;
+        std::filesystem::remove_all(path, ignored);
+    }
+};
+
+// RSA keys are expensive to make: three serve all tests. n = 0, 1, 2.
+const RsaPrivateKey& test_key(int n) {
+    static const std::array<RsaPrivateKey, 3> keys{RsaPrivateKey::generate(2048),
+                                                   RsaPrivateKey::generate(2048),
+                                                   RsaPrivateKey::generate(2048)};
+    return keys.at(static_cast<std::size_t>(n));
+}
+
+// What a command prints. Throws if it fails.
+std::string shell(const std::string& command) {
+    FILE* pipe = ::popen(command.c_str(), "r");
+    if (pipe == nullptr) throw Error("popen failed.");
+    std::string output;
+    for (int c; (c = std::fgetc(pipe)) != EOF;) output += static_cast<char>(c);
+    if (::pclose(pipe) != 0) throw Error("This command failed: " + command);
+    return output;
+}
+
+// Two ends of one TCP connection over loopback.
+std::pair<Socket, Socket> socket_pair() {
+    Listener listener("127.0.0.1", 0);
+    Waker never;
+    Socket first = connect_to("127.0.0.1", listener.port(), Milliseconds(5000), never);
+    return {std::move(first), std::move(listener.accept(never)->socket)};
+}
+
+}  // namespace
+
+// =================================================================================================
+//  Chapters 1 to 8: every part of the header by itself
+// =================================================================================================
+
+namespace {
+
+// The sentence of the error that a function throws; empty if it throws none. What is no Error
+// passes through, and fails the test.
+template <class F>
+std::string complaint(F function) {
+    try {
+        function();
+    } catch (const Error& e) {
+        return e.what();
+    }
+    return "";
+}
+// The same, and it must be exactly this kind of error.
+template <class Kind, class F>
+bool throws(F function) {
+    try {
+        function();
+    } catch (const Kind& e) {
+        return typeid(e) == typeid(Kind);
+    }
+    return false;
+}
+
+bool contains(std::string_view text, std::string_view part) { return text.find(part) != text.npos; }
+
+void write_text(const std::filesystem::path& path, std::string_view text) {
+    std::ofstream(path, std::ios::binary) << text;
+}
+std::string read_text(const std::filesystem::path& path) {
+    std::ifstream in(path, std::ios::binary);
+    return std::string(std::istreambuf_iterator<char>(in), {});
+}
+std::filesystem::perms mode_of(const std::filesystem::path& path) {
+    return std::filesystem::status(path).permissions() & std::filesystem::perms::mask;
+}
+constexpr auto owner_read_write =
+    std::filesystem::perms::owner_read | std::filesystem::perms::owner_write;
+
+Secret<32> secret_of(std::uint8_t fill) { return Secret<32>(Bytes(32, fill)); }
+std::string hex_of(const Secret<32>& secret) { return to_hex(secret.view()); }
+Bytes bytes_of(std::string_view text) { return to_bytes(as_bytes(text)); }
+
+}  // namespace
+
+// ---- Chapter 1. Bytes ---------------------------------------------------------------------------
+
+namespace {
+
+enum class Colour : std::uint16_t { blue = 0x0b1e };
+
+struct Sample {  // a field of every kind
+    std::uint8_t one = 0;
+    std::uint16_t two = 0;
+    std::uint32_t four = 0;
+    std::uint64_t eight = 0;
+    Colour colour{};
+    std::string text;
+    Bytes blob;
+    std::array<std::uint8_t, 3> fixed{};
+    static void fields(auto& self, auto& io) {
+        io(self.one, self.two, self.four, self.eight, self.colour, self.text, self.blob,
+           self.fixed);
+    }
+};
+
+const Sample sample{0x01,         0x0203, 0x04050607, 0x08090a0b0c0d0e0f,
+                    Colour::blue, "hi\n", {0xff, 0},  {7, 8, 9}};
+
+constexpr std::string_view sample_hex =
+    "01"
+    "0203"
+    "04050607"
+    "08090a0b0c0d0e0f"
+    "0b1e"
+    "000368690a"
+    "00000002ff00"
+    "070809";
+
+}  // namespace
+
+TEST_CASE("chapter 1: numbers are big-endian, texts and blobs come behind their length") {
+    CHECK(to_hex(encode(sample)) == sample_hex);
+}
+
+TEST_CASE("chapter 1: every kind of field comes back as it was written") {
+    Sample back = decode<Sample>(encode(sample), "a sample");
+    CHECK(back.one == sample.one);
+    CHECK(back.two == sample.two);
+    CHECK(back.four == sample.four);
+    CHECK(back.eight == sample.eight);
+    CHECK(back.colour == sample.colour);
+    CHECK(back.text == sample.text);
+    CHECK(back.blob == sample.blob);
+    CHECK(back.fixed == sample.fixed);
+}
+
+TEST_CASE("chapter 1: a reader refuses what is cut short, at every length") {
+    Bytes whole = encode(sample);
+    for (std::size_t size = 0; size < whole.size(); ++size) {
+        CAPTURE(size);
+        Bytes cut(whole.begin(), whole.begin() + static_cast<std::ptrdiff_t>(size));
+        CHECK_THROWS_WITH_AS(decode<Sample>(cut, "a sample"),
+                             "Received a sample that is cut short.", ProtocolError);
+    }
+}
+
+TEST_CASE("chapter 1: a reader refuses bytes behind the end") {
+    Bytes longer = encode(sample);
+    longer.push_back(0);
+    CHECK_THROWS_WITH_AS(decode<Sample>(longer, "a sample"),
+                         "Received a sample with 1 bytes too many.", ProtocolError);
+}
+
+TEST_CASE("chapter 1: a length is a claim: 4 GiB that are not there are not allocated") {
+    Bytes claim = from_hex("ffffffff");
+    Bytes blob;
+    CHECK_THROWS_AS(Reader(claim, "a blob")(blob), ProtocolError);
+    CHECK(blob.capacity() == 0);
+}
+
+TEST_CASE("chapter 1: a text field holds 65535 bytes and not one more") {
+    Bytes out;
+    append_fields(out, std::string(65535, 'x'));
+    CHECK(out.size() == 2 + 65535);
+    CHECK_THROWS_AS(append_fields(out, std::string(65536, 'x')), Error);
+}
+
+TEST_CASE("chapter 1: hexadecimal there and back") {
+    Bytes bytes{0x00, 0x01, 0x7f, 0x80, 0xff};
+    CHECK(to_hex(bytes) == "00017f80ff");
+    CHECK(from_hex("00017f80ff") == bytes);
+    CHECK(from_hex("00017F80FF") == bytes);
+    CHECK(from_hex("") == Bytes{});
+    for (std::string_view bad : {"0", "0g", "g0", "0x", " 1", "+1", "-1", "1 ", "00 1"}) {
+        CAPTURE(bad);
+        CHECK(throws<Error>([&] { from_hex(bad); }));
+    }
+}
+
+TEST_CASE("chapter 1: base64, the vectors of RFC 4648 section 10") {
+    const std::pair<std::string_view, std::string_view> vectors[]{{"", ""},
+                                                                  {"f", "Zg=="},
+                                                                  {"fo", "Zm8="},
+                                                                  {"foo", "Zm9v"},
+                                                                  {"foob", "Zm9vYg=="},
+                                                                  {"fooba", "Zm9vYmE="},
+                                                                  {"foobar", "Zm9vYmFy"}};
+    for (auto [plain, text] : vectors) {
+        CHECK(to_base64(as_bytes(plain)) == text);
+        CHECK(as_text(from_base64(text)) == plain);
+    }
+}
+
+TEST_CASE("chapter 1: base64 of every length and byte comes back") {
+    Bytes bytes;
+    for (unsigned i = 0; i <= 256; ++i) {
+        CHECK(from_base64(to_base64(bytes)) == bytes);
+        bytes.push_back(static_cast<std::uint8_t>(i * 37));
+    }
+}
+
+TEST_CASE("chapter 1: base64 is strict: a value has one text") {
+    using namespace std::string_view_literals;
+    const std::string_view bad_texts[]{
+        "Zg",    "Zg=",   "Z",      "Zm8",      "Zm9vY",                   // padding missing
+        "Zg===", "Zm9v=", "Zm9v==", "Zm9v====", "=",        "==",          // too much of it
+        "====",  "Z===",  "=Zg=",   "Zg=v",     "Zg==Zg==",                // in a wrong place
+        "Zh==",  "Zm9=",  "Zn==",                                          // unused bits set
+        " Zm9v", "Zm9v ", "Zm9v\n", "Zm\n9v",   "Zm 9",     "    ", "\n",  // white space
+        "Zm9-",  "Zm9_",  "Zm9*",   "Zm9\xff",  "Zm9\0"sv,                 // no digits
+    };
+    for (std::string_view bad : bad_texts) {
+        CAPTURE(bad);
+        CHECK(throws<Error>([&] { from_base64(bad); }));
+    }
+}
+
+TEST_CASE("chapter 1: comparing in constant time compares") {
+    Bytes a{1, 2, 3}, other_end{1, 2, 4}, shorter{1, 2};
+    CHECK(equal_in_constant_time(a, Bytes{1, 2, 3}));
+    CHECK_FALSE(equal_in_constant_time(a, other_end));
+    CHECK_FALSE(equal_in_constant_time(a, shorter));
+    CHECK(equal_in_constant_time({}, {}));
+}
+
+TEST_CASE("chapter 1: a secret that moves leaves nothing behind") {
+    const Bytes zeros(32, 0), sevens(32, 7);
+    Secret<32> first = secret_of(7);
+    Secret<32> second = std::move(first);
+    CHECK(to_bytes(first.view()) == zeros);
+    CHECK(to_bytes(second.view()) == sevens);
+    Secret<32> third;
+    third = std::move(second);
+    CHECK(to_bytes(second.view()) == zeros);
+    CHECK(to_bytes(third.view()) == sevens);
+    static_assert(!std::is_copy_constructible_v<Secret<32>>);
+    static_assert(!std::is_copy_assignable_v<Secret<32>>);
+}
+
+TEST_CASE("chapter 1: a secret is wiped when it ends") {
+    alignas(Secret<32>) std::array<std::uint8_t, sizeof(Secret<32>)> memory;
+    auto* secret = new (memory.data()) Secret<32>(Bytes(32, 7));
+    CHECK(memory[31] == 7);
+    secret->~Secret();
+    CHECK(memory == std::array<std::uint8_t, sizeof(Secret<32>)>{});
+}
+
+TEST_CASE("chapter 1: a secret has its size") {
+    CHECK_THROWS_AS(Secret<32>(Bytes(31)), Error);
+    CHECK_THROWS_AS(Secret<32>(Bytes(33)), Error);
+}
+
+TEST_CASE("chapter 1: valid UTF-8 is counted, the first and last of each length") {
+    const std::pair<std::string_view, std::size_t> valid[]{
+        {"", 0},
+        {"A", 1},
+        {"\x7f", 1},
+        {"\xc2\x80", 1},
+        {"\xdf\xbf", 1},
+        {"\xe0\xa0\x80", 1},
+        {"\xed\x9f\xbf", 1},
+        {"\xee\x80\x80", 1},  // around the surrogates
+        {"\xef\xbf\xbf", 1},
+        {"\xf0\x90\x80\x80", 1},
+        {"\xf4\x8f\xbf\xbf", 1},  // U+10FFFF
+        {"Gr\xc3\xbc\xc3\x9f"
+         "e",
+         5},
+    };
+    for (const auto& vector : valid) {
+        CAPTURE(to_hex(as_bytes(vector.first)));
+        CHECK(utf8_length(vector.first) == vector.second);
+    }
+}
+
+TEST_CASE("chapter 1: invalid UTF-8 is refused") {
+    const std::string_view invalid[]{
+        "\x80",
+        "\xbf",
+        "\xfe",
+        "\xff",  // begin nothing
+        "\xc0\x80",
+        "\xc1\xbf",
+        "\xe0\x80\x80",
+        "\xe0\x9f\xbf",  // overlong
+        "\xf0\x80\x80\x80",
+        "\xf0\x8f\xbf\xbf",
+        "\xed\xa0\x80",
+        "\xed\xbf\xbf",  // surrogates
+        "\xf4\x90\x80\x80",
+        "\xf5\x80\x80\x80",
+        "\xf8\x88\x80\x80\x80",  // above U+10FFFF
+        "\xc2",
+        "\xe2\x82",
+        "\xf0\x9f\x92",  // cut short
+        "\xc2"
+        "A",
+        "\xe2\x82"
+        "A",
+        "\xf0\x9f\x92"
+        "A",  // not continued
+        "ok\xff",
+        "\xc3\xa9\xa9",
+    };
+    for (std::string_view text : invalid) {
+        CAPTURE(to_hex(as_bytes(text)));
+        CHECK(utf8_length(text) == std::nullopt);
+    }
+}
+
+TEST_CASE("chapter 1: an invalid byte is taken alone, and reading goes on behind it") {
+    std::string_view text =
+        "\xe2\x82"
+        "A";
+    CHECK(take_code_point(text) == invalid_code_point);
+    CHECK(take_code_point(text) == invalid_code_point);
+    CHECK(take_code_point(text) == U'A');
+    CHECK(text.empty());
+}
+
+TEST_CASE("chapter 1: what could drive a terminal becomes visible") {
+    using namespace std::string_view_literals;
+    const std::pair<std::string_view, std::string_view> cases[]{
+        {"\x1b[2J", "\\x1b[2J"},                     // ESC: clear the screen
+        {"\x1b]0;title\x07", "\\x1b]0;title\\x07"},  // rename the window
+        {"two\nlines", "two\\nlines"},               // a line that somebody else "said"
+        {"\rover", "\\x0dover"},                     // back to the begin of the line
+        {"a\tb", "a    b"},
+        {"a\0b"sv, "a\\x00b"},
+        {"\x7f", "\\x7f"},
+        {"\xc2\x80", "\\u0080"},
+        {"\xc2\x9b"
+         "2J",
+         "\\u009b2J"},
+        {"\xc2\x9f", "\\u009f"},  // C1
+        {"\x9b"
+         "2J",
+         "\\x9b2J"},                                // CSI as a bare byte is no UTF-8
+        {"\xe2\x80\xaetxt.exe", "\\u202etxt.exe"},  // right-to-left override
+        {"\xe2\x80\xaa", "\\u202a"},
+        {"\xe2\x81\xa6", "\\u2066"},
+        {"\xe2\x81\xa9", "\\u2069"},
+        {"\xe2\x80\xa8", "\\u2028"},
+        {"\xe2\x80\xa9", "\\u2029"},
+        {"\xff\xfe", "\\xff\\xfe"},
+    };
+    for (auto [text, shown] : cases) CHECK(visible(text) == shown);
+}
+
+TEST_CASE("chapter 1: what only draws stays as it is") {
+    for (std::string_view text :
+         {"", "plain text, with punctuation: \\ ' \" %",
+          "Gr\xc3\xbc\xc3\x9f"
+          "e",
+          "\xe6\x97\xa5\xe6\x9c\xac\xe8\xaa\x9e",          // Japanese
+          "\xd7\xa9\xd7\x9c\xd7\x95\xd7\x9d",              // Hebrew
+          "\xf0\x9f\x91\xa9\xe2\x80\x8d\xf0\x9f\x92\xbb",  // an emoji joined by ZWJ
+          "\xc2\xa0"})                                     // the first behind C1
+        CHECK(visible(text) == text);
+}
+
+TEST_CASE("chapter 1: no two bytes make visible() let anything through") {
+    for (unsigned pair = 0; pair <= 0xffff; ++pair) {
+        std::string text{static_cast<char>(pair >> 8), static_cast<char>(pair & 0xff)};
+        std::string shown = visible(text);
+        bool safe = true;
+        for (std::string_view left = shown; !left.empty();) {
+            char32_t point = take_code_point(left);
+            safe = safe && point != invalid_code_point && !drives_the_screen(point);
+        }
+        if (!safe) FAIL("visible() lets pass ", to_hex(as_bytes(text)));
+    }
+}
+
+TEST_CASE("chapter 1: user names are few characters, in lower case") {
+    for (std::string_view good : {"a", "0", "alice", "bob-2", "x_y.z", "7of9", "a..", "a-_."})
+        CHECK(is_valid_name(good));
+    CHECK(is_valid_name(std::string(32, 'a')));
+    CHECK_FALSE(is_valid_name(std::string(33, 'a')));
+    CHECK_FALSE(is_valid_name(std::string_view("a\0", 2)));
+    for (std::string_view bad :
+         {"", "Alice", ".hidden", "-flag", "_x", "a b", "a/b", "..", "a\n", "#a", "a:b",
+          "al\xc3\xad"
+          "ce",
+          "\xd0\xb0lice", "a$"}) {
+        CAPTURE(bad);
+        CHECK_FALSE(is_valid_name(bad));
+    }
+}
+
+TEST_CASE("chapter 1: names are folded to lower case before anything is done with them") {
+    CHECK(fold_name("Alice") == "alice");
+    CHECK(fold_name("BOB-2") == "bob-2");
+    CHECK(throws<Error>([] { fold_name(""); }));
+    // K (the Kelvin sign) folds to k in Unicode: here it is no letter at all.
+    CHECK(throws<Error>([] { fold_name("\xe2\x84\xaa"); }));
+    CHECK(
+        contains(complaint([] { fold_name("a\x1b[2J"); }), "\"a\\x1b[2J\" cannot be a user name"));
+}
+
+TEST_CASE("chapter 1: words of a line") {
+    CHECK(split_words(" a  b\tc \r\n") == std::vector<std::string>{"a", "b", "c"});
+    CHECK(split_words("  ").empty());
+}
+
+TEST_CASE("chapter 1: the time as RFC 3339 writes it, the same as `date` says") {
+    std::string before = shell("date -u +%Y-%m-%dT%H:%M:%SZ");
+    std::string now = rfc3339_now() + "\n";
+    std::string after = shell("date -u +%Y-%m-%dT%H:%M:%SZ");
+    CHECK(before <= now);  // texts of this form sort like the times that they mean
+    CHECK(now <= after);
+    CHECK(now.size() == before.size());
+}
+
+TEST_CASE("chapter 1: a file is written, replaced and read, and leaves nothing beside it") {
+    TempDir dir;
+    std::filesystem::path path = dir.path / "file";
+    CHECK(read_file(path, 100) == std::nullopt);
+    for (std::string_view content : {"first", "second, longer", "", "3rd"}) {
+        write_file(path, as_bytes(content), FileMode::owner_only);
+        CHECK(as_text(*read_file(path, 100)) == content);
+    }
+    CHECK_FALSE(std::filesystem::exists(dir.path / "file.new"));
+}
+
+TEST_CASE("chapter 1: a file larger than a block comes back whole") {
+    TempDir dir;
+    Bytes content = random_bytes(100'000);
+    write_file(dir.path / "file", content, FileMode::owner_only);
+    std::optional<SecretBytes> back = read_file(dir.path / "file", content.size());
+    REQUIRE(back);
+    CHECK(to_bytes(*back) == content);
+}
+
+TEST_CASE("chapter 1: files with secrets are for the owner alone, whatever the umask says") {
+    TempDir dir;
+    mode_t before = ::umask(0);
+    write_file(dir.path / "secret", as_bytes("x"), FileMode::owner_only);
+    write_file(dir.path / "public", as_bytes("x"), FileMode::readable_by_all);
+    ::umask(before);
+    CHECK(mode_of(dir.path / "secret") == owner_read_write);
+    CHECK(mode_of(dir.path / "public") == (owner_read_write | std::filesystem::perms::group_read |
+                                           std::filesystem::perms::others_read));
+}
+
+TEST_CASE("chapter 1: writing over a file that others can read closes it to them") {
+    TempDir dir;
+    write_text(dir.path / "file", "old");
+    std::filesystem::permissions(dir.path / "file", std::filesystem::perms::all);
+    write_file(dir.path / "file", as_bytes("new"), FileMode::owner_only);
+    CHECK(mode_of(dir.path / "file") == owner_read_write);
+}
+
+TEST_CASE("chapter 1: what a crash left behind is no obstacle") {
+    TempDir dir;
+    write_text(dir.path / "file", "old");
+    write_text(dir.path / "file.new", "half of the n");
+    write_file(dir.path / "file", as_bytes("new"), FileMode::owner_only);
+    CHECK(read_text(dir.path / "file") == "new");
+    CHECK_FALSE(std::filesystem::exists(dir.path / "file.new"));
+}
+
+TEST_CASE("chapter 1: a link where the new file would be is not followed") {
+    TempDir dir;
+    write_text(dir.path / "victim", "precious");
+    std::filesystem::create_symlink(dir.path / "victim", dir.path / "file.new");
+    write_file(dir.path / "file", as_bytes("new"), FileMode::owner_only);
+    CHECK(read_text(dir.path / "victim") == "precious");
+    CHECK(read_text(dir.path / "file") == "new");
+}
+
+TEST_CASE("chapter 1: when writing fails, the old file is untouched and the reason is said") {
+    TempDir dir;
+    write_text(dir.path / "file", "old");
+    std::filesystem::create_directories(dir.path / "file.new" / "in the way");
+    std::string reason =
+        complaint([&] { write_file(dir.path / "file", as_bytes("new"), FileMode::owner_only); });
+    CHECK(contains(reason, "Cannot write " + (dir.path / "file").string() + " (create): "));
+    CHECK(read_text(dir.path / "file") == "old");
+}
+
+TEST_CASE("chapter 1: when the last step fails, the new file is taken away again") {
+    TempDir dir;
+    std::filesystem::create_directories(dir.path / "file" / "in the way");
+    CHECK(contains(
+        complaint([&] { write_file(dir.path / "file", as_bytes("new"), FileMode::owner_only); }),
+        "(rename)"));
+    CHECK_FALSE(std::filesystem::exists(dir.path / "file.new"));
+    CHECK(throws<Error>(
+        [&] { write_file(dir.path / "missing" / "file", as_bytes("new"), FileMode::owner_only); }));
+}
+
+TEST_CASE("chapter 1: reading refuses a directory, and a file over its bound") {
+    TempDir dir;
+    CHECK(throws<Error>([&] { read_file(dir.path, 100); }));
+    write_text(dir.path / "file", "12345");
+    CHECK(read_file(dir.path / "file", 5)->size() == 5);
+    CHECK(contains(complaint([&] { read_file(dir.path / "file", 4); }), "larger than 4 bytes"));
+}
+
+TEST_CASE("chapter 1: a private directory is the owner's, and may exist") {
+    TempDir dir;
+    make_private_directory(dir.path / "a" / "b");
+    make_private_directory(dir.path / "a" / "b");
+    CHECK(mode_of(dir.path / "a" / "b") == std::filesystem::perms::owner_all);
+    write_text(dir.path / "file", "");
+    CHECK(throws<Error>([&] { make_private_directory(dir.path / "file" / "below"); }));
+}
+
+TEST_CASE("chapter 1: a directory has one holder") {
+    TempDir dir;
+    {
+        DirectoryLock lock(dir.path, false, "");
+        CHECK_THROWS_WITH_AS(DirectoryLock(dir.path, false, "It is busy."), "It is busy.", Error);
+    }
+    CHECK_NOTHROW(DirectoryLock(dir.path, false, ""));
+    CHECK(contains(complaint([&] { DirectoryLock(dir.path / "none", false, ""); }),
+                   "Cannot open the directory"));
+}
+
+namespace {
+
+// Another process, which waits for a word from us and then does `work`; its exit status is what
+// `work` returns. Started before any lock is taken: a lock of flock() belongs to the open file,
+// and a process that is forked later would share it.
+class OtherProcess {
+  public:
+    explicit OtherProcess(const std::function<int()>& work) {
+        if (::pipe(pipe_.data()) != 0) throw Error("No pipe.");
+        process_ = ::fork();
+        if (process_ != 0) return;
+        char word = 0;
+        ::_exit(::read(pipe_[0], &word, 1) == 1 ? work() : 99);
+    }
+    OtherProcess(const OtherProcess&) = delete;
+    OtherProcess& operator=(const OtherProcess&) = delete;
+    ~OtherProcess() {
+        for (int end : pipe_) ::close(end);
+    }
+    void go() const { REQUIRE(::write(pipe_[1], "!", 1) == 1); }
+    int wait() const {
+        int status = 0;
+        ::waitpid(process_, &status, 0);
+        return WIFEXITED(status) ? WEXITSTATUS(status) : -1;
+    }
+
+  private:
+    std::array<int, 2> pipe_{};
+    pid_t process_ = 0;
+};
+
+}  // namespace
+
+TEST_CASE("chapter 1: a directory that this process holds is busy for another one") {
+    TempDir dir;
+    OtherProcess other([&] {
+        return complaint([&] { DirectoryLock(dir.path, false, "busy"); }) == "busy" ? 7 : 1;
+    });
+    DirectoryLock lock(dir.path, false, "");
+    other.go();
+    CHECK(other.wait() == 7);
+}
+
+TEST_CASE("chapter 1: another process can wait for the directory") {
+    TempDir dir;
+    OtherProcess other([&] {
+        DirectoryLock lock(dir.path, true, "busy");
+        return 7;
+    });
+    {
+        DirectoryLock lock(dir.path, false, "");
+        other.go();
+    }
+    CHECK(other.wait() == 7);
+}
+
+TEST_CASE("chapter 1: a directory is free again however its holder's process ended") {
+    TempDir dir;
+    OtherProcess other([&] {
+        DirectoryLock lock(dir.path, false, "busy");
+        ::_exit(7);  // no destructor
+        return 1;
+    });
+    other.go();
+    CHECK(other.wait() == 7);
+    CHECK_NOTHROW(DirectoryLock(dir.path, false, "busy"));
+}
+
+// ---- Chapter 2. Sockets -------------------------------------------------------------------------
+
+namespace {
+
+// Reads until `size` bytes are there, or the stream ends.
+std::string receive_text(Socket& socket, std::size_t size) {
+    std::string text;
+    while (text.size() < size) {
+        Bytes block(size - text.size());
+        std::size_t got = socket.read_some(block);
+        if (got == 0) break;
+        text += as_text(ByteView(block).first(got));
+    }
+    return text;
+}
+
+bool is_awake(const Waker& waker) {
+    std::vector<detail::PollEntry> entries{{waker.handle(), POLLIN, 0}};
+    return detail::poll_sockets(entries, 0) == 1;
+}
+
+// A socket that has a port and does not listen on it: nobody else can get the port meanwhile.
+std::pair<Socket, std::uint16_t> deaf_socket() {
+    Endpoint endpoint = resolve("127.0.0.1", 0, true).front();
+    Socket socket = detail::new_socket(endpoint);
+    REQUIRE(::bind(socket.handle(), endpoint.address(), endpoint.size) == 0);
+    std::uint16_t port = socket.local_endpoint().port();
+    return {std::move(socket), port};
+}
+
+}  // namespace
+
+TEST_CASE("chapter 2: host and port are taken apart") {
+    struct Case {
+        std::string_view text, host;
+        std::uint16_t port;
+    };
+    const Case cases[]{{"example.org", "example.org", 5000},
+                       {"example.org:6000", "example.org", 6000},
+                       {"127.0.0.1:1", "127.0.0.1", 1},
+                       {"localhost:65535", "localhost", 65535},
+                       {"::1", "::1", 5000},
+                       {"2001:db8::7", "2001:db8::7", 5000},
+                       {"[::1]", "::1", 5000},
+                       {"[::1]:6000", "::1", 6000},
+                       {"fe80::1%eth0", "fe80::1%eth0", 5000}};
+    for (const Case& c : cases) {
+        CAPTURE(c.text);
+        HostPort parsed = parse_host_port(c.text, 5000);
+        CHECK(parsed.host == c.host);
+        CHECK(parsed.port == c.port);
+    }
+}
+
+TEST_CASE("chapter 2: a host and port that cannot be are refused") {
+    for (std::string_view bad :
+         {"", ":5000", "host:", "host:0", "host:65536", "host:-1", "host:+1", "host:5000x",
+          "host: 1", "host:0x10", "[::1", "[::1]5000", "[]:5000", "[]", "[::1]:0", "[::1]:x"}) {
+        CAPTURE(bad);
+        CHECK(throws<Error>([&] { parse_host_port(bad, 5000); }));
+    }
+    CHECK(contains(complaint([] { parse_host_port("h:99999", 1); }), "\"99999\" is not a port"));
+}
+
+TEST_CASE("chapter 2: an endpoint prints as people write it") {
+    CHECK(resolve("127.0.0.1", 5000, false).front().text() == "127.0.0.1:5000");
+    CHECK(resolve("127.0.0.1", 5000, false).front().host() == "127.0.0.1");
+    CHECK(resolve("::1", 5000, false).front().text() == "[::1]:5000");
+    CHECK(resolve("::1", 5000, false).front().host() == "::1");
+    CHECK(resolve("::1", 65535, false).front().port() == 65535);
+}
+
+TEST_CASE("chapter 2: bytes go through a connection both ways, and its end is seen") {
+    auto [a, b] = socket_pair();
+    a.write_all(as_bytes("ping"));
+    CHECK(receive_text(b, 4) == "ping");
+    b.write_all(as_bytes("pong"));
+    CHECK(receive_text(a, 4) == "pong");
+    a.finish_writing();
+    Bytes block(10);
+    CHECK(b.read_some(block) == 0);
+    b.write_all(as_bytes("still open"));  // the other direction
+    CHECK(receive_text(a, 10) == "still open");
+}
+
+TEST_CASE("chapter 2: a listener tells who came") {
+    Listener listener("127.0.0.1", 0);
+    Waker never;
+    Socket client = connect_to("127.0.0.1", listener.port(), Milliseconds(5000), never);
+    auto accepted = listener.accept(never);
+    REQUIRE(accepted);
+    CHECK(accepted->from.text() == client.local_endpoint().text());
+    CHECK(accepted->socket.remote_endpoint().text() == client.local_endpoint().text());
+    CHECK(listener.addresses() == std::vector<std::string>{concat("127.0.0.1:", listener.port())});
+}
+
+TEST_CASE("chapter 2: a megabyte goes through in one write and many reads") {
+    auto [a, b] = socket_pair();
+    Bytes content = random_bytes(std::size_t{1} << 20);
+    std::thread writer([&a = a, &content] {
+        a.write_all(content);
+        a.finish_writing();
+    });
+    std::string received = receive_text(b, content.size() + 1);
+    writer.join();
+    CHECK(received == as_text(content));
+}
+
+TEST_CASE("chapter 2: a refused connection is explained") {
+    auto [deaf, port] = deaf_socket();
+    Waker never;
+    std::string reason;
+    try {
+        connect_to("127.0.0.1", port, Milliseconds(5000), never);
+    } catch (const NetworkError& e) {
+        reason = e.what();
+    }
+    CHECK(contains(reason, concat("Cannot connect to 127.0.0.1 port ", port, ": ")));
+    CHECK(contains(reason, "refused"));
+    CHECK(contains(reason, "Is the server running"));
+}
+
+TEST_CASE("chapter 2: connecting ends when its time is over, and when it is cancelled") {
+    // A listener that accepts nobody: when its queue is full, the system leaves newcomers waiting.
+    auto [deaf, port] = deaf_socket();
+    REQUIRE(::listen(deaf.handle(), 0) == 0);
+    Waker waker;
+    std::vector<Socket> queued;
+    std::string reason = "";
+    while (reason.empty() && queued.size() < 100)
+        reason = complaint([&, port = port] {
+            queued.push_back(connect_to("127.0.0.1", port, Milliseconds(30), waker));
+        });
+    if (reason.empty()) {
+        MESSAGE("skipped: this system's queue has no end");
+        return;
+    }
+    CHECK(contains(reason, "no answer"));
+
+    waker.wake();  // an hour would be a long test
+    CHECK(contains(complaint([&, port = port] {
+                       connect_to("127.0.0.1", port, std::chrono::hours(1), waker);
+                   }),
+                   "cancelled"));
+}
+
+TEST_CASE("chapter 2: silence ends in TimedOut, and the connection is still good") {
+    auto [a, b] = socket_pair();
+    a.set_read_timeout(Milliseconds(1));
+    Bytes block(10);
+    CHECK(throws<TimedOut>([&a = a, &block] { a.read_some(block); }));
+    a.set_read_timeout(Milliseconds(0));  // means the shortest time, not "for ever"
+    CHECK(throws<TimedOut>([&a = a, &block] { a.read_some(block); }));
+    a.set_read_timeout(Milliseconds(5000));
+    b.write_all(as_bytes("hello"));
+    CHECK(receive_text(a, 5) == "hello");
+}
+
+TEST_CASE("chapter 2: a peer that takes nothing ends in TimedOut") {
+    auto [a, b] = socket_pair();
+    a.set_write_timeout(Milliseconds(20));
+    const Bytes block(1 << 20);
+    CHECK(throws<TimedOut>([&a = a, &block] {
+        for (int i = 0; i < 1000; ++i) a.write_all(block);
+    }));
+}
+
+TEST_CASE("chapter 2: shutting down wakes a reader in another thread") {
+    auto [a, b] = socket_pair();
+    std::size_t got = 1;
+    std::thread reader([&a = a, &got] {
+        Bytes block(10);
+        got = a.read_some(block);
+    });
+    a.shut_down();
+    reader.join();
+    CHECK(got == 0);
+}
+
+TEST_CASE("chapter 2: shutting down wakes a writer in another thread") {
+    auto [a, b] = socket_pair();
+    bool ended = false;
+    std::thread writer([&a = a, &ended] {
+        const Bytes block(1 << 20);
+        ended = throws<NetworkError>([&] {
+            for (;;) a.write_all(block);
+        });
+    });
+    a.shut_down();
+    writer.join();
+    CHECK(ended);
+}
+
+TEST_CASE("chapter 2: writing to a connection that the other side closed is an error, no signal") {
+    auto [a, b] = socket_pair();
+    b = Socket();
+    const Bytes block(1000);
+    CHECK(throws<NetworkError>([&a = a, &block] {
+        for (;;) a.write_all(block);  // a SIGPIPE would end the whole test program
+    }));
+}
+
+TEST_CASE("chapter 2: a polite end brings the last words across, unread data or not") {
+    auto [a, b] = socket_pair();
+    a.write_all(as_bytes("nobody reads this"));
+    b.write_all(as_bytes("goodbye"));
+    std::thread polite([&b = b] {
+        b.close_politely(Milliseconds(5000));
+        b = Socket();
+    });
+    CHECK(receive_text(a, 100) == "goodbye");
+    a = Socket();
+    polite.join();
+}
+
+TEST_CASE("chapter 2: a polite end does not wait for ever") {
+    auto [a, b] = socket_pair();
+    CHECK_NOTHROW(b.close_politely(Milliseconds(5)));  // `a` never ends
+}
+
+TEST_CASE("chapter 2: a port in use is explained") {
+    Listener first("127.0.0.1", 0);
+    std::string reason;
+    try {
+        Listener second("127.0.0.1", first.port());
+    } catch (const NetworkError& e) {
+        reason = e.what();
+    }
+    CHECK(contains(reason, concat("Cannot listen on 127.0.0.1:", first.port(), ": ")));
+    CHECK(contains(reason, "--port"));
+}
+
+TEST_CASE("chapter 2: a server that restarts gets its port back at once") {
+    Waker never;
+    std::optional<Listener> listener(std::in_place, "127.0.0.1", std::uint16_t{0});
+    std::uint16_t port = listener->port();
+    {
+        Socket client = connect_to("127.0.0.1", port, Milliseconds(5000), never);
+        Socket server = std::move(listener->accept(never)->socket);
+        server = Socket();  // who closes first lingers in TIME_WAIT
+    }
+    listener.reset();
+    CHECK_NOTHROW(Listener("127.0.0.1", port));
+}
+
+TEST_CASE("chapter 2: IPv6") {
+    std::optional<Listener> listener;
+    try {
+        listener.emplace("::1", std::uint16_t{0});
+    } catch (const NetworkError& e) {
+        MESSAGE("skipped, there is no IPv6 here: ", e.what());
+        return;
+    }
+    Waker never;
+    Socket client = connect_to("::1", listener->port(), Milliseconds(5000), never);
+    auto accepted = listener->accept(never);
+    REQUIRE(accepted);
+    CHECK(accepted->from.host() == "::1");
+}
+
+TEST_CASE("chapter 2: connecting to localhost finds a listener on either of its addresses") {
+    Waker never;
+    Listener listener("127.0.0.1", 0);
+    Socket client = connect_to("localhost", listener.port(), Milliseconds(5000), never);
+    CHECK(listener.accept(never));
+}
+
+TEST_CASE("chapter 2: accept is woken by a Waker, before and while it waits") {
+    Listener listener("127.0.0.1", 0);
+    Waker waker;
+    waker.wake();
+    CHECK_FALSE(listener.accept(waker));
+    waker.drain();
+
+    bool nobody = false;
+    std::thread acceptor([&] { nobody = !listener.accept(waker); });
+    waker.wake();
+    acceptor.join();
+    CHECK(nobody);
+}
+
+TEST_CASE("chapter 2: a Waker stays awake until it is drained") {
+    Waker waker;
+    CHECK_FALSE(is_awake(waker));
+    for (int i = 0; i < 100'000; ++i) waker.wake();  // more than a pipe holds: does not block
+    CHECK(is_awake(waker));
+    CHECK(is_awake(waker));
+    waker.drain();
+    CHECK_FALSE(is_awake(waker));
+}
+
+TEST_CASE("chapter 2: a Waker leaves errno alone, for the code that a signal interrupts") {
+    Waker waker;
+    errno = ENOENT;
+    for (int i = 0; i < 100'000; ++i) waker.wake();
+    CHECK(errno == ENOENT);
+}
+
+TEST_CASE("chapter 2: out of descriptors, a newcomer is turned away and the next is served") {
+    Listener listener("127.0.0.1", 0);
+    Waker never;
+    Socket unlucky = connect_to("127.0.0.1", listener.port(), Milliseconds(5000), never);
+    unlucky.set_read_timeout(Milliseconds(5000));
+    {
+        rlimit before{};
+        ::getrlimit(RLIMIT_NOFILE, &before);
+        rlimit few = before;
+        few.rlim_cur = 128;
+        ::setrlimit(RLIMIT_NOFILE, &few);
+        std::vector<int> taken;
+        for (int copy; (copy = ::dup(0)) >= 0;) taken.push_back(copy);
+        std::string reason = complaint([&] { listener.accept(never); });
+        for (int copy : taken) ::close(copy);
+        ::setrlimit(RLIMIT_NOFILE, &before);
+        CHECK(contains(reason, "A newcomer was turned away"));
+    }
+    Bytes block(10);
+    CHECK(unlucky.read_some(block) == 0);
+    Socket lucky = connect_to("127.0.0.1", listener.port(), Milliseconds(5000), never);
+    CHECK(listener.accept(never));
+}
+
+TEST_CASE("chapter 2: a colon behind a bracket wants a port, as behind a name") {
+    CHECK(throws<Error>([] { parse_host_port("[::1]:", 5000); }));
+}
+
+// ---- Chapter 3. Framing -------------------------------------------------------------------------
+
+TEST_CASE("chapter 3: a frame is its length and its bytes") {
+    CHECK(to_hex(make_frame(as_bytes("abc"))) == "00000003616263");
+    CHECK(to_hex(make_frame({})) == "00000000");
+    CHECK(to_hex(frame_header(0x01020304)) == "01020304");
+    CHECK(frame_length(from_hex("00000007"), 7) == 7);
+    CHECK(throws<ProtocolError>([] { frame_length(from_hex("00000008"), 7); }));
+    CHECK(throws<ProtocolError>([] { frame_length(from_hex("ffffffff"), 7); }));
+}
+
+TEST_CASE("chapter 3: a frame that comes byte by byte arrives whole") {
+    auto [a, b] = socket_pair();
+    FrameReader frames(b, 100);
+    frames.set_patience(Milliseconds(1));
+    Bytes wire = make_frame(as_bytes("abc"));
+    for (std::uint8_t byte : wire) {
+        CHECK(throws<TimedOut>([&] { frames.next(100); }));  // not yet; nothing is lost
+        a.write_all({&byte, 1});
+    }
+    CHECK(as_text(*frames.next(100)) == "abc");
+}
+
+TEST_CASE("chapter 3: frames that come in one piece are taken apart") {
+    auto [a, b] = socket_pair();
+    FrameReader frames(b, 100);
+    a.write_all(join(make_frame(as_bytes("one")), make_frame({}), make_frame(as_bytes("three"))));
+    a.finish_writing();
+    CHECK(as_text(*frames.next(100)) == "one");
+    CHECK(as_text(*frames.next(100)) == "");
+    CHECK(as_text(*frames.next(100)) == "three");
+    CHECK_FALSE(frames.next(100));
+}
+
+TEST_CASE("chapter 3: frames of all sizes, one after the other, through a small buffer") {
+    auto [a, b] = socket_pair();
+    constexpr std::size_t largest = 300;
+    std::thread writer([&a = a] {
+        Bytes wire;
+        for (std::size_t size = 0; size <= largest; ++size)
+            append(wire, make_frame(Bytes(size, static_cast<std::uint8_t>(size))));
+        a.write_all(wire);
+        a.finish_writing();
+    });
+    FrameReader frames(b, largest);
+    std::size_t good = 0;
+    for (std::size_t size = 0; size <= largest; ++size) {
+        auto frame = frames.next(largest);
+        good += frame && to_bytes(*frame) == Bytes(size, static_cast<std::uint8_t>(size)) ? 1 : 0;
+    }
+    bool ended = !frames.next(largest);
+    writer.join();
+    CHECK(good == largest + 1);
+    CHECK(ended);
+}
+
+TEST_CASE("chapter 3: a frame over the limit is refused before its bytes come") {
+    auto [a, b] = socket_pair();
+    FrameReader frames(b, 1000);
+    a.write_all(frame_header(101));  // and not one byte more
+    CHECK(throws<ProtocolError>([&] { frames.next(100); }));
+}
+
+TEST_CASE("chapter 3: an end between frames is an end, an end inside a frame is an error") {
+    Bytes wire = make_frame(as_bytes("abc"));
+    for (std::size_t size = 0; size < wire.size(); ++size) {
+        CAPTURE(size);
+        auto [a, b] = socket_pair();
+        FrameReader frames(b, 100);
+        a.write_all(wire);
+        a.write_all(ByteView(wire).first(size));
+        a.finish_writing();
+        CHECK(as_text(*frames.next(100)) == "abc");
+        if (size == 0)
+            CHECK_FALSE(frames.next(100));
+        else
+            CHECK(throws<NetworkError>([&] { frames.next(100); }));
+    }
+}
+
+TEST_CASE("chapter 3: behind a deadline, one more byte buys no more time") {
+    auto [a, b] = socket_pair();
+    FrameReader frames(b, 100);
+    frames.set_deadline(Clock::now() + Milliseconds(5));
+    CHECK(throws<TimedOut>([&] { frames.next(100); }));
+    a.write_all(Bytes{0});
+    CHECK(throws<TimedOut>([&] { frames.next(100); }));
+    // With new patience the same frame can still be completed.
+    frames.set_patience(Milliseconds(5000));
+    a.write_all(from_hex("00000178"));
+    CHECK(as_text(*frames.next(100)) == "x");
+}
+
+TEST_CASE("chapter 3: behind a deadline, a frame that is there is too late") {
+    auto [a, b] = socket_pair();
+    FrameReader frames(b, 100);
+    a.write_all(make_frame(as_bytes("late")));
+    frames.set_deadline(Clock::now());
+    CHECK(throws<TimedOut>([&] { frames.next(100); }));
+    frames.set_patience(Milliseconds(5000));
+    CHECK(as_text(*frames.next(100)) == "late");
+}
+
+TEST_CASE("chapter 3: a deadline stops who sends a byte every few milliseconds") {
+    auto [a, b] = socket_pair();
+    Waker enough;
+    std::thread dripping([&a = a, &enough] {  // this frame would take 100 seconds
+        a.write_all(frame_header(50'000));
+        std::vector<detail::PollEntry> entries{{enough.handle(), POLLIN, 0}};
+        while (detail::poll_sockets(entries, 2) == 0) a.write_all(Bytes{0});
+    });
+    FrameReader frames(b, 50'000);
+    auto start = Clock::now();
+    frames.set_deadline(start + Milliseconds(50));
+    bool stopped = throws<TimedOut>([&] { frames.next(50'000); });
+    auto took = Clock::now() - start;
+    enough.wake();
+    dripping.join();
+    CHECK(stopped);
+    CHECK(took >= Milliseconds(50));
+    CHECK(took < std::chrono::seconds(50));
+}
+
+// ---- Chapter 4. RSA and friends -----------------------------------------------------------------
+
+namespace {
+
+std::string quoted(const std::filesystem::path& path) { return "'" + path.string() + "'"; }
+
+// The first word that a command prints.
+std::string word_of(const std::string& command) { return split_words(shell(command)).at(0); }
+
+using ParamBuilder = std::unique_ptr<OSSL_PARAM_BLD, detail::Freed<OSSL_PARAM_BLD_free>>;
+
+// The SPKI of an RSA key that nobody holds, with the modulus and exponent that we want.
+Bytes made_up_rsa_der(int bits, std::uint64_t exponent) {
+    detail::BignumPtr n(::BN_new()), e(::BN_new());
+    ::BN_rand(n.get(), bits, BN_RAND_TOP_ONE, BN_RAND_BOTTOM_ODD);
+    ::BN_set_word(e.get(), exponent);
+    ParamBuilder builder(::OSSL_PARAM_BLD_new());
+    ::OSSL_PARAM_BLD_push_BN(builder.get(), OSSL_PKEY_PARAM_RSA_N, n.get());
+    ::OSSL_PARAM_BLD_push_BN(builder.get(), OSSL_PKEY_PARAM_RSA_E, e.get());
+    std::unique_ptr<OSSL_PARAM, detail::Freed<OSSL_PARAM_free>> params(
+        ::OSSL_PARAM_BLD_to_param(builder.get()));
+    detail::PkeyContext context(::EVP_PKEY_CTX_new_from_name(nullptr, "RSA", nullptr));
+    ::EVP_PKEY_fromdata_init(context.get());
+    EVP_PKEY* key = nullptr;
+    ::EVP_PKEY_fromdata(context.get(), &key, EVP_PKEY_PUBLIC_KEY, params.get());
+    return RsaPublicKey(detail::PkeyPtr(key)).der();
+}
+
+Secret<32> secret_from_hex(std::string_view hex) { return Secret<32>(from_hex(hex)); }
+X25519Public public_from_hex(std::string_view hex) {
+    X25519Public key{};
+    Bytes bytes = from_hex(hex);
+    std::copy(bytes.begin(), bytes.end(), key.begin());
+    return key;
+}
+
+Bytes gcm_seal(const Secret<32>& key, std::uint64_t number, ByteView aad, ByteView text) {
+    Bytes sealed = to_bytes(text);
+    sealed.resize(text.size() + gcm_tag_bytes);
+    ByteSpan all(sealed);
+    GcmSealer(key).seal(Nonce(number), aad, all.first(text.size()), all.last<gcm_tag_bytes>());
+    return sealed;
+}
+std::optional<Bytes> gcm_open(const Secret<32>& key, std::uint64_t number, ByteView aad,
+                              Bytes sealed) {
+    std::optional<ByteSpan> text = GcmOpener(key).open(Nonce(number), aad, sealed);
+    if (!text) return std::nullopt;
+    return to_bytes(*text);
+}
+
+}  // namespace
+
+TEST_CASE("chapter 4: SHA-256, the examples of FIPS 180") {
+    CHECK(to_hex(sha256(as_bytes("abc"))) ==
+          "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad");
+    CHECK(to_hex(sha256(as_bytes(""))) ==
+          "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855");
+    CHECK(sha256(as_bytes("a"), as_bytes(""), as_bytes("bc")) == sha256(as_bytes("abc")));
+}
+
+TEST_CASE("chapter 4: HMAC-SHA256, RFC 4231") {
+    struct Vector {
+        Bytes key, message;
+        std::string_view mac;
+    };
+    const Vector vectors[]{
+        {Bytes(20, 0x0b), bytes_of("Hi There"),
+         "b0344c61d8db38535ca8afceaf0bf12b881dc200c9833da726e9376c2e32cff7"},
+        {bytes_of("Jefe"), bytes_of("what do ya want for nothing?"),
+         "5bdcc146bf60754e6a042426089575c75a003f089d2739839dec58b964ec3843"},
+        {Bytes(20, 0xaa), Bytes(50, 0xdd),
+         "773ea91e36800e46854db8ebd09181a72959098b3ef8c122d9635514ced565fe"},
+        {Bytes(131, 0xaa), bytes_of("Test Using Larger Than Block-Size Key - Hash Key First"),
+         "60e431591ee0b67f0d8a26aacbf5b77f8e0bc6213728c5140546040f0ee37f54"},
+    };
+    for (const Vector& v : vectors) {
+        Digest mac{};
+        hmac_sha256(v.key, v.message, mac);
+        CHECK(to_hex(mac) == v.mac);
+    }
+}
+
+TEST_CASE("chapter 4: HKDF-SHA256, RFC 5869 appendix A (the first 32 bytes)") {
+    auto counting = [](unsigned from, unsigned to) {
+        Bytes bytes;
+        for (unsigned i = from; i <= to; ++i) bytes.push_back(static_cast<std::uint8_t>(i));
+        return bytes;
+    };
+    struct Vector {
+        Bytes ikm, salt, info;
+        std::string_view prk, okm;
+    };
+    const Vector vectors[]{
+        {Bytes(22, 0x0b), counting(0x00, 0x0c), counting(0xf0, 0xf9),
+         "077709362c2e32df0ddc3f0dc47bba6390b6c73bb50f9c3122ec844ad7c2b3e5",
+         "3cb25f25faacd57a90434f64d0362f2a2d2d0a90cf1a5a4c5db02d56ecc4c5bf"},
+        {counting(0x00, 0x4f), counting(0x60, 0xaf), counting(0xb0, 0xff),
+         "06a6b88c5853361a06104c9ceb35b45cef760014904671014a193f40c15fc244",
+         "b11e398dc80327a1c8e7f78c596a49344f012eda2d4efad8a050cc4c19afa97c"},
+        {Bytes(22, 0x0b),
+         {},
+         {},
+         "19ef24a32c717b167f33a91d6f648bdf96596776afdb6377ac434c1c293ccb04",
+         "8da4e775a563c18f715f802a063c5a31b8a11f5c5ee1879ec3454e5f3c738d2d"},
+    };
+    for (const Vector& v : vectors) {
+        Secret<32> prk = hkdf_extract(v.salt, v.ikm);
+        CHECK(hex_of(prk) == v.prk);
+        CHECK(hex_of(hkdf_expand(prk, as_text(v.info))) == v.okm);
+    }
+}
+
+TEST_CASE("chapter 4: agree() is HKDF-Extract over both secrets, in their order") {
+    Bytes transcript = bytes_of("transcript");
+    Secret<32> expected = hkdf_extract(transcript, join(Bytes(32, 1), Bytes(32, 2)));
+    CHECK(hex_of(agree(transcript, secret_of(1), secret_of(2))) == hex_of(expected));
+    CHECK(hex_of(agree(transcript, secret_of(2), secret_of(1))) != hex_of(expected));
+}
+
+TEST_CASE("chapter 4: PBKDF2-HMAC-SHA256, the known vectors") {
+    struct Vector {
+        std::uint32_t iterations;
+        std::string_view hash;
+    };
+    for (const Vector& v :
+         {Vector{1, "120fb6cffcf8b32c43e7225256c4f837a86548c92ccc35480805987cb70be17b"},
+          Vector{2, "ae4d0c95af6b46d32d0adff928f06dd02a303f8ef3c251dfd6e2d85a95474c43"},
+          Vector{4096, "c5e478d59288c841aa530db6845c4c8d962893a001ce4e11a4963873aa98134a"}})
+        CHECK(hex_of(pbkdf2_sha256(as_bytes("password"), as_bytes("salt"), v.iterations)) ==
+              v.hash);
+}
+
+TEST_CASE("chapter 4: X25519, RFC 7748 section 5.2") {
+    struct Vector {
+        std::string_view scalar, point, result;
+    };
+    for (const Vector& v :
+         {Vector{"a546e36bf0527c9d3b16154b82465edd62144c0ac1fc5a18506a2244ba449ac4",
+                 "e6db6867583030db3594c1a424b15f7c726624ec26b3353b10a903a6d0ab1c4c",
+                 "c3da55379de9c6908e94ea4df28d084f32eccf03491c71f754b4075577a28552"},
+          Vector{"4b66e9d4d1b4673c5ad22691957d6af5c11b6421e0ea01d42ca4169e7918ba0d",
+                 "e5210f12786811d3f4b7959d0538ae2c31dbe7106fc03c3efc4cd549c715a493",
+                 "95cbde9476e8907d7aade45cb4b873f88b595a68799fa152e6f8f7647aac7957"}})
+        CHECK(hex_of(X25519Key::from_private(secret_from_hex(v.scalar))
+                         .shared_secret(public_from_hex(v.point))) == v.result);
+}
+
+TEST_CASE("chapter 4: X25519 between Alice and Bob, RFC 7748 section 6.1") {
+    X25519Key alice = X25519Key::from_private(
+        secret_from_hex("77076d0a7318a57d3c16c17251b26645df4c2f87ebc0992ab177fba51db92c2a"));
+    X25519Key bob = X25519Key::from_private(
+        secret_from_hex("5dab087e624a8a4b79e17f8b83800ee66f3bb1292618b6fd1c2f8b27ff88e0eb"));
+    CHECK(to_hex(alice.public_key()) ==
+          "8520f0098930a754748b7ddcb43ef75a0dbf3a0d26381af4eba4a98eaa9b4e6a");
+    CHECK(to_hex(bob.public_key()) ==
+          "de9edb7d7b7dc1b4d35b61c2ece435373f8343c85b78674dadfc7e146f882b4f");
+    for (const Secret<32>& shared :
+         {alice.shared_secret(bob.public_key()), bob.shared_secret(alice.public_key())})
+        CHECK(hex_of(shared) == "4a5d9d5ba4ce2de1728e3bf480350f25e07e21c947d19e3376f09b3c1e161742");
+}
+
+TEST_CASE("chapter 4: X25519 keys that would make the secret zero are refused") {
+    X25519Key key = X25519Key::generate();
+    for (std::string_view bad :
+         {"0000000000000000000000000000000000000000000000000000000000000000",   // 0
+          "0100000000000000000000000000000000000000000000000000000000000000",   // 1
+          "e0eb7a7c3b41b8ae1656e3faf19fc46ada098deb9c32b1fd866205165f49b800",   // of order 8
+          "5f9c95bca3508c24b1d0b1559c83ef5b04445cc4581c8e86d8224eddd09f1157",   // of order 8
+          "ecffffffffffffffffffffffffffffffffffffffffffffffffffffffffffff7f",   // p - 1
+          "edffffffffffffffffffffffffffffffffffffffffffffffffffffffffffff7f",   // p, which is 0
+          "eeffffffffffffffffffffffffffffffffffffffffffffffffffffffffffff7f"})  // p + 1
+        CHECK(throws<ProtocolError>([&] { key.shared_secret(public_from_hex(bad)); }));
+}
+
+TEST_CASE("chapter 4: AES-256-GCM, test cases 13 and 14 of McGrew and Viega") {
+    Secret<32> zero;
+    CHECK(to_hex(gcm_seal(zero, 0, {}, {})) == "530f8afbc74536b9a963b4f1c4cb738b");
+    CHECK(to_hex(gcm_seal(zero, 0, {}, Bytes(16))) ==
+          "cea7403d4d606b6e074ec5d3baf39d18"
+          "d0d1c8a799996bf0265b98b5d48ab919");
+}
+
+TEST_CASE("chapter 4: AES-256-GCM with counter nonce and aad, as OpenSSL does it by itself") {
+    Secret<32> key = secret_of(9);
+    Bytes aad = bytes_of("header"), text = bytes_of("some text");
+    const Bytes iv = from_hex("000000000102030405060708");  // 0 (u32) || number (u64)
+
+    detail::CipherContext context(::EVP_CIPHER_CTX_new());
+    Bytes expected(text.size() + 16);
+    int size = 0;
+    ::EVP_EncryptInit_ex(context.get(), ::EVP_aes_256_gcm(), nullptr, key.view().data(), iv.data());
+    ::EVP_EncryptUpdate(context.get(), nullptr, &size, aad.data(), static_cast<int>(aad.size()));
+    ::EVP_EncryptUpdate(context.get(), expected.data(), &size, text.data(),
+                        static_cast<int>(text.size()));
+    ::EVP_EncryptFinal_ex(context.get(), nullptr, &size);
+    ::EVP_CIPHER_CTX_ctrl(context.get(), EVP_CTRL_GCM_GET_TAG, 16, expected.data() + text.size());
+
+    CHECK(to_hex(gcm_seal(key, 0x0102030405060708, aad, text)) == to_hex(expected));
+    CHECK(gcm_open(key, 0x0102030405060708, aad, expected) == text);
+}
+
+TEST_CASE("chapter 4: AES-256-GCM opens nothing that was changed") {
+    Secret<32> key = secret_of(9);
+    Bytes aad = bytes_of("aad"), text = bytes_of("some text");
+    const Bytes sealed = gcm_seal(key, 5, aad, text);
+    REQUIRE(gcm_open(key, 5, aad, sealed) == text);
+    for (std::size_t bit = 0; bit < 8 * sealed.size(); ++bit) {
+        Bytes changed = sealed;
+        changed[bit / 8] ^= static_cast<std::uint8_t>(1 << bit % 8);
+        CHECK_FALSE(gcm_open(key, 5, aad, changed));
+    }
+    for (std::size_t size = 0; size < sealed.size(); ++size)
+        CHECK_FALSE(gcm_open(key, 5, aad, to_bytes(ByteView(sealed).first(size))));
+    CHECK_FALSE(gcm_open(key, 5, aad, join(sealed, Bytes(1))));
+    CHECK_FALSE(gcm_open(key, 6, aad, sealed));
+    CHECK_FALSE(gcm_open(key, 5, {}, sealed));
+    CHECK_FALSE(gcm_open(key, 5, bytes_of("aae"), sealed));
+    CHECK_FALSE(gcm_open(secret_of(8), 5, aad, sealed));
+}
+
+TEST_CASE("chapter 4: one cipher object serves many messages, also after a bad one") {
+    Secret<32> key = secret_of(3);
+    GcmOpener opener(key);
+    for (std::uint64_t number = 0; number < 10; ++number) {
+        Bytes sealed = gcm_seal(key, number, {}, Bytes(number, 'x'));
+        Bytes bad = sealed;
+        bad.back() ^= 1;
+        CHECK_FALSE(opener.open(Nonce(number), {}, bad));
+        std::optional<ByteSpan> text = opener.open(Nonce(number), {}, sealed);
+        REQUIRE(text);
+        CHECK(text->size() == number);
+    }
+}
+
+TEST_CASE("chapter 4: random bytes are all different") {
+    std::set<Bytes> seen;
+    for (int i = 0; i < 1000; ++i) seen.insert(random_bytes(16));
+    CHECK(seen.size() == 1000);
+    CHECK(hex_of(random_secret<32>()) != hex_of(random_secret<32>()));
+}
+
+TEST_CASE("chapter 4: an OAEP box opens with its key and its label, and not otherwise") {
+    const RsaPublicKey& to = test_key(0).public_key();
+    Secret<32> secret = secret_of(5);
+    Bytes label = bytes_of("label");
+    Bytes box = to.encrypt(secret, label);
+    CHECK(box.size() == 256);
+    CHECK(box != to.encrypt(secret, label));  // no two boxes are alike
+
+    auto opened = test_key(0).decrypt(box, label);
+    REQUIRE(opened);
+    CHECK(hex_of(*opened) == hex_of(secret));
+    CHECK_FALSE(test_key(0).decrypt(box, bytes_of("Label")));
+    CHECK_FALSE(test_key(0).decrypt(box, {}));
+    CHECK_FALSE(test_key(1).decrypt(box, label));
+    CHECK_FALSE(test_key(0).decrypt({}, label));
+    CHECK_FALSE(test_key(0).decrypt(ByteView(box).first(255), label));
+    CHECK_FALSE(test_key(0).decrypt(join(box, Bytes(1)), label));
+    CHECK_FALSE(test_key(0).decrypt(Bytes(256, 0xff), label));
+    for (std::size_t at : {0U, 1U, 100U, 254U, 255U}) {
+        Bytes changed = box;
+        changed[at] ^= 1;
+        CHECK_FALSE(test_key(0).decrypt(changed, label));
+    }
+}
+
+TEST_CASE("chapter 4: instead of a box that does not open there is a random secret") {
+    Bytes box = test_key(0).public_key().encrypt(secret_of(5), {});
+    CHECK(hex_of(test_key(0).decrypt_or_random(box, {})) == hex_of(secret_of(5)));
+    box[100] ^= 1;
+    std::string once = hex_of(test_key(0).decrypt_or_random(box, {}));
+    std::string twice = hex_of(test_key(0).decrypt_or_random(box, {}));
+    CHECK(once != twice);
+    CHECK(once != std::string(64, '0'));
+}
+
+TEST_CASE("chapter 4: a PSS signature belongs to one message and one key") {
+    Bytes message = bytes_of("I was here.");
+    Bytes signature = test_key(0).sign(message);
+    CHECK(test_key(0).public_key().verify(message, signature));
+    CHECK(test_key(0).public_key().verify({}, test_key(0).sign({})));
+    CHECK_FALSE(test_key(0).public_key().verify(bytes_of("I was there."), signature));
+    CHECK_FALSE(test_key(1).public_key().verify(message, signature));
+    CHECK_FALSE(test_key(0).public_key().verify(message, {}));
+    CHECK_FALSE(test_key(0).public_key().verify(message, ByteView(signature).first(255)));
+    CHECK_FALSE(test_key(0).public_key().verify(message, join(signature, Bytes(1))));
+    for (std::size_t at = 0; at < signature.size(); at += 15) {
+        Bytes changed = signature;
+        changed[at] ^= 0x10;
+        CHECK_FALSE(test_key(0).public_key().verify(message, changed));
+    }
+}
+
+TEST_CASE("chapter 4: keys that we do not compute with are refused") {
+    struct Case {
+        Bytes der;
+        std::string_view reason;
+    };
+    const Bytes good = test_key(0).public_key().der();
+    const Case cases[]{
+        {made_up_rsa_der(1024, 65537), "of 1024 bits; 2048 to 4096 are accepted"},
+        {made_up_rsa_der(2047, 65537), "of 2047 bits"},
+        {made_up_rsa_der(4097, 65537), "of 4097 bits"},
+        {made_up_rsa_der(2048, 3), "unusual public exponent"},
+        {made_up_rsa_der(2048, 65536), "unusual public exponent"},        // even
+        {made_up_rsa_der(2048, 0x100000001), "unusual public exponent"},  // slow
+        {{}, "no RSA key"},
+        {bytes_of("garbage"), "no RSA key"},
+        {to_bytes(ByteView(good).first(good.size() - 1)), "no RSA key"},
+        {join(good, Bytes(1)), "bytes behind it"},
+        {from_hex("302a300506032b656e032100" + std::string(64, '9')), "no RSA key"},  // X25519's
+    };
+    for (const Case& c : cases)
+        CHECK(contains(complaint([&] { RsaPublicKey::from_der(c.der); }), c.reason));
+    CHECK_NOTHROW(RsaPublicKey::from_der(made_up_rsa_der(2048, 65537)));
+    CHECK_NOTHROW(RsaPublicKey::from_der(made_up_rsa_der(4096, 0xffffffff)));
+}
+
+TEST_CASE("chapter 4: a public key goes through DER and PEM") {
+    const RsaPublicKey& key = test_key(0).public_key();
+    CHECK(RsaPublicKey::from_der(key.der()).der() == key.der());
+    CHECK(RsaPublicKey::from_pem(as_bytes(key.pem()), "a file").fingerprint() == key.fingerprint());
+    CHECK(contains(complaint([] { RsaPublicKey::from_pem(as_bytes("no PEM"), "key.pem"); }),
+                   "key.pem holds no RSA key"));
+}
+
+TEST_CASE("chapter 4: a private key is saved and loaded, with a password and without") {
+    TempDir dir;
+    for (std::string password : {std::string(), std::string("correct horse"),
+                                 std::string("p\xc3\xa4ssword"), std::string(1024, 'x')}) {
+        CAPTURE(password.size());
+        std::filesystem::path path = dir.path / "key.pem";
+        test_key(0).save(path, as_bytes(password), 4096);
+        CHECK(mode_of(path) == owner_read_write);
+        CHECK(contains(read_text(path), password.empty()
+                                            ? "-----BEGIN PRIVATE KEY-----"
+                                            : "-----BEGIN ENCRYPTED PRIVATE KEY-----"));
+        auto loaded = RsaPrivateKey::load(path, as_bytes(password));
+        REQUIRE(loaded);
+        CHECK(loaded->public_key().der() == test_key(0).public_key().der());
+        CHECK(hex_of(loaded->derived_secret("x")) == hex_of(test_key(0).derived_secret("x")));
+    }
+}
+
+TEST_CASE("chapter 4: a private key does not load with a wrong password, nor from a bad file") {
+    TempDir dir;
+    std::filesystem::path path = dir.path / "key.pem";
+    CHECK_FALSE(RsaPrivateKey::load(path, {}));  // no file: nothing, not an error
+    test_key(0).save(path, as_bytes("right password"), 4096);
+    CHECK(contains(complaint([&] { RsaPrivateKey::load(path, as_bytes("wrong password")); }),
+                   "no private key that opens with this password"));
+    CHECK(throws<Error>([&] { RsaPrivateKey::load(path, {}); }));
+    CHECK(throws<Error>([&] { RsaPrivateKey::load(path, as_bytes(std::string(2000, 'x'))); }));
+    for (std::string_view content : {"", "garbage", "-----BEGIN PRIVATE KEY-----\nAAAA\n"}) {
+        write_text(path, content);
+        CHECK(throws<Error>([&] { RsaPrivateKey::load(path, {}); }));
+    }
+    RsaPrivateKey::generate(1024).save(path, {}, 4096);
+    CHECK(contains(complaint([&] { RsaPrivateKey::load(path, {}); }), "1024 bits"));
+}
+
+TEST_CASE("chapter 4: secrets derived from a key differ by key and by label") {
+    CHECK(hex_of(test_key(0).derived_secret("a")) == hex_of(test_key(0).derived_secret("a")));
+    CHECK(hex_of(test_key(0).derived_secret("a")) != hex_of(test_key(0).derived_secret("b")));
+    CHECK(hex_of(test_key(0).derived_secret("a")) != hex_of(test_key(1).derived_secret("a")));
+}
+
+TEST_CASE("chapter 4: a fingerprint is what other tools compute") {
+    TempDir dir;
+    write_text(dir.path / "public.pem", test_key(0).public_key().pem());
+    std::string other = word_of("openssl pkey -pubin -in " + quoted(dir.path / "public.pem") +
+                                " -outform DER | openssl dgst -sha256 -binary | openssl base64 -A");
+    CHECK(test_key(0).public_key().fingerprint().text() ==
+          "SHA256:" + other.substr(0, other.find('=')));
+}
+
+TEST_CASE("chapter 4: a fingerprint reads its own text and nothing else") {
+    Fingerprint fingerprint = test_key(0).public_key().fingerprint();
+    std::string text = fingerprint.text();
+    CHECK(text.size() == 7 + 43);
+    CHECK(Fingerprint::parse(text) == fingerprint);
+    for (const std::string& bad :
+         {std::string(), std::string("SHA256:"), text + "=", text.substr(0, 49), text.substr(7),
+          "sha256" + text.substr(6), "MD5:" + text.substr(4), " " + text, text + " ",
+          text.substr(0, 20) + "*" + text.substr(21), text.substr(0, 49) + "B"})
+        CHECK(throws<Error>([&] { Fingerprint::parse(bad); }));
+}
+
+TEST_CASE("chapter 4: the openssl command reads our private key and names the same public key") {
+    TempDir dir;
+    std::filesystem::path locked = dir.path / "locked.pem", plain = dir.path / "plain.pem";
+    test_key(0).save(locked, as_bytes("a passphrase"), 4096);
+    test_key(0).save(plain, {}, 0);
+    std::string pem = test_key(0).public_key().pem();
+    CHECK(shell("PASS='a passphrase' openssl pkey -pubout -passin env:PASS -in " +
+                quoted(locked)) == pem);
+    CHECK(shell("openssl pkey -pubout -in " + quoted(plain)) == pem);
+    std::string structure = shell("openssl asn1parse -in " + quoted(locked));
+    for (std::string_view part : {"PBES2", "PBKDF2", "hmacWithSHA256", "aes-256-cbc", ":1000"})
+        CHECK(contains(structure, part));  // 0x1000 iterations
+}
+
+TEST_CASE("chapter 4: we read private keys of the openssl command") {
+    TempDir dir;
+    std::string plain = quoted(dir.path / "plain.pem"), locked = quoted(dir.path / "locked.pem");
+    shell("openssl genpkey -algorithm RSA -pkeyopt rsa_keygen_bits:2048 -out " + plain +
+          " 2>/dev/null");
+    shell("PASS=secret openssl pkcs8 -topk8 -v2 aes256 -passout env:PASS -in " + plain + " -out " +
+          locked);
+    std::string pem = shell("openssl pkey -pubout -in " + plain);
+    CHECK(RsaPrivateKey::load(dir.path / "plain.pem", {})->public_key().pem() == pem);
+    CHECK(RsaPrivateKey::load(dir.path / "locked.pem", as_bytes("secret"))->public_key().pem() ==
+          pem);
+}
+
+TEST_CASE("chapter 4: OAEP boxes go both ways between us and the openssl command") {
+    TempDir dir;
+    test_key(0).save(dir.path / "key.pem", {}, 0);
+    write_text(dir.path / "public.pem", test_key(0).public_key().pem());
+    Bytes label = bytes_of("a label");
+    std::string options =
+        " -pkeyopt rsa_padding_mode:oaep -pkeyopt rsa_oaep_md:sha256"
+        " -pkeyopt rsa_mgf1_md:sha256 -pkeyopt rsa_oaep_label:" +
+        to_hex(label);
+
+    write_text(dir.path / "theirs.txt", std::string(32, 'T'));
+    shell("openssl pkeyutl -encrypt -pubin -inkey " + quoted(dir.path / "public.pem") + " -in " +
+          quoted(dir.path / "theirs.txt") + " -out " + quoted(dir.path / "theirs.box") + options);
+    auto opened = test_key(0).decrypt(as_bytes(read_text(dir.path / "theirs.box")), label);
+    REQUIRE(opened);
+    CHECK(as_text(opened->view()) == std::string(32, 'T'));
+
+    Bytes box = test_key(0).public_key().encrypt(secret_of('U'), label);
+    write_text(dir.path / "ours.box", as_text(box));
+    CHECK(shell("openssl pkeyutl -decrypt -inkey " + quoted(dir.path / "key.pem") + " -in " +
+                quoted(dir.path / "ours.box") + options) == std::string(32, 'U'));
+}
+
+TEST_CASE("chapter 4: PSS signatures go both ways between us and the openssl command") {
+    TempDir dir;
+    test_key(0).save(dir.path / "key.pem", {}, 0);
+    write_text(dir.path / "public.pem", test_key(0).public_key().pem());
+    write_text(dir.path / "message", "signed by both");
+    std::string options =
+        " -sigopt rsa_padding_mode:pss -sigopt rsa_pss_saltlen:32"
+        " -sigopt rsa_mgf1_md:sha256 ";
+
+    shell("openssl dgst -sha256" + options + "-sign " + quoted(dir.path / "key.pem") + " -out " +
+          quoted(dir.path / "theirs") + " " + quoted(dir.path / "message"));
+    CHECK(test_key(0).public_key().verify(as_bytes("signed by both"),
+                                          as_bytes(read_text(dir.path / "theirs"))));
+
+    write_text(dir.path / "ours", as_text(test_key(0).sign(as_bytes("signed by both"))));
+    CHECK(contains(
+        shell("openssl dgst -sha256" + options + "-verify " + quoted(dir.path / "public.pem") +
+              " -signature " + quoted(dir.path / "ours") + " " + quoted(dir.path / "message")),
+        "Verified OK"));
+}
+
+TEST_CASE("chapter 4: a fingerprint of 31 bytes is none") {
+    std::string text = "SHA256:" + to_base64(Bytes(31));  // 43 characters and one =
+    CHECK(throws<Error>([&] { Fingerprint::parse(text.substr(0, 7 + 43)); }));
+}
+
+// ---- main ---------------------------------------------------------------------------------------
+
+namespace {
+
+// Counts test cases, for the last line.
+struct Counter : doctest::IReporter {
+    static inline unsigned passed = 0, failed = 0;
+    explicit Counter(const doctest::ContextOptions&) {}
+    void report_query(const doctest::QueryData&) override {}
+    void test_run_start() override {}
+    void test_run_end(const doctest::TestRunStats& stats) override {
+        failed = stats.numTestCasesFailed;
+        passed = stats.numTestCasesPassingFilters - failed;
+    }
+    void test_case_start(const doctest::TestCaseData&) override {}
+    void test_case_reenter(const doctest::TestCaseData&) override {}
+    void test_case_end(const doctest::CurrentTestCaseStats&) override {}
+    void test_case_exception(const doctest::TestCaseException&) override {}
+    void subcase_start(const doctest::SubcaseSignature&) override {}
+    void subcase_end() override {}
+    void log_assert(const doctest::AssertData&) override {}
+    void log_message(const doctest::MessageData&) override {}
+    void test_case_skipped(const doctest::TestCaseData&) override {}
+};
+REGISTER_LISTENER("counter", 1, Counter);
+
+}  // namespace
+
+int main(int argc, char** argv) {
+    doctest::Context context(argc, argv);
+    int code = context.run();
+    if (!context.shouldExit())
+        std::cout << Counter::passed << " passed, " << Counter::failed << " failed\n";
+    return code;
+}
