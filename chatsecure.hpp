@@ -2032,6 +2032,232 @@ class GcmOpener {
     detail::CipherContext context_;
 };
 
+// =================================================================================================
+//  Chapter 5. The hop channel
+// =================================================================================================
+//
+// Between a client and the server lies a network that reads along, changes bytes, replays
+// yesterday's conversation, or pretends to be the server. The hop channel deals with all of them.
+// It opens with a handshake of three frames in the clear, each at most 2 KiB:
+//
+//      1. C -> S   "CHATSEC1" || x25519_c                                   ClientHello
+//      2. S -> C   "CHATSEC1" || x25519_s || server's RSA key (SPKI, DER)   ServerHello
+//
+//         Here the client stops and looks: is this the key that it knows ("pinned")? A key that
+//         changed is refused before anything else is sent.
+//
+//      3. C -> S   RSA-OAEP(server key, secret[32], label = SHA-256(1 || 2))  ClientKey
+//
+//         both     th  = SHA-256(1 || 2 || 3)
+//                  prk = agree(th, secret, X25519)          (chapter 4)
+//                  key client -> server = HKDF-Expand(prk, "chatsecure hop client to server")
+//                  key server -> client = HKDF-Expand(prk, "chatsecure hop server to client")
+//                  channel binding      = HKDF-Expand(prk, "chatsecure hop channel binding")
+//
+//      4. S -> C   the first sealed record: Welcome
+//
+// (1, 2 and 3 in these formulas are the contents of the frames, without their lengths.)
+//
+// Why each piece is there:
+//   - Only the holder of the RSA key can open 3, so a first record that opens (4) proves that the
+//     server is the one whose key it showed. The client sends nothing before that.
+//   - x25519_c and x25519_s are new for each connection and forgotten at its end, so an RSA key
+//     that is stolen next year does not open this year's recordings (P1).
+//   - The label ties the box to these two hellos: taken out and put into another handshake, it does
+//     not open. The transcript hash ties the keys to all three frames: a man in the middle who
+//     changes one bit leaves the two sides with different keys (P2).
+//   - A box that does not open is not reported: the server goes on with a random secret, and the
+//     next record fails instead. Whoever probes the server with bad boxes learns nothing.
+//   - The channel binding is a value that only the two ends of this channel share. Chapter 6 mixes
+//     it into the login, so a man in the middle cannot pass a login on from his channel to another.
+//
+// After the handshake everything travels in records:
+//
+//      +-----------------------+------------------------------------------------------+
+//      | u32 length            | AES-256-GCM( key of this direction,                  |
+//      | (ciphertext and tag)  |     nonce = 0 (u32) || number of the record (u64),   |
+//      |                       |     aad = the 4 bytes of the length,                 |
+//      |                       |     plaintext = whole messages, at most 64 KiB )     |
+//      +-----------------------+------------------------------------------------------+
+//
+// The number is not sent: both sides count. A record that was changed, repeated, left out, moved or
+// sent back to its author meets the wrong number or the wrong key and does not open, and that ends
+// the connection: after such an event nobody knows what else is wrong (P3). A connection that is
+// cut at a record's edge looks like a normal end to TCP; therefore a clean end is said in words
+// (Goodbye, chapter 7). One record holds as many messages as are waiting, so that a busy connection
+// pays for encryption and for a system call once for many.
+//
+// AES-GCM with one key has a limit; NIST's is 2^32 records with random nonces, and more with
+// counters. Far below it, every 2^20 records, each direction moves to a new key,
+//      key = HKDF-Expand(key, "chatsecure hop next key")
+// and forgets the old one. The numbers go on counting.
+//
+// What the channel does not hide: that two machines talk, when, and how much.
+
+inline constexpr std::string_view protocol_magic = "CHATSEC1";  // its last digit is the version
+inline constexpr std::size_t max_handshake_bytes = 2048;
+inline constexpr std::size_t max_record_bytes = 64 * 1024;  // of plaintext
+inline constexpr std::size_t max_record_frame = max_record_bytes + gcm_tag_bytes;
+inline constexpr std::uint64_t records_per_key = 1ULL << 20;
+
+struct HopKeys {
+    Secret<32> client_to_server;
+    Secret<32> server_to_client;
+    Digest channel_binding{};
+};
+
+namespace detail {
+
+inline HopKeys derive_hop_keys(ByteView hello1, ByteView hello2, ByteView key3,
+                               const Secret<32>& secret, const Secret<32>& x25519) {
+    Secret<32> prk = agree(sha256(hello1, hello2, key3), secret, x25519);
+    HopKeys keys{hkdf_expand(prk, "chatsecure hop client to server"),
+                 hkdf_expand(prk, "chatsecure hop server to client"),
+                 {}};
+    Secret<32> binding = hkdf_expand(prk, "chatsecure hop channel binding");
+    std::copy(binding.view().begin(), binding.view().end(), keys.channel_binding.begin());
+    return keys;
+}
+
+// The beginning of both hellos. Throws ProtocolError.
+inline X25519Public read_hello(Reader& reader) {
+    if (as_text(reader.raw(protocol_magic.size())) != protocol_magic)
+        throw ProtocolError("The other side does not speak this version of ChatSecure.");
+    X25519Public key{};
+    reader(key);
+    return key;
+}
+
+}  // namespace detail
+
+// The client's half. It computes and does no I/O: the caller carries the frames.
+class ClientHandshake {
+  public:
+    // Frame 1.
+    ByteView hello() const { return hello1_; }
+
+    // Takes frame 2 and returns the server's key, for the caller to compare with its pin BEFORE it
+    // calls key_message(). Throws ProtocolError.
+    const RsaPublicKey& receive_hello(ByteView frame2) {
+        Reader reader(frame2, "a server hello");
+        server_x25519_ = detail::read_hello(reader);
+        try {
+            server_key_ = RsaPublicKey::from_der(reader.rest(), "The server's hello");
+        } catch (const Error& e) {
+            throw ProtocolError(e.what());
+        }
+        hello2_ = to_bytes(frame2);
+        return *server_key_;
+    }
+
+    // Makes frame 3 and the keys.
+    Bytes key_message(HopKeys& keys) {
+        Secret<32> secret = random_secret<32>();
+        Bytes key3 = server_key_->encrypt(secret, sha256(hello1_, hello2_));
+        keys = detail::derive_hop_keys(hello1_, hello2_, key3, secret,
+                                       ephemeral_.shared_secret(server_x25519_));
+        return key3;
+    }
+
+  private:
+    X25519Key ephemeral_ = X25519Key::generate();
+    Bytes hello1_ = join(as_bytes(protocol_magic), ephemeral_.public_key());
+    Bytes hello2_;
+    X25519Public server_x25519_{};
+    std::optional<RsaPublicKey> server_key_;
+};
+
+// The server's half.
+class ServerHandshake {
+  public:
+    // Takes frame 1. Throws ProtocolError.
+    ServerHandshake(const RsaPrivateKey& key, ByteView frame1)
+        : key_(key), hello1_(to_bytes(frame1)) {
+        Reader reader(frame1, "a client hello");
+        client_x25519_ = detail::read_hello(reader);
+        reader.finish();
+    }
+
+    // Frame 2.
+    ByteView hello() const { return hello2_; }
+
+    // Takes frame 3 and makes the keys, wrong ones if it does not open. One RSA operation.
+    HopKeys receive_key(ByteView frame3) const {
+        Secret<32> secret = key_.decrypt_or_random(frame3, sha256(hello1_, hello2_));
+        return detail::derive_hop_keys(hello1_, hello2_, frame3, secret,
+                                       ephemeral_.shared_secret(client_x25519_));
+    }
+
+  private:
+    const RsaPrivateKey& key_;
+    X25519Key ephemeral_ = X25519Key::generate();
+    Bytes hello1_;
+    Bytes hello2_ =
+        join(as_bytes(protocol_magic), ephemeral_.public_key(), key_.public_key().der());
+    X25519Public client_x25519_{};
+};
+
+namespace detail {
+inline Secret<32> next_record_key(const Secret<32>& key) {
+    return hkdf_expand(key, "chatsecure hop next key");
+}
+}  // namespace detail
+
+// Seals the records of one direction.
+class RecordSealer {
+  public:
+    explicit RecordSealer(Secret<32> key) : key_(std::move(key)), cipher_(key_) {}
+
+    // `record` holds room for the header (4 bytes), then the plaintext. Afterwards it is the whole
+    // frame, ready to send. In place, because copying would be the largest cost of a record.
+    void seal(Bytes& record) {
+        std::size_t plain = record.size() - frame_header_bytes;
+        if (plain > max_record_bytes) throw Error("A record holds at most 64 KiB.");
+        if (number_ != 0 && number_ % records_per_key == 0) {
+            key_ = detail::next_record_key(key_);
+            cipher_ = GcmSealer(key_);
+        }
+        record.resize(record.size() + gcm_tag_bytes);
+        auto header = frame_header(plain + gcm_tag_bytes);
+        std::copy(header.begin(), header.end(), record.begin());
+        ByteSpan all(record);
+        cipher_.seal(Nonce(number_++), header, all.subspan(frame_header_bytes, plain),
+                     all.last<gcm_tag_bytes>());
+    }
+
+  private:
+    Secret<32> key_;
+    GcmSealer cipher_;
+    std::uint64_t number_ = 0;
+};
+
+// Opens the records of one direction.
+class RecordOpener {
+  public:
+    explicit RecordOpener(Secret<32> key) : key_(std::move(key)), cipher_(key_) {}
+
+    // Decrypts a frame's content in place and returns the plaintext. Throws ProtocolError if it is
+    // not the record that is due; then the connection must end.
+    ByteSpan open(ByteSpan content) {
+        if (number_ != 0 && number_ % records_per_key == 0) {
+            key_ = detail::next_record_key(key_);
+            cipher_ = GcmOpener(key_);
+        }
+        std::optional<ByteSpan> plain =
+            cipher_.open(Nonce(number_++), frame_header(content.size()), content);
+        if (!plain)
+            throw ProtocolError(
+                "Received a record that does not open: it was damaged, repeated or "
+                "forged on the way.");
+        return *plain;
+    }
+
+  private:
+    Secret<32> key_;
+    GcmOpener cipher_;
+    std::uint64_t number_ = 0;
+};
+
 }  // namespace chatsecure
 
 #endif  // CHATSECURE_HPP

@@ -1542,6 +1542,311 @@ TEST_CASE("chapter 4: a fingerprint of 31 bytes is none") {
     CHECK(throws<Error>([&] { Fingerprint::parse(text.substr(0, 7 + 43)); }));
 }
 
+// ---- Chapter 5. The hop channel -----------------------------------------------------------------
+
+namespace {
+
+using Change = std::function<void(Bytes&)>;
+using Network = std::function<void(int frame, Bytes& bytes)>;  // frames are 1, 2 and 3
+
+Network changing(int which, Change change) {
+    return [which, change](int frame, Bytes& bytes) {
+        if (frame == which) change(bytes);
+    };
+}
+
+struct Handshaken {
+    Fingerprint shown;  // the key that the client saw
+    HopKeys client, server;
+    std::array<Bytes, 3> frames;  // as they arrived
+
+    bool agree() const {
+        return hex_of(client.client_to_server) == hex_of(server.client_to_server) &&
+               hex_of(client.server_to_client) == hex_of(server.server_to_client) &&
+               client.channel_binding == server.channel_binding;
+    }
+    // No key and no binding of one side is of use at the other.
+    bool agree_in_nothing() const {
+        return hex_of(client.client_to_server) != hex_of(server.client_to_server) &&
+               hex_of(client.server_to_client) != hex_of(server.server_to_client) &&
+               client.channel_binding != server.channel_binding;
+    }
+};
+
+// A whole handshake over a network that may change what it carries.
+Handshaken shake_hands(const Network& network = [](int, Bytes&) {}) {
+    Handshaken result;
+    auto carry = [&](int frame, ByteView bytes) {
+        Bytes& arrived = result.frames.at(static_cast<std::size_t>(frame) - 1);
+        arrived = to_bytes(bytes);
+        network(frame, arrived);
+        return ByteView(arrived);
+    };
+    ClientHandshake client;
+    ServerHandshake server(test_key(0), carry(1, client.hello()));
+    result.shown = client.receive_hello(carry(2, server.hello())).fingerprint();
+    Bytes key = client.key_message(result.client);
+    result.server = server.receive_key(carry(3, key));
+    return result;
+}
+
+Bytes sealed_record(RecordSealer& sealer, std::string_view text) {
+    Bytes record(frame_header_bytes);
+    append(record, as_bytes(text));
+    sealer.seal(record);
+    return record;
+}
+// What the frame reader would hand out: the record without its length.
+Bytes frame_content(const Bytes& record) {
+    return to_bytes(ByteView(record).subspan(frame_header_bytes));
+}
+bool refuses(RecordOpener& opener, Bytes content) {
+    return throws<ProtocolError>([&] { opener.open(content); });
+}
+
+}  // namespace
+
+TEST_CASE("chapter 5: the handshake gives both sides the same keys") {
+    Handshaken result = shake_hands();
+    CHECK(result.shown == test_key(0).public_key().fingerprint());
+    CHECK(result.agree());
+    std::set<std::string> different{
+        hex_of(result.client.client_to_server), hex_of(result.client.server_to_client),
+        to_hex(result.client.channel_binding), hex_of(shake_hands().client.client_to_server)};
+    CHECK(different.size() == 4);
+}
+
+TEST_CASE("chapter 5: the three frames look as the chapter says") {
+    auto [shown, client, server, frames] = shake_hands();
+    CHECK(frames[0].size() == 8 + 32);
+    CHECK(as_text(ByteView(frames[0]).first(8)) == "CHATSEC1");
+    CHECK(as_text(ByteView(frames[1]).first(8)) == "CHATSEC1");
+    CHECK(to_bytes(ByteView(frames[1]).subspan(8 + 32)) == test_key(0).public_key().der());
+    CHECK(frames[2].size() == 256);
+    CHECK(std::max({frames[0].size(), frames[1].size(), frames[2].size()}) <= max_handshake_bytes);
+}
+
+TEST_CASE("chapter 5: the keys are computed as the chapter says") {
+    // A client written from the description alone.
+    X25519Key mine = X25519Key::generate();
+    Bytes frame1 = join(as_bytes("CHATSEC1"), mine.public_key());
+    ServerHandshake server(test_key(0), frame1);
+    Bytes frame2 = to_bytes(server.hello());
+    X25519Public theirs{};
+    std::copy(frame2.begin() + 8, frame2.begin() + 40, theirs.begin());
+
+    Bytes frame3 = test_key(0).public_key().encrypt(secret_of(7), sha256(join(frame1, frame2)));
+    Secret<32> prk =
+        agree(sha256(join(frame1, frame2, frame3)), secret_of(7), mine.shared_secret(theirs));
+    HopKeys keys = server.receive_key(frame3);
+    CHECK(hex_of(keys.client_to_server) ==
+          hex_of(hkdf_expand(prk, "chatsecure hop client to server")));
+    CHECK(hex_of(keys.server_to_client) ==
+          hex_of(hkdf_expand(prk, "chatsecure hop server to client")));
+    CHECK(to_hex(keys.channel_binding) ==
+          hex_of(hkdf_expand(prk, "chatsecure hop channel binding")));
+}
+
+TEST_CASE("chapter 5: a bit changed in any frame is noticed, or leaves no key in common") {
+    for (int frame : {1, 2, 3}) {
+        const std::size_t size =
+            shake_hands().frames.at(static_cast<std::size_t>(frame) - 1).size();
+        for (std::size_t at = 0; at < size; at += frame == 1 ? 3 : 11) {
+            CAPTURE(frame);
+            CAPTURE(at);
+            bool noticed = false;
+            try {
+                Handshaken result =
+                    shake_hands(changing(frame, [at](Bytes& bytes) { bytes[at] ^= 1; }));
+                noticed = result.shown != test_key(0).public_key().fingerprint() ||  // not the pin
+                          result.agree_in_nothing();
+            } catch (const Error&) {
+                noticed = true;
+            }
+            CHECK(noticed);
+        }
+    }
+}
+
+TEST_CASE("chapter 5: a man in the middle with his own X25519 keys has no key in common") {
+    // He knows both ephemeral secrets then, but not what is in the box, and the hashes differ.
+    X25519Key his = X25519Key::generate();
+    auto swap_key = [&](Bytes& hello) {
+        std::copy(his.public_key().begin(), his.public_key().end(), hello.begin() + 8);
+    };
+    CHECK(shake_hands(changing(1, swap_key)).agree_in_nothing());
+    CHECK(shake_hands(changing(2, swap_key)).agree_in_nothing());
+    CHECK(shake_hands([&](int frame, Bytes& bytes) {
+              if (frame < 3) swap_key(bytes);
+          }).agree_in_nothing());
+}
+
+TEST_CASE("chapter 5: another version, or another program, is told so") {
+    auto change = [](Bytes& hello) { hello[7] = '2'; };
+    for (int frame : {1, 2})
+        CHECK_THROWS_WITH_AS(shake_hands(changing(frame, change)),
+                             "The other side does not speak this version of ChatSecure.",
+                             ProtocolError);
+    for (std::string_view hello : {"GET / HTTP/1.1\r\nHost: example.org\r\n\r\n..........",
+                                   "SSH-2.0-OpenSSH_9.6\r\n", "", "CHATSEC", "CHATSEC1"}) {
+        CAPTURE(hello);
+        CHECK(throws<ProtocolError>([&] { ServerHandshake(test_key(0), as_bytes(hello)); }));
+        CHECK(throws<ProtocolError>([&] { ClientHandshake().receive_hello(as_bytes(hello)); }));
+    }
+}
+
+TEST_CASE("chapter 5: a client hello has exactly its size") {
+    auto shorter = [](Bytes& hello) { hello.pop_back(); };
+    auto longer = [](Bytes& hello) { hello.push_back(0); };
+    CHECK(throws<ProtocolError>([&] { shake_hands(changing(1, shorter)); }));
+    CHECK(throws<ProtocolError>([&] { shake_hands(changing(1, longer)); }));
+}
+
+TEST_CASE("chapter 5: a server hello with a key that is none, or too weak, is refused") {
+    for (const Bytes& der :
+         {Bytes{}, bytes_of("garbage"), made_up_rsa_der(1024, 65537), made_up_rsa_der(2048, 3),
+          made_up_rsa_der(4104, 65537), join(test_key(0).public_key().der(), Bytes(1))}) {
+        auto replace = [&](Bytes& hello) {
+            hello.resize(8 + 32);
+            append(hello, der);
+        };
+        CHECK(throws<ProtocolError>([&] { shake_hands(changing(2, replace)); }));
+    }
+}
+
+TEST_CASE("chapter 5: an X25519 key that makes the secret zero is refused on both sides") {
+    auto zero = [](Bytes& hello) { std::fill(hello.begin() + 8, hello.begin() + 40, 0); };
+    CHECK(throws<ProtocolError>([&] { shake_hands(changing(1, zero)); }));
+    CHECK(throws<ProtocolError>([&] { shake_hands(changing(2, zero)); }));
+}
+
+TEST_CASE("chapter 5: a box that does not open is not reported: the keys are just other ones") {
+    const Change bad_boxes[]{
+        [](Bytes& box) { box[100] ^= 1; },
+        [](Bytes& box) { box.clear(); },
+        [](Bytes& box) { box.pop_back(); },
+        [](Bytes& box) { box.push_back(0); },
+        [](Bytes& box) { std::fill(box.begin(), box.end(), 0xff); },
+        [](Bytes& box) { std::fill(box.begin(), box.end(), 0); },
+        [](Bytes& box) { box = test_key(0).public_key().encrypt(secret_of(1), {}); },  // no label
+    };
+    for (const Change& change : bad_boxes)
+        CHECK(shake_hands(changing(3, change)).agree_in_nothing());
+}
+
+TEST_CASE("chapter 5: a box recorded in one handshake is of no use in another") {
+    Bytes recorded = shake_hands().frames[2];
+    CHECK(shake_hands(changing(3, [&](Bytes& box) { box = recorded; })).agree_in_nothing());
+}
+
+TEST_CASE("chapter 5: records go through, one after the other, of every size") {
+    RecordSealer sealer(secret_of(1));
+    RecordOpener opener(secret_of(1));
+    for (std::size_t size : {0U, 1U, 15U, 16U, 17U, 1000U, 65535U, 65536U}) {
+        std::string text(size, 'x');
+        Bytes record = sealed_record(sealer, text);
+        CHECK(record.size() == frame_header_bytes + size + gcm_tag_bytes);
+        CHECK(frame_length(record, max_record_frame) == size + gcm_tag_bytes);
+        Bytes content = frame_content(record);
+        CHECK(as_text(opener.open(content)) == text);
+    }
+}
+
+TEST_CASE("chapter 5: a record over 64 KiB is not made") {
+    RecordSealer sealer(secret_of(1));
+    CHECK(throws<Error>([&] { sealed_record(sealer, std::string(65537, 'x')); }));
+}
+
+TEST_CASE("chapter 5: a record is AES-256-GCM with its number as nonce and its length as aad") {
+    RecordSealer sealer(secret_of(1));
+    for (std::uint64_t number = 0; number < 3; ++number)
+        CHECK(frame_content(sealed_record(sealer, "hello")) ==
+              gcm_seal(secret_of(1), number, from_hex("00000015"), as_bytes("hello")));
+}
+
+TEST_CASE("chapter 5: a record that was changed in any byte does not open") {
+    RecordSealer sealer(secret_of(1));
+    Bytes content = frame_content(sealed_record(sealer, "hello"));
+    for (std::size_t at = 0; at < content.size(); ++at) {
+        RecordOpener opener(secret_of(1));
+        Bytes changed = content;
+        changed[at] ^= 0x80;
+        CHECK(refuses(opener, changed));
+    }
+}
+
+TEST_CASE("chapter 5: a record that was cut or made longer does not open") {
+    RecordSealer sealer(secret_of(1));
+    Bytes content = frame_content(sealed_record(sealer, "hello"));
+    for (std::size_t size = 0; size < content.size(); ++size) {
+        RecordOpener opener(secret_of(1));
+        CHECK(refuses(opener, to_bytes(ByteView(content).first(size))));
+    }
+    RecordOpener opener(secret_of(1));
+    CHECK(refuses(opener, join(content, Bytes(1))));
+}
+
+TEST_CASE("chapter 5: a replayed, dropped, reordered or reflected record does not open") {
+    RecordSealer sealer(secret_of(1));
+    const Bytes first = frame_content(sealed_record(sealer, "first"));
+    const Bytes second = frame_content(sealed_record(sealer, "second"));
+    RecordOpener opener(secret_of(1));
+    SUBCASE("replayed") {
+        Bytes content = first;
+        opener.open(content);
+        CHECK(refuses(opener, first));
+    }
+    SUBCASE("dropped, or reordered") { CHECK(refuses(opener, second)); }
+    SUBCASE("reflected: each direction has its own key") {
+        Handshaken channel = shake_hands();
+        RecordSealer client(std::move(channel.client.client_to_server));
+        RecordOpener client_opener(std::move(channel.client.server_to_client));
+        CHECK(refuses(client_opener, frame_content(sealed_record(client, "hello"))));
+    }
+}
+
+TEST_CASE("chapter 5: nothing opens behind a bad record") {
+    RecordSealer sealer(secret_of(1));
+    const Bytes first = frame_content(sealed_record(sealer, "first"));
+    RecordOpener opener(secret_of(1));
+    Bytes bad = first;
+    bad[0] ^= 1;
+    CHECK(refuses(opener, bad));
+    CHECK(refuses(opener, first));
+}
+
+TEST_CASE("chapter 5: after 2^20 records both sides move to the next key, together") {
+    RecordSealer sealer(secret_of(1));
+    RecordOpener opener(secret_of(1));
+    Bytes record;
+    std::uint64_t opened = 0;
+    auto pass_one = [&] {
+        record.assign(frame_header_bytes, 0);
+        sealer.seal(record);
+        opened += opener.open(ByteSpan(record).subspan(frame_header_bytes)).empty() ? 1 : 0;
+    };
+    for (std::uint64_t i = 0; i < records_per_key; ++i) pass_one();
+
+    Secret<32> next = hkdf_expand(secret_of(1), "chatsecure hop next key");
+    record.assign(frame_header_bytes, 0);
+    sealer.seal(record);
+    CHECK(frame_content(record) == gcm_seal(next, records_per_key, from_hex("00000010"), {}));
+    CHECK(opener.open(ByteSpan(record).subspan(frame_header_bytes)).empty());
+    for (int i = 0; i < 2; ++i) pass_one();
+    CHECK(opened == records_per_key + 2);
+}
+
+TEST_CASE("chapter 5: a server key with an even modulus is a ProtocolError") {
+    Bytes der = test_key(0).public_key().der();
+    der[der.size() - 6] ^= 1;  // the last byte of the modulus, before 02 03 01 00 01
+    CHECK(throws<ProtocolError>([&] {
+        shake_hands(changing(2, [&](Bytes& hello) {
+            hello.resize(8 + 32);
+            append(hello, der);
+        }));
+    }));
+}
+
 // ---- main ---------------------------------------------------------------------------------------
 
 namespace {
