@@ -2258,6 +2258,547 @@ class RecordOpener {
     std::uint64_t number_ = 0;
 };
 
+// =================================================================================================
+//  Chapter 6. Passwords
+// =================================================================================================
+//
+// The obvious way to log in, sending the password, gives it to whoever runs the server, and to
+// whoever steals its memory. SCRAM-SHA-256 (RFC 5802, RFC 7677) proves on both sides that the
+// password is known, and sends it to nobody. The arithmetic:
+//
+//      SaltedPassword  = PBKDF2(password, salt, iterations)      slow, on the client only
+//      ClientKey       = HMAC(SaltedPassword, "Client Key")
+//      StoredKey       = SHA-256(ClientKey)                      the server stores this
+//      ServerKey       = HMAC(SaltedPassword, "Server Key")      and this
+//
+//      C -> S   p=chatsecure,,n=alice,r=<client nonce>                           client-first
+//      S -> C   r=<both nonces>,s=<salt>,i=<iterations>                          server-first
+//      C -> S   c=<channel binding>,r=<both nonces>,p=<ClientProof>              client-final
+//      S -> C   v=<ServerSignature>                                              server-final
+//
+//      AuthMessage     = the first three, without ",p=...", glued with commas
+//      ClientProof     = ClientKey XOR HMAC(StoredKey, AuthMessage)
+//      ServerSignature = HMAC(ServerKey, AuthMessage)
+//
+// The server undoes the XOR, hashes the ClientKey that it gets, and compares with StoredKey. It
+// stores nothing with which one could log in: from StoredKey to ClientKey leads no way back (P7).
+// The client checks v: a server that does not know the account cannot make it. "c=" carries the
+// channel binding of chapter 5: a man in the middle has two channels with two bindings, and the
+// proof for one is none for the other.
+//
+// An unknown name gets a salt too, computed from a secret of the server, always the same for the
+// same name; the login then fails like one with a wrong password. Nobody learns from it which
+// accounts exist. (Registering tells which names are taken. It has to.)
+//
+// What it does not protect against: a password that is easy to guess. A stolen users.db can be
+// searched offline, at the price of 600,000 hashes for each try. Passwords are used as the bytes of
+// their UTF-8; RFC 5802 asks for SASLprep, which changes nothing about ASCII and needs tables that
+// would be longer than this header.
+
+inline constexpr std::uint32_t default_iterations = 600'000;  // OWASP's advice for PBKDF2-SHA256
+inline constexpr std::uint32_t min_iterations = 4'096;        // RFC 7677 section 4
+inline constexpr std::uint32_t max_iterations = 10'000'000;   // more is an attack on the client
+inline constexpr std::size_t min_password_characters = 8;
+inline constexpr std::size_t max_password_bytes = 1024;
+
+// Throws Error if `password` is none that we let somebody register.
+inline void check_new_password(ByteView password) {
+    std::optional<std::size_t> length = utf8_length(as_text(password));
+    bool control = std::any_of(password.begin(), password.end(),
+                               [](std::uint8_t byte) { return byte < 0x20 || byte == 0x7f; });
+    if (!length || control) throw Error("A password is text, without control characters.");
+    if (*length < min_password_characters)
+        throw Error(concat("This password is too weak: it has ", *length, " characters, and ",
+                           min_password_characters,
+                           " are the least. A few random words are good."));
+    if (password.size() > max_password_bytes)
+        throw Error(concat("A password has at most ", max_password_bytes, " bytes."));
+}
+
+// ---- Where a password comes from ----------------------------------------------------------------
+//
+// Never from the command line: everybody on the machine can read that in the list of processes.
+
+// The first line of a file or, without a file, the environment's CHATSECURE_PASSWORD (which is then
+// removed from the environment, so that no program started from here inherits it). Throws Error.
+inline std::optional<SecretBytes> find_password(const std::filesystem::path& file) {
+    if (!file.empty()) {
+        std::optional<SecretBytes> content = read_file(file, 64 * 1024);
+        if (!content) throw Error(concat("There is no password file ", file.string(), "."));
+        auto end = std::find_if(content->begin(), content->end(),
+                                [](std::uint8_t byte) { return byte == '\n' || byte == '\r'; });
+        return SecretBytes(content->begin(), end);
+    }
+    char* value = std::getenv("CHATSECURE_PASSWORD");
+    if (value == nullptr) return std::nullopt;
+    SecretBytes password = to_secret(value);
+    OPENSSL_cleanse(value, password.size());
+#ifdef _WIN32
+    ::_putenv_s("CHATSECURE_PASSWORD", "");
+#else
+    ::unsetenv("CHATSECURE_PASSWORD");
+#endif
+    return password;
+}
+
+// Asks on the terminal, without echo. Throws Error if the user gives up (Ctrl-C, Ctrl-D) or if
+// there is no terminal. The terminal is in raw mode meanwhile, so that an interrupt cannot leave it
+// mute.
+inline SecretBytes ask_password(std::string_view prompt) {
+#ifdef _WIN32
+    auto read_key = [] { return ::_getch(); };
+#else
+    termios before{};
+    if (::tcgetattr(STDIN_FILENO, &before) != 0)
+        throw Error(
+            "There is no terminal to ask for the password. Give it in the environment, as "
+            "CHATSECURE_PASSWORD, or to the client with --password-file.");
+    termios raw = before;
+    raw.c_lflag &= ~static_cast<tcflag_t>(ECHO | ICANON | ISIG);
+    ::tcsetattr(STDIN_FILENO, TCSAFLUSH, &raw);
+    detail::AtExit restore([&] { ::tcsetattr(STDIN_FILENO, TCSAFLUSH, &before); });
+    auto read_key = [] {
+        unsigned char key = 4;  // the end of the input counts as Ctrl-D
+        while (::read(STDIN_FILENO, &key, 1) < 0 && errno == EINTR) {
+        }
+        return static_cast<int>(key);
+    };
+#endif
+    std::cerr << prompt << std::flush;
+    SecretBytes password;
+    for (;;) {
+        int key = read_key();
+        if (key == '\r' || key == '\n') break;
+        if (key == 3 || key == 4) {
+            std::cerr << '\n';
+            throw Error("No password was given.");
+        }
+        if (key == 0x7f || key == '\b') {  // take back a character: all bytes of its UTF-8
+            while (!password.empty() && (password.back() & 0xc0) == 0x80) password.pop_back();
+            if (!password.empty()) password.pop_back();
+        } else if (key == 0x15) {  // Ctrl-U
+            password.clear();
+        } else if (password.size() < max_password_bytes) {
+            password.push_back(static_cast<std::uint8_t>(key));
+        }
+    }
+    std::cerr << '\n';
+    return password;
+}
+
+// ---- The arithmetic -----------------------------------------------------------------------------
+
+// What the server stores: enough to check a login, not enough to make one. Its text is PostgreSQL's
+// (the documentation of pg_authid):  SCRAM-SHA-256$<iterations>:<salt>$<StoredKey>:<ServerKey>
+struct ScramVerifier {
+    std::uint32_t iterations = 0;
+    Bytes salt;
+    Digest stored_key{};
+    Digest server_key{};
+
+    std::string text() const {
+        return concat("SCRAM-SHA-256$", iterations, ":", to_base64(salt), "$",
+                      to_base64(stored_key), ":", to_base64(server_key));
+    }
+    // Throws Error.
+    static ScramVerifier parse(std::string_view text) {
+        auto take_until = [&](char end) {
+            std::size_t at = text.find(end);
+            if (at == text.npos)
+                throw Error(
+                    "The password entry is not of the form "
+                    "SCRAM-SHA-256$iterations:salt$StoredKey:ServerKey.");
+            std::string_view taken = text.substr(0, at);
+            text.remove_prefix(at + 1);
+            return taken;
+        };
+        ScramVerifier verifier;
+        if (take_until('$') != "SCRAM-SHA-256")
+            throw Error("The password entry is not SCRAM-SHA-256.");
+        std::string_view count = take_until(':');
+        auto [end, failure] =
+            std::from_chars(count.data(), count.data() + count.size(), verifier.iterations);
+        if (failure != std::errc{} || end != count.data() + count.size() ||
+            verifier.iterations < min_iterations || verifier.iterations > max_iterations)
+            throw Error(concat("The password entry's iteration count is not between ",
+                               min_iterations, " and ", max_iterations, "."));
+        verifier.salt = from_base64(take_until('$'));
+        Bytes stored = from_base64(take_until(':')), server = from_base64(text);
+        if (verifier.salt.empty() || verifier.salt.size() > 64 || stored.size() != 32 ||
+            server.size() != 32)
+            throw Error("The password entry has a salt or a key of the wrong size.");
+        std::copy(stored.begin(), stored.end(), verifier.stored_key.begin());
+        std::copy(server.begin(), server.end(), verifier.server_key.begin());
+        return verifier;
+    }
+};
+
+namespace detail {
+
+inline Secret<32> hmac_secret(ByteView key, std::string_view message) {
+    Secret<32> out;
+    hmac_sha256(key, as_bytes(message), out.span());
+    return out;
+}
+inline void xor_into(ByteSpan target, ByteView other) {
+    for (std::size_t i = 0; i < target.size(); ++i) target[i] ^= other[i];
+}
+// What goes into "c=": which binding we use, and its value (RFC 5802 section 7).
+inline std::string binding_text(std::string_view gs2_header, ByteView binding) {
+    return to_base64(join(as_bytes(gs2_header), binding));
+}
+// Takes "x=value" from the front of a SCRAM message, and the comma behind it. Throws ProtocolError.
+inline std::string_view take_attribute(std::string_view& message, char name) {
+    if (message.size() < 2 || message[0] != name || message[1] != '=')
+        throw ProtocolError(concat("Received a login message without its \"", name, "=\"."));
+    std::string_view value = message.substr(2, message.find(',') - 2);
+    message.remove_prefix(std::min(message.size(), 2 + value.size() + 1));
+    return value;
+}
+inline std::string make_login_nonce() { return to_base64(random_bytes(18)); }
+
+}  // namespace detail
+
+inline ScramVerifier make_verifier(const Secret<32>& salted_password, ByteView salt,
+                                   std::uint32_t iterations) {
+    ScramVerifier verifier{iterations, to_bytes(salt), {}, {}};
+    Secret<32> client_key = detail::hmac_secret(salted_password.view(), "Client Key");
+    verifier.stored_key = sha256(client_key.view());
+    hmac_sha256(salted_password.view(), as_bytes("Server Key"), verifier.server_key);
+    return verifier;
+}
+
+// ---- The conversation ---------------------------------------------------------------------------
+
+inline constexpr std::string_view scram_gs2_header = "p=chatsecure,,";
+
+// The client's half. The order of the calls is the order of the messages.
+class ScramClient {
+  public:
+    // `binding` is the hop channel's. The header and the nonce are arguments only so that the
+    // RFC's own example can be computed.
+    ScramClient(std::string_view user, ByteView binding,
+                std::string_view gs2_header = scram_gs2_header,
+                std::string nonce = detail::make_login_nonce())
+        : gs2_header_(gs2_header),
+          binding_(detail::binding_text(gs2_header, binding)),
+          nonce_(std::move(nonce)),
+          first_bare_(concat("n=", user, ",r=", nonce_)) {}
+
+    std::string first() const { return gs2_header_ + first_bare_; }
+
+    // What the server asks for: the caller turns the password into the salted password. Throws
+    // ProtocolError for a server that wants fewer iterations than are safe (or absurdly many).
+    struct Challenge {
+        Bytes salt;
+        std::uint32_t iterations = 0;
+    };
+    Challenge receive_challenge(std::string_view server_first) {
+        server_first_ = server_first;
+        std::string_view left = server_first;
+        both_nonces_ = detail::take_attribute(left, 'r');
+        if (!both_nonces_.starts_with(nonce_) || both_nonces_.size() == nonce_.size())
+            throw ProtocolError("The server answered another login than ours.");
+        Challenge challenge;
+        try {
+            challenge.salt = from_base64(detail::take_attribute(left, 's'));
+        } catch (const ProtocolError&) {
+            throw;
+        } catch (const Error& e) {
+            throw ProtocolError(e.what());
+        }
+        std::string_view count = detail::take_attribute(left, 'i');
+        auto [end, failure] =
+            std::from_chars(count.data(), count.data() + count.size(), challenge.iterations);
+        if (failure != std::errc{} || end != count.data() + count.size() || challenge.salt.empty())
+            throw ProtocolError("The server sent a login challenge that makes no sense.");
+        if (challenge.iterations < min_iterations || challenge.iterations > max_iterations)
+            throw ProtocolError(concat("The server asks for a login with ", challenge.iterations,
+                                       " iterations; this client accepts ", min_iterations, " to ",
+                                       max_iterations, "."));
+        return challenge;
+    }
+
+    std::string final(const Secret<32>& salted_password) {
+        std::string without_proof = concat("c=", binding_, ",r=", both_nonces_);
+        std::string auth_message = concat(first_bare_, ",", server_first_, ",", without_proof);
+        Secret<32> proof = detail::hmac_secret(salted_password.view(), "Client Key");
+        Digest stored_key = sha256(proof.view());
+        detail::xor_into(proof.span(), detail::hmac_secret(stored_key, auth_message).view());
+        Secret<32> server_key = detail::hmac_secret(salted_password.view(), "Server Key");
+        hmac_sha256(server_key.view(), as_bytes(auth_message), expected_signature_);
+        return concat(without_proof, ",p=", to_base64(proof.view()));
+    }
+
+    // Throws ProtocolError if the server did not prove that it knows the account.
+    void verify_server(std::string_view server_final) const {
+        if (!equal_in_constant_time(as_bytes(server_final),
+                                    as_bytes(concat("v=", to_base64(expected_signature_)))))
+            throw ProtocolError(
+                "The server did not prove that it knows this account. Do not trust it.");
+    }
+
+  private:
+    std::string gs2_header_, binding_, nonce_, first_bare_, server_first_, both_nonces_;
+    Digest expected_signature_{};
+};
+
+// The server's half.
+class ScramServer {
+  public:
+    // Takes client-first. Throws ProtocolError.
+    explicit ScramServer(std::string_view client_first, ByteView binding,
+                         std::string_view gs2_header = scram_gs2_header,
+                         std::string nonce = detail::make_login_nonce())
+        : binding_(detail::binding_text(gs2_header, binding)), nonce_(std::move(nonce)) {
+        if (!client_first.starts_with(gs2_header))
+            throw ProtocolError("Received a login without channel binding.");
+        first_bare_ = client_first.substr(gs2_header.size());
+        std::string_view left = first_bare_;
+        user_ = detail::take_attribute(left, 'n');
+        std::string_view client_nonce = detail::take_attribute(left, 'r');
+        if (!is_valid_name(user_) || client_nonce.size() < 16 || client_nonce.size() > 128)
+            throw ProtocolError("Received a login with an invalid name or nonce.");
+        nonce_ = concat(client_nonce, nonce_);
+    }
+
+    const std::string& user() const { return user_; }
+
+    // server-first, for the account's verifier (or a made-up one for an unknown name).
+    std::string challenge(ScramVerifier verifier) {
+        verifier_ = std::move(verifier);
+        server_first_ =
+            concat("r=", nonce_, ",s=", to_base64(verifier_.salt), ",i=", verifier_.iterations);
+        return server_first_;
+    }
+
+    // Takes client-final. server-final if the proof is right; nothing if the password (or the
+    // channel) is not.
+    std::optional<std::string> check(std::string_view client_final) const {
+        std::string_view left = client_final;
+        std::string_view binding = detail::take_attribute(left, 'c');
+        std::string_view nonce = detail::take_attribute(left, 'r');
+        Bytes claimed;
+        try {
+            claimed = from_base64(detail::take_attribute(left, 'p'));
+        } catch (const Error&) {
+            return std::nullopt;
+        }
+        if (binding != binding_ || nonce != nonce_ || claimed.size() != 32) return std::nullopt;
+        std::string auth_message =
+            concat(first_bare_, ",", server_first_, ",c=", binding, ",r=", nonce);
+        Secret<32> client_key(claimed);  // once the XOR is undone
+        detail::xor_into(client_key.span(),
+                         detail::hmac_secret(verifier_.stored_key, auth_message).view());
+        if (!equal_in_constant_time(sha256(client_key.view()), verifier_.stored_key))
+            return std::nullopt;
+        Digest signature{};
+        hmac_sha256(verifier_.server_key, as_bytes(auth_message), signature);
+        return concat("v=", to_base64(signature));
+    }
+
+  private:
+    std::string binding_, nonce_, first_bare_, user_, server_first_;
+    ScramVerifier verifier_;
+};
+
+// ---- users.db -----------------------------------------------------------------------------------
+//
+// One line for each account; comments (#) and empty lines stay where they are:
+//
+//      alice SCRAM-SHA-256$600000:<salt>$<StoredKey>:<ServerKey> <identity> <time of creation>
+//
+// <identity> is the user's public key (base64 of its SPKI, chapter 8), or - while unknown. The
+// server only keeps it for the record: whether an identity is to be trusted, the clients decide.
+
+struct Account {
+    std::string user;
+    ScramVerifier verifier;
+    Bytes identity;       // SPKI, DER; empty while unknown
+    std::string created;  // RFC 3339
+
+    std::string line() const {
+        return concat(user, " ", verifier.text(), " ",
+                      identity.empty() ? std::string("-") : to_base64(identity), " ", created);
+    }
+    // Throws Error.
+    static Account parse(std::string_view line) {
+        std::vector<std::string> words = split_words(line);
+        if (words.size() != 4)
+            throw Error(concat("it has ", words.size(),
+                               " fields; 4 are needed: name, password "
+                               "entry, identity key or -, time."));
+        if (!is_valid_name(words[0])) throw Error("the name is not valid.");
+        Account account{words[0], ScramVerifier::parse(words[1]), {}, words[3]};
+        if (words[2] != "-") account.identity = from_base64(words[2]);
+        return account;
+    }
+};
+
+// The salt of the accounts in users.db.example. Their passwords are public, so the server warns.
+inline constexpr std::string_view example_salt = "EXAMPLE-PASSWORD";
+
+// The accounts, in memory and on disk. Any thread may call it.
+class AuthStore {
+  public:
+    // Reads `path`; no file means no accounts yet. Throws Error, with the line number, for a line
+    // that cannot be understood: guessing would one day lose somebody's account.
+    explicit AuthStore(std::filesystem::path path) : path_(std::move(path)) {
+        std::optional<SecretBytes> content = read_file(path_, max_users_db_bytes);
+        if (!content) return;
+        on_disk_ = sha256(*content);
+        std::istringstream in{to_string(*content)};
+        for (std::string line; std::getline(in, line);) {
+            if (!line.empty() && line.back() == '\r') line.pop_back();
+            lines_.push_back(line);
+            if (split_words(line).empty() || split_words(line)[0].starts_with('#')) continue;
+            try {
+                Account account = Account::parse(line);
+                if (!by_name_.emplace(account.user, Entry{lines_.size() - 1, account}).second)
+                    throw Error(concat("the name \"", account.user, "\" stands there twice."));
+            } catch (const Error& e) {
+                throw Error(concat(path_.string(), ", line ", lines_.size(), ": ", e.what(),
+                                   " Correct the line, or put # before it."));
+            }
+        }
+    }
+
+    std::optional<Account> find(const std::string& user) const {
+        std::lock_guard lock(mutex_);
+        auto found = by_name_.find(user);
+        if (found == by_name_.end()) return std::nullopt;
+        return found->second.account;
+    }
+
+    // Adds an account and has it on disk when it returns. False if the name is taken. Blocks;
+    // throws Error if it cannot be written (then nothing has changed).
+    bool add(const Account& account) {
+        std::lock_guard lock(mutex_);
+        if (by_name_.contains(account.user)) return false;
+        std::vector<std::string> lines = lines_;
+        lines.push_back(account.line());
+        save(std::move(lines));
+        by_name_.emplace(account.user, Entry{lines_.size() - 1, account});
+        return true;
+    }
+
+    // Records the identity key of a user; as add().
+    void set_identity(const std::string& user, ByteView identity) {
+        std::lock_guard lock(mutex_);
+        auto found = by_name_.find(user);
+        if (found == by_name_.end()) throw Error(concat("There is no account \"", user, "\"."));
+        Entry& entry = found->second;
+        Account changed = entry.account;
+        changed.identity = to_bytes(identity);
+        std::vector<std::string> lines = lines_;
+        lines[entry.line] = changed.line();
+        save(std::move(lines));
+        entry.account = std::move(changed);
+    }
+
+    std::vector<std::string> users_with_example_password() const {
+        std::lock_guard lock(mutex_);
+        std::vector<std::string> users;
+        for (const auto& [user, entry] : by_name_)
+            if (as_text(entry.account.verifier.salt) == example_salt) users.push_back(user);
+        return users;
+    }
+    std::size_t size() const {
+        std::lock_guard lock(mutex_);
+        return by_name_.size();
+    }
+
+  private:
+    static constexpr std::size_t max_users_db_bytes = 1U << 30;
+    struct Entry {
+        std::size_t line;
+        Account account;
+    };
+
+    // Somebody may have edited the file while we run. Writing our copy over it would lose the edit.
+    void save(std::vector<std::string> lines) {
+        std::optional<SecretBytes> now = read_file(path_, max_users_db_bytes);
+        std::optional<Digest> found;
+        if (now) found = sha256(*now);
+        if (found != on_disk_)
+            throw Error(concat(path_.string(),
+                               " was changed by another program while the server "
+                               "runs, so the server does not write it. Restart the server."));
+        std::string content;
+        for (const std::string& line : lines) content += line + "\n";
+        write_file(path_, as_bytes(content), FileMode::owner_only);
+        on_disk_ = sha256(as_bytes(content));
+        lines_ = std::move(lines);
+    }
+
+    mutable std::mutex mutex_;  // guards everything below
+    std::filesystem::path path_;
+    std::vector<std::string> lines_;        // the file, line by line, comments too
+    std::map<std::string, Entry> by_name_;  // where each account stands in it
+    std::optional<Digest> on_disk_;         // of the file as we last read or wrote it
+};
+
+// ---- Guessing is slow ---------------------------------------------------------------------------
+
+// Counts failed logins for each account and each address, and says how long the next try has to
+// wait: nothing for the first few (people mistype), then doubling up to a few seconds. Bounded: an
+// attacker cannot lock a user out, and cannot fill our memory. Any thread may call it.
+class LoginThrottle {
+  public:
+    struct Options {
+        int free_tries = 3;
+        Milliseconds first_delay{250};
+        Milliseconds longest_delay{4000};
+        std::chrono::minutes forget_after{15};
+    };
+    LoginThrottle() = default;
+    explicit LoginThrottle(Options options) : options_(options) {}
+
+    Milliseconds delay(const std::string& account, const std::string& address,
+                       Clock::time_point now) const {
+        std::lock_guard lock(mutex_);
+        return std::max(delay_of("user " + account, now), delay_of("from " + address, now));
+    }
+    void failed(const std::string& account, const std::string& address, Clock::time_point now) {
+        std::lock_guard lock(mutex_);
+        if (failures_.size() > max_entries)
+            std::erase_if(failures_, [&](const auto& entry) { return is_old(entry.second, now); });
+        if (failures_.size() > max_entries) failures_.clear();
+        for (const std::string& key : {"user " + account, "from " + address}) {
+            Failures& entry = failures_[key];
+            if (is_old(entry, now)) entry.count = 0;
+            ++entry.count;
+            entry.last = now;
+        }
+    }
+    // A success clears the account only: an attacker's own account must not clear his address.
+    void succeeded(const std::string& account) {
+        std::lock_guard lock(mutex_);
+        failures_.erase("user " + account);
+    }
+
+  private:
+    static constexpr std::size_t max_entries = 20'000;
+    struct Failures {
+        int count = 0;
+        Clock::time_point last{};
+    };
+    bool is_old(const Failures& entry, Clock::time_point now) const {
+        return now - entry.last > options_.forget_after;
+    }
+    Milliseconds delay_of(const std::string& key, Clock::time_point now) const {
+        auto found = failures_.find(key);
+        if (found == failures_.end() || is_old(found->second, now)) return Milliseconds(0);
+        int over = found->second.count - options_.free_tries;
+        if (over < 0) return Milliseconds(0);
+        return std::min(options_.longest_delay, options_.first_delay * (1 << std::min(over, 10)));
+    }
+
+    Options options_;
+    mutable std::mutex mutex_;  // guards failures_
+    std::map<std::string, Failures> failures_;
+};
+
 }  // namespace chatsecure
 
 #endif  // CHATSECURE_HPP

@@ -30,6 +30,7 @@ namespace {
 
 // ---- Tools --------------------------------------------------------------------------------------
 
+constexpr std::uint32_t few_iterations = min_iterations;
 constexpr Milliseconds long_enough{20'000};  // for whatever must happen: only failures wait for it
 
 // A fresh private directory, removed with everything in it.
@@ -1845,6 +1846,424 @@ TEST_CASE("chapter 5: a server key with an even modulus is a ProtocolError") {
             append(hello, der);
         }));
     }));
+}
+
+// ---- Chapter 6. Passwords -----------------------------------------------------------------------
+
+namespace {
+
+ScramVerifier verifier_for(std::string_view password) {
+    Bytes salt = bytes_of("a fixed salt 16b");
+    return make_verifier(pbkdf2_sha256(as_bytes(password), salt, few_iterations), salt,
+                         few_iterations);
+}
+
+// A login as it should be, message by message, for tests to spoil.
+struct Login {
+    Bytes binding = Bytes(32, 0xb1);
+    ScramVerifier verifier = verifier_for("pencil case");
+    ScramClient client{"alice", binding};
+    ScramServer server{client.first(), binding};
+
+    // client-final for the challenge of the server.
+    std::string proof(std::string_view password = "pencil case") {
+        auto [salt, iterations] = client.receive_challenge(server.challenge(verifier));
+        return client.final(pbkdf2_sha256(as_bytes(password), salt, iterations));
+    }
+};
+
+std::string replaced(std::string text, std::string_view from, std::string_view to) {
+    return text.replace(text.find(from), from.size(), to);
+}
+
+}  // namespace
+
+TEST_CASE("chapter 6: SCRAM-SHA-256, the example of RFC 7677 section 3") {
+    ScramClient client("user", {}, "n,,", "rOprNGfwEbeRWgbNEkqO");
+    CHECK(client.first() == "n,,n=user,r=rOprNGfwEbeRWgbNEkqO");
+
+    ScramServer server(client.first(), {}, "n,,", "%hvYDpWUa2RaTCAfuxFIlj)hNlF$k0");
+    CHECK(server.user() == "user");
+    Bytes salt = from_base64("W22ZaJ0SNY7soEsUEjb6gQ==");
+    Secret<32> salted = pbkdf2_sha256(as_bytes("pencil"), salt, 4096);
+    std::string challenge = server.challenge(make_verifier(salted, salt, 4096));
+    CHECK(challenge ==
+          "r=rOprNGfwEbeRWgbNEkqO%hvYDpWUa2RaTCAfuxFIlj)hNlF$k0,s=W22ZaJ0SNY7soEsUEjb6gQ==,i=4096");
+
+    ScramClient::Challenge asked = client.receive_challenge(challenge);
+    CHECK(asked.salt == salt);
+    CHECK(asked.iterations == 4096);
+    std::string proof = client.final(salted);
+    CHECK(proof ==
+          "c=biws,r=rOprNGfwEbeRWgbNEkqO%hvYDpWUa2RaTCAfuxFIlj)hNlF$k0,"
+          "p=dHzbZapWIk4jUhN+Ute9ytag9zjfMHgsqmmiz7AndVQ=");
+
+    std::optional<std::string> answer = server.check(proof);
+    REQUIRE(answer);
+    CHECK(*answer == "v=6rriTRBi23WpRR/wtup+mMhUZUn/dB5nLTJRsjl95G4=");
+    CHECK_NOTHROW(client.verify_server(*answer));
+}
+
+TEST_CASE("chapter 6: a login with the right password, bound to its channel") {
+    Login login;
+    std::string proof = login.proof();
+    CHECK(proof.starts_with("c=" + to_base64(join(as_bytes("p=chatsecure,,"), login.binding)) +
+                            ",r="));
+    std::optional<std::string> answer = login.server.check(proof);
+    REQUIRE(answer);
+    CHECK_NOTHROW(login.client.verify_server(*answer));
+}
+
+TEST_CASE("chapter 6: no two logins use the same nonces") {
+    CHECK(ScramClient("alice", {}).first() != ScramClient("alice", {}).first());
+    std::string first = ScramClient("alice", {}).first();
+    ScramVerifier verifier = verifier_for("x");
+    CHECK(ScramServer(first, {}).challenge(verifier) != ScramServer(first, {}).challenge(verifier));
+}
+
+TEST_CASE("chapter 6: a wrong password does not log in") {
+    for (std::string_view wrong : {"pencil cas", "Pencil case", "pencil case ", ""}) {
+        Login login;
+        CHECK_FALSE(login.server.check(login.proof(wrong)));
+    }
+}
+
+TEST_CASE("chapter 6: a login passed on from another channel does not log in") {
+    // The man in the middle has two channels, each with its own binding.
+    Login login;
+    ScramServer server(login.client.first(), Bytes(32, 0xb2));
+    auto [salt, iterations] = login.client.receive_challenge(server.challenge(login.verifier));
+    std::string proof =
+        login.client.final(pbkdf2_sha256(as_bytes("pencil case"), salt, iterations));
+    CHECK_FALSE(server.check(proof));
+    // To write the server's binding into the message does not help: the proof is over it.
+    std::string ours = to_base64(join(as_bytes(scram_gs2_header), login.binding));
+    std::string theirs = to_base64(join(as_bytes(scram_gs2_header), Bytes(32, 0xb2)));
+    CHECK_FALSE(server.check(replaced(proof, ours, theirs)));
+}
+
+TEST_CASE("chapter 6: a changed proof does not log in, whatever was changed") {
+    const std::function<std::string(std::string)> changes[]{
+        [](std::string proof) { return replaced(proof, ",r=", ",r=x"); },
+        [](std::string proof) { return replaced(proof, ",p=", "x,p="); },
+        [](std::string proof) { return proof.substr(0, proof.find(",p=")) + ",p="; },
+        [](std::string proof) { return proof.substr(0, proof.find(",p=")) + ",p=AAAA"; },
+        [](std::string proof) { return proof.substr(0, proof.find(",p=")) + ",p=no base64"; },
+        [](std::string proof) {
+            return proof.substr(0, proof.find(",p=")) + ",p=" + to_base64(Bytes(32));
+        },
+        [](std::string proof) { return proof.substr(0, proof.find(",p=")); },
+    };
+    for (const auto& change : changes) {
+        Login login;
+        CHECK_FALSE(login.server.check(change(login.proof())));
+    }
+}
+
+TEST_CASE("chapter 6: a recorded proof does not log in again") {
+    Login first, second;
+    std::string recorded = first.proof();
+    second.proof();
+    CHECK_FALSE(second.server.check(recorded));
+}
+
+TEST_CASE("chapter 6: what is stored does not log in") {
+    // The thief of users.db has StoredKey where a client would have ClientKey (P7).
+    Login login;
+    std::string proof = login.proof();
+    std::string_view left = proof;
+    std::string_view without = left.substr(0, left.find(",p="));
+    for (const Digest& stored : {login.verifier.stored_key, login.verifier.server_key})
+        CHECK_FALSE(login.server.check(concat(without, ",p=", to_base64(stored))));
+}
+
+TEST_CASE("chapter 6: a client message that is no login is refused") {
+    for (std::string_view first :
+         {"", "n,,n=alice,r=0123456789abcdef", "y,,n=alice,r=0123456789abcdef", "p=chatsecure,,",
+          "p=other,,n=alice,r=0123456789abcdef", "p=chatsecure,,n=alice", "p=chatsecure,,n=alice,",
+          "p=chatsecure,,r=0123456789abcdef,n=alice", "p=chatsecure,,n=Alice,r=0123456789abcdef",
+          "p=chatsecure,,n=,r=0123456789abcdef", "p=chatsecure,,n=alice,r=tooshort",
+          "p=chatsecure,a=root,n=alice,r=0123456789abcdef"}) {
+        CAPTURE(first);
+        CHECK(throws<ProtocolError>([&] { ScramServer(first, {}); }));
+    }
+    CHECK(throws<ProtocolError>(
+        [] { ScramServer("p=chatsecure,,n=alice,r=" + std::string(129, 'x'), {}); }));
+    for (std::string_view final : {"", "c=", "r=x", "c=x,p=x"}) {
+        CAPTURE(final);
+        Login login;
+        login.proof();
+        CHECK(throws<ProtocolError>([&] { login.server.check(final); }));
+    }
+}
+
+TEST_CASE("chapter 6: the client refuses a server that asks for something unsafe or strange") {
+    ScramClient client("alice", {}, scram_gs2_header, "clientnonce");
+    CHECK_NOTHROW(client.receive_challenge("r=clientnonceAndMore,s=AAAA,i=4096"));
+    CHECK_NOTHROW(client.receive_challenge("r=clientnonceAndMore,s=AAAA,i=10000000"));
+    for (std::string_view bad :
+         {"r=clientnonceAndMore,s=AAAA,i=4095",  // too few: cheap to search
+          "r=clientnonceAndMore,s=AAAA,i=1", "r=clientnonceAndMore,s=AAAA,i=0",
+          "r=clientnonceAndMore,s=AAAA,i=-5000", "r=clientnonceAndMore,s=AAAA,i=",
+          "r=clientnonceAndMore,s=AAAA,i=10000001",  // too many: an attack on the client
+          "r=clientnonceAndMore,s=AAAA,i=99999999999999999999",
+          "r=clientnonce,s=AAAA,i=4096",        // the server added nothing
+          "r=othernonceAndMore,s=AAAA,i=4096",  // the answer to somebody else
+          "r=,s=AAAA,i=4096", "r=clientnonceAndMore,s=,i=4096",
+          "r=clientnonceAndMore,s=A,i=4096",  // no base64
+          "r=clientnonceAndMore,i=4096,s=AAAA", "r=clientnonceAndMore,s=AAAA",
+          "m=ext,r=clientnonceAndMore,s=AAAA,i=4096",  // an extension that we do not know
+          "e=unknown-user", "", ","}) {
+        CAPTURE(bad);
+        CHECK(throws<ProtocolError>([&] { client.receive_challenge(bad); }));
+    }
+}
+
+TEST_CASE("chapter 6: a server that does not know the account cannot pretend") {
+    Login login;
+    std::string proof = login.proof();
+    for (std::string_view fake : {"", "v=", "v=AAAA", "e=other-error"})
+        CHECK(throws<ProtocolError>([&] { login.client.verify_server(fake); }));
+    CHECK(throws<ProtocolError>([&] { login.client.verify_server("v=" + to_base64(Bytes(32))); }));
+    // It may know everything but ServerKey.
+    ScramVerifier without_key = login.verifier;
+    without_key.server_key = {};
+    ScramServer fake(login.client.first(), login.binding, scram_gs2_header, "fixed nonce");
+    auto [salt, iterations] = login.client.receive_challenge(fake.challenge(without_key));
+    std::optional<std::string> answer =
+        fake.check(login.client.final(pbkdf2_sha256(as_bytes("pencil case"), salt, iterations)));
+    REQUIRE(answer);
+    CHECK(throws<ProtocolError>([&] { login.client.verify_server(*answer); }));
+}
+
+TEST_CASE("chapter 6: the stored form is PostgreSQL's, computed here by the openssl command") {
+    std::string password = "correct horse";
+    Bytes salt = bytes_of("0123456789abcdef");
+    auto mac = [](const std::string& hex_key, const std::string& text) {
+        return word_of("printf '%s' '" + text +
+                       "' | openssl dgst -sha256 -r -mac HMAC -macopt hexkey:" + hex_key);
+    };
+    std::string salted =
+        shell("openssl kdf -keylen 32 -kdfopt digest:SHA256 -kdfopt 'pass:" + password +
+              "' -kdfopt hexsalt:" + to_hex(salt) + " -kdfopt iter:4096 PBKDF2");
+    std::erase_if(salted, [](char c) { return c == ':' || c == '\n'; });
+    std::string client_key = mac(salted, "Client Key"), server_key = mac(salted, "Server Key");
+    std::string stored_key = to_hex(sha256(from_hex(client_key)));
+
+    ScramVerifier verifier =
+        make_verifier(pbkdf2_sha256(as_bytes(password), salt, 4096), salt, 4096);
+    CHECK(verifier.text() == "SCRAM-SHA-256$4096:" + to_base64(salt) + "$" +
+                                 to_base64(from_hex(stored_key)) + ":" +
+                                 to_base64(from_hex(server_key)));
+    CHECK(ScramVerifier::parse(verifier.text()).text() == verifier.text());
+}
+
+TEST_CASE("chapter 6: passwords that nobody should have are refused") {
+    for (std::string_view good : {"12345678", "correct horse battery",
+                                  "\xc3\xa4\xc3\xb6\xc3\xbc\xc3\x9f"
+                                  "1234"})
+        CHECK_NOTHROW(check_new_password(as_bytes(good)));
+    for (std::string_view bad : {"", "1234567", "\xc3\xa4\xc3\xb6\xc3\xbc\xc3\x9f",  // 4 characters
+                                 "tab\tinside", "line\ninside", "not UTF-8 \xff", "delete \x7f.."})
+        CHECK(throws<Error>([&] { check_new_password(as_bytes(bad)); }));
+    CHECK_NOTHROW(check_new_password(Bytes(1024, 'x')));
+    CHECK(throws<Error>([] { check_new_password(Bytes(1025, 'x')); }));
+}
+
+TEST_CASE("chapter 6: a password comes from the first line of a file, or from the environment") {
+    TempDir dir;
+    for (std::string_view content :
+         {"pass word", "pass word\n", "pass word\r\n", "pass word\nmore"}) {
+        write_text(dir.path / "password", content);
+        CHECK(as_text(*find_password(dir.path / "password")) == "pass word");
+    }
+    CHECK(contains(complaint([&] { find_password(dir.path / "none"); }), "no password file"));
+
+    ::setenv("CHATSECURE_PASSWORD", "from outside", 1);
+    CHECK(as_text(*find_password({})) == "from outside");
+    CHECK(std::getenv("CHATSECURE_PASSWORD") == nullptr);  // programs that we start do not get it
+    CHECK_FALSE(find_password({}));
+}
+
+namespace {
+
+Account account_of(const std::string& user) {
+    return {user, verifier_for(user + "'s password"), {}, "2026-11-23T09:41:00Z"};
+}
+
+}  // namespace
+
+TEST_CASE("chapter 6: accounts are there again after a restart") {
+    TempDir dir;
+    std::filesystem::path path = dir.path / "users.db";
+    {
+        AuthStore store(path);
+        CHECK(store.size() == 0);
+        CHECK(store.add(account_of("alice")));
+        CHECK(store.add(account_of("bob")));
+        CHECK_FALSE(store.add(account_of("alice")));  // taken
+        store.set_identity("bob", as_bytes("bob's key"));
+        CHECK(mode_of(path) == owner_read_write);
+    }
+    AuthStore store(path);
+    CHECK(store.size() == 2);
+    CHECK(store.find("alice")->line() == account_of("alice").line());
+    CHECK(store.find("alice")->identity.empty());
+    CHECK(as_text(store.find("bob")->identity) == "bob's key");
+    CHECK_FALSE(store.find("carol"));
+}
+
+TEST_CASE("chapter 6: users.db keeps its comments, its order and its empty lines") {
+    TempDir dir;
+    std::filesystem::path path = dir.path / "users.db";
+    std::string alice = account_of("alice").line(), bob = account_of("bob").line();
+    write_text(path, "# Our accounts\n\n" + alice + "\n  # and below\n" + bob);  // no end of line
+    AuthStore store(path);
+    CHECK(store.size() == 2);
+    store.set_identity("alice", as_bytes("key"));
+    store.add(account_of("carol"));
+    Account changed = account_of("alice");
+    changed.identity = bytes_of("key");
+    CHECK(read_text(path) == "# Our accounts\n\n" + changed.line() + "\n  # and below\n" + bob +
+                                 "\n" + account_of("carol").line() + "\n");
+}
+
+TEST_CASE("chapter 6: users.db edited on Windows is read") {
+    TempDir dir;
+    std::filesystem::path path = dir.path / "users.db";
+    write_text(path, "# Our accounts\r\n\r\n" + account_of("alice").line() + "\r\n");
+    CHECK(AuthStore(path).find("alice"));
+}
+
+TEST_CASE("chapter 6: a line of users.db that is not understood is named, and nothing is guessed") {
+    TempDir dir;
+    std::filesystem::path path = dir.path / "users.db";
+    const std::string key = to_base64(Bytes(32)), salt = to_base64(Bytes(16));
+    const std::string entry = "SCRAM-SHA-256$4096:" + salt + "$" + key + ":" + key;
+    const std::string time = " - 2026-11-23T09:41:00Z";
+    CHECK_NOTHROW(Account::parse("bob " + entry + time));
+    const std::string bad_lines[]{
+        "bob",
+        "bob " + entry,
+        "bob " + entry + " -",
+        "bob " + entry + time + " more",
+        "Bob " + entry + time,
+        "b/b " + entry + time,
+        std::string(33, 'b') + " " + entry + time,
+        "bob plain-text-password" + time,
+        "bob md5$" + entry.substr(14) + time,
+        "bob SCRAM-SHA-256$4095:" + salt + "$" + key + ":" + key + time,
+        "bob SCRAM-SHA-256$10000001:" + salt + "$" + key + ":" + key + time,
+        "bob SCRAM-SHA-256$4096x:" + salt + "$" + key + ":" + key + time,
+        "bob SCRAM-SHA-256$:" + salt + "$" + key + ":" + key + time,
+        "bob SCRAM-SHA-256$4096:$" + key + ":" + key + time,
+        "bob SCRAM-SHA-256$4096:" + to_base64(Bytes(65)) + "$" + key + ":" + key + time,
+        "bob SCRAM-SHA-256$4096:*$" + key + ":" + key + time,
+        "bob SCRAM-SHA-256$4096:" + salt + "$" + key + time,
+        "bob SCRAM-SHA-256$4096:" + salt + "$" + key + ":" + salt + time,
+        "bob SCRAM-SHA-256$4096:" + salt + "$" + salt + ":" + key + time,
+        "bob " + entry + " no*base64 2026-11-23T09:41:00Z",
+        account_of("alice").line(),  // alice twice
+    };
+    for (const std::string& bad : bad_lines) {
+        CAPTURE(bad);
+        std::string content = account_of("alice").line() + "\n\n" + bad + "\n";
+        write_text(path, content);
+        CHECK(contains(complaint([&] { AuthStore{path}; }), "users.db, line 3: "));
+        CHECK(read_text(path) == content);
+    }
+}
+
+TEST_CASE("chapter 6: users.db that another program changed is not overwritten") {
+    TempDir dir;
+    std::filesystem::path path = dir.path / "users.db";
+    AuthStore store(path);
+    store.add(account_of("alice"));
+    std::string edited = read_text(path) + account_of("bob").line() + "\n";
+    SUBCASE("edited") { write_text(path, edited); }
+    SUBCASE("removed") {
+        std::filesystem::remove(path);
+        edited = "";
+    }
+    CHECK(contains(complaint([&] { store.add(account_of("carol")); }),
+                   "was changed by another program"));
+    CHECK(contains(complaint([&] { store.set_identity("alice", as_bytes("key")); }),
+                   "was changed by another program"));
+    CHECK(read_text(path) == edited);
+    CHECK_FALSE(store.find("carol"));
+    CHECK(store.find("alice")->identity.empty());
+}
+
+TEST_CASE("chapter 6: an account that cannot be written is none") {
+    TempDir dir;
+    AuthStore store(dir.path / "missing" / "users.db");
+    CHECK(throws<Error>([&] { store.add(account_of("alice")); }));
+    CHECK_FALSE(store.find("alice"));
+    CHECK(store.size() == 0);
+    // When the trouble is over, all is as if nothing had happened.
+    std::filesystem::create_directory(dir.path / "missing");
+    CHECK(store.add(account_of("alice")));
+    CHECK(AuthStore(dir.path / "missing" / "users.db").size() == 1);
+}
+
+TEST_CASE("chapter 6: accounts with a public example password are found") {
+    TempDir dir;
+    AuthStore store(dir.path / "users.db");
+    Account example = account_of("alice");
+    example.verifier.salt = bytes_of(example_salt);
+    store.add(example);
+    store.add(account_of("bob"));
+    CHECK(store.users_with_example_password() == std::vector<std::string>{"alice"});
+}
+
+TEST_CASE("chapter 6: many threads may use the accounts at once") {
+    TempDir dir;
+    std::filesystem::path path = dir.path / "users.db";
+    AuthStore store(path);
+    const Account pattern = account_of("pattern");
+    std::vector<std::thread> threads;
+    std::atomic<int> added = 0;
+    for (int t = 0; t < 4; ++t)
+        threads.emplace_back([&] {
+            for (int i = 0; i < 5; ++i) {  // all want the same five names
+                Account account = pattern;
+                account.user = concat("user", i);
+                added += store.add(account) ? 1 : 0;
+            }
+        });
+    for (std::thread& thread : threads) thread.join();
+    CHECK(added == 5);
+    CHECK(AuthStore(path).size() == 5);
+}
+
+TEST_CASE("chapter 6: guessing becomes slow: three free tries, then twice as long each time") {
+    LoginThrottle throttle;
+    const Clock::time_point now = Clock::time_point{} + std::chrono::hours(1);
+    for (int delay : {0, 0, 0, 250, 500, 1000, 2000, 4000, 4000, 4000}) {
+        CHECK(throttle.delay("alice", "10.0.0.1", now) == Milliseconds(delay));
+        throttle.failed("alice", "10.0.0.1", now);
+    }
+    for (int i = 0; i < 1000; ++i) throttle.failed("alice", "10.0.0.1", now);
+    CHECK(throttle.delay("alice", "10.0.0.1", now) == Milliseconds(4000));
+}
+
+TEST_CASE("chapter 6: guessing is slow for the account and for the address, and is forgotten") {
+    LoginThrottle throttle;
+    const Clock::time_point now = Clock::time_point{} + std::chrono::hours(1);
+    for (int i = 0; i < 3; ++i) throttle.failed("alice", "10.0.0.1", now);
+    CHECK(throttle.delay("alice", "10.0.0.2", now) == Milliseconds(250));
+    CHECK(throttle.delay("bob", "10.0.0.1", now) == Milliseconds(250));
+    CHECK(throttle.delay("bob", "10.0.0.2", now) == Milliseconds(0));
+
+    throttle.succeeded("alice");  // clears her, not the address
+    CHECK(throttle.delay("alice", "10.0.0.2", now) == Milliseconds(0));
+    CHECK(throttle.delay("alice", "10.0.0.1", now) == Milliseconds(250));
+
+    auto soon = now + std::chrono::minutes(15), later = soon + Milliseconds(1);
+    CHECK(throttle.delay("bob", "10.0.0.1", soon) == Milliseconds(250));
+    CHECK(throttle.delay("bob", "10.0.0.1", later) == Milliseconds(0));
+    throttle.failed("bob", "10.0.0.1", later);  // counts from the beginning again
+    CHECK(throttle.delay("bob", "10.0.0.1", later) == Milliseconds(0));
 }
 
 // ---- main ---------------------------------------------------------------------------------------
