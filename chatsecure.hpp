@@ -2799,6 +2799,922 @@ class LoginThrottle {
     std::map<std::string, Failures> failures_;
 };
 
+// =================================================================================================
+//  Chapter 7. Messages
+// =================================================================================================
+//
+// What client and server say to each other inside the records of chapter 5. Each message is
+//
+//      +---------+-------------+------------------+
+//      | u8 type | u32 length  | body             |        several of them fill a record
+//      +---------+-------------+------------------+
+//
+// A whole visit:
+//
+//      client                                server
+//                                            Welcome           the first record: see chapter 5
+//      RegisterAccount  (a newcomer)   -->
+//                                      <--   Registered
+//      LoginStart       client-first   -->                     SCRAM, chapter 6
+//                                      <--   LoginChallenge    server-first
+//      LoginProof       client-final   -->
+//                                      <--   LoginDone         server-final, and this login's id
+//      PublishCard      my public keys -->                     chapter 8
+//                                      <--   Joined ... Joined who is here
+//                                      <--   Ready
+//      GetCard(id)                     -->                     on first need
+//                                      <--   CardOf
+//      Send(to id, sealed bytes)       -->   Delivered         to that member alone
+//      Fanout(text, a lid for each)    -->   RoomDelivered     to each member: the text, their lid
+//                                      <--   Undelivered       "that member is gone", "too slow"
+//                                      <--   Joined, Left      as people come and go
+//      Ping  <-->  Pong                                        are you still there?
+//      Quit                            -->
+//                                      <--   Goodbye           everything before it was handled
+//
+// Anything the server will not do it answers with Refused, a reason and a sentence, and closes.
+//
+// A login gets a number (LoginId) that is never used again while the server runs. Members are
+// addressed by it and not by name: when bob leaves and comes back, he has new keys and a new
+// number, and nothing that was sealed for the old bob can reach the new one by accident.
+
+enum class LoginId : std::uint32_t {};
+
+enum class MessageType : std::uint8_t {
+    welcome = 1,
+    refused = 2,
+    goodbye = 3,
+    ping = 4,
+    pong = 5,
+    quit = 6,
+    register_account = 10,
+    registered = 11,
+    login_start = 12,
+    login_challenge = 13,
+    login_proof = 14,
+    login_done = 15,
+    publish_card = 20,
+    joined = 21,
+    ready = 22,
+    left = 23,
+    get_card = 24,
+    card_of = 25,
+    send = 30,
+    delivered = 31,
+    fanout = 32,
+    room_delivered = 33,
+    undelivered = 34,
+};
+
+// Chat overtakes file data: each direction of a connection has two queues, and the bulk queue gets
+// a turn only when the interactive one is empty.
+enum class Lane : std::uint8_t { interactive = 0, bulk = 1 };
+
+enum class RefusalReason : std::uint8_t {
+    bad_login = 1,  // name or password wrong: which of them, nobody is told
+    name_taken = 2,
+    bad_account = 3,  // a registration that cannot be accepted
+    registration_closed = 4,
+    already_online = 5,
+    server_full = 6,
+    slow_down = 7,  // too many at once from one address
+    broke_protocol = 8,
+    server_trouble = 9,  // the server's own problem: a full disk
+};
+
+enum class UndeliveredReason : std::uint8_t { gone = 1, busy = 2 };
+
+// ---- From the server, at any time ---------------------------------------------------------------
+
+struct Welcome {
+    static constexpr MessageType type = MessageType::welcome;
+    std::string server_version;
+    std::uint8_t registration_open = 0;
+    static void fields(auto& self, auto& io) { io(self.server_version, self.registration_open); }
+};
+struct Refused {
+    static constexpr MessageType type = MessageType::refused;
+    RefusalReason reason{};
+    std::string sentence;
+    static void fields(auto& self, auto& io) { io(self.reason, self.sentence); }
+};
+struct Goodbye {
+    static constexpr MessageType type = MessageType::goodbye;
+    std::string sentence;
+    static void fields(auto& self, auto& io) { io(self.sentence); }
+};
+
+// ---- In both directions -------------------------------------------------------------------------
+
+struct Ping {
+    static constexpr MessageType type = MessageType::ping;
+    std::uint64_t number = 0;
+    static void fields(auto& self, auto& io) { io(self.number); }
+};
+struct Pong {
+    static constexpr MessageType type = MessageType::pong;
+    std::uint64_t number = 0;  // the Ping's
+    static void fields(auto& self, auto& io) { io(self.number); }
+};
+struct Quit {
+    static constexpr MessageType type = MessageType::quit;
+    static void fields(auto&, auto&) {}
+};
+
+// ---- Login --------------------------------------------------------------------------------------
+
+struct RegisterAccount {
+    static constexpr MessageType type = MessageType::register_account;
+    std::string user;
+    std::string verifier;  // ScramVerifier::text()
+    Bytes identity;        // SPKI
+    static void fields(auto& self, auto& io) { io(self.user, self.verifier, self.identity); }
+};
+struct Registered {
+    static constexpr MessageType type = MessageType::registered;
+    static void fields(auto&, auto&) {}
+};
+struct LoginStart {
+    static constexpr MessageType type = MessageType::login_start;
+    std::string client_first;
+    static void fields(auto& self, auto& io) { io(self.client_first); }
+};
+struct LoginChallenge {
+    static constexpr MessageType type = MessageType::login_challenge;
+    std::string server_first;
+    static void fields(auto& self, auto& io) { io(self.server_first); }
+};
+struct LoginProof {
+    static constexpr MessageType type = MessageType::login_proof;
+    std::string client_final;
+    static void fields(auto& self, auto& io) { io(self.client_final); }
+};
+struct LoginDone {
+    static constexpr MessageType type = MessageType::login_done;
+    std::string server_final;
+    LoginId id{};
+    static void fields(auto& self, auto& io) { io(self.server_final, self.id); }
+};
+
+// ---- Who is here --------------------------------------------------------------------------------
+
+struct PublishCard {
+    static constexpr MessageType type = MessageType::publish_card;
+    Bytes card;  // chapter 8
+    static void fields(auto& self, auto& io) { io(self.card); }
+};
+struct Joined {
+    static constexpr MessageType type = MessageType::joined;
+    LoginId id{};
+    std::string user;
+    static void fields(auto& self, auto& io) { io(self.id, self.user); }
+};
+struct Ready {
+    static constexpr MessageType type = MessageType::ready;
+    static void fields(auto&, auto&) {}
+};
+struct Left {
+    static constexpr MessageType type = MessageType::left;
+    LoginId id{};
+    static void fields(auto& self, auto& io) { io(self.id); }
+};
+struct GetCard {
+    static constexpr MessageType type = MessageType::get_card;
+    LoginId id{};
+    static void fields(auto& self, auto& io) { io(self.id); }
+};
+struct CardOf {
+    static constexpr MessageType type = MessageType::card_of;
+    LoginId id{};
+    Bytes card;
+    static void fields(auto& self, auto& io) { io(self.id, self.card); }
+};
+
+// ---- Payloads: the server carries them and cannot read them -------------------------------------
+
+struct Send {
+    static constexpr MessageType type = MessageType::send;
+    LoginId to{};
+    Lane lane{};
+    std::uint32_t tag = 0;  // the sender's number for it, which comes back in Undelivered
+    ByteView payload;
+    static void fields(auto& self, auto& io) { io(self.to, self.lane, self.tag, self.payload); }
+};
+struct Delivered {
+    static constexpr MessageType type = MessageType::delivered;
+    LoginId from{};
+    Lane lane{};
+    ByteView payload;
+    static void fields(auto& self, auto& io) { io(self.from, self.lane, self.payload); }
+};
+
+// A lid is the small part of a room message that is different for each member (chapter 8).
+inline constexpr std::size_t lid_bytes = 8 + 1 + 32 + gcm_tag_bytes;
+using Lid = std::array<std::uint8_t, lid_bytes>;
+
+// Uploaded once for the whole room. `lids` is a row of (LoginId, Lid). A room that is too large for
+// one record gets the same text in several Fanouts, each with other members' lids.
+struct Fanout {
+    static constexpr MessageType type = MessageType::fanout;
+    static constexpr std::size_t entry_bytes = sizeof(std::uint32_t) + lid_bytes;
+    std::uint32_t tag = 0;
+    ByteView text;
+    ByteView lids;
+    static void fields(auto& self, auto& io) { io(self.tag, self.text, self.lids); }
+};
+// The lid comes last, so that everything before it is the same for all members: the server keeps
+// it once, however many queues it stands in.
+struct RoomDelivered {
+    static constexpr MessageType type = MessageType::room_delivered;
+    LoginId from{};
+    ByteView text;
+    Lid lid{};
+    static void fields(auto& self, auto& io) { io(self.from, self.text, self.lid); }
+};
+struct Undelivered {
+    static constexpr MessageType type = MessageType::undelivered;
+    LoginId to{};
+    std::uint32_t tag = 0;
+    UndeliveredReason reason{};
+    static void fields(auto& self, auto& io) { io(self.to, self.tag, self.reason); }
+};
+
+// ---- Messages as bytes --------------------------------------------------------------------------
+
+inline constexpr std::size_t message_header_bytes = 1 + 4;
+// So that each message fits into a record.
+inline constexpr std::size_t max_message_body = max_record_bytes - message_header_bytes;
+
+// type || length || body
+template <class T>
+Bytes to_wire(const T& message) {
+    Bytes body = encode(message);
+    Bytes out;
+    out.reserve(message_header_bytes + body.size());
+    Writer writer(out);
+    writer(T::type, ByteView(body));
+    return out;
+}
+
+// The body of a message, as the struct. Throws ProtocolError.
+template <class T>
+T from_wire(ByteView body) {
+    return decode<T>(body, concat("a message of type ", static_cast<int>(T::type)));
+}
+
+struct Message {
+    MessageType type{};
+    ByteView body;
+};
+
+// Takes one message from the front of a record. Throws ProtocolError.
+inline Message take_message(Reader& record) {
+    Message message;
+    record(message.type, message.body);
+    return message;
+}
+
+// The messages that arrive on a connection, one by one. One thread uses it.
+class MessageReader {
+  public:
+    // `frames` must outlive the reader.
+    MessageReader(FrameReader& frames, Secret<32> key) : frames_(frames), opener_(std::move(key)) {}
+
+    // The next message; its body is valid until the next call. Nothing if the stream ended. Blocks
+    // and throws as FrameReader::next and RecordOpener::open do.
+    std::optional<Message> next() {
+        while (left_.empty()) {
+            std::optional<ByteView> record = next_record();
+            if (!record) return std::nullopt;
+            left_ = Reader(*record, "a record");
+        }
+        return take_message(left_);
+    }
+    // The same by whole records: what is left of the last one, or the next.
+    std::optional<ByteView> next_record() {
+        if (!left_.empty()) return left_.rest();
+        std::optional<ByteSpan> frame = frames_.next(max_record_frame);
+        if (!frame) return std::nullopt;
+        ByteView record = opener_.open(*frame);
+        // Nobody needs them, and whoever sends them for ever would be served for ever.
+        if (record.empty()) throw ProtocolError("Received an empty record.");
+        return record;
+    }
+
+  private:
+    FrameReader& frames_;
+    RecordOpener opener_;
+    Reader left_{{}, "a record"};
+};
+
+// ---- The outbox ---------------------------------------------------------------------------------
+//
+// Between the threads that have something for a connection and the one thread that writes to it
+// stands a queue. Whoever puts something in never waits: a member with a slow line must not hold up
+// the others. So the queue needs a bound, and a rule for what happens at the bound:
+//
+//      a payload           is refused, and its sender is told (Undelivered: busy)
+//      a control message   (Joined, Left, Pong ...) may go a little over the bound, because a
+//                          client that misses one would be wrong about the world for ever; and if
+//                          it goes far over, the connection is given up
+//
+// What many members get alike is in the queue as a pointer to one shared buffer, never as a copy;
+// only the lid is each member's own.
+
+struct Outgoing {
+    std::shared_ptr<const Bytes> shared;  // a message, or the part of it that all recipients share
+    Lid lid{};                            // the rest of it
+    std::uint8_t lid_size = 0;            // 0, or all of the lid
+
+    std::size_t size() const { return shared->size() + lid_size; }
+};
+
+class Outbox {
+  public:
+    enum class Result { queued, refused, closed };
+
+    // `bound` in bytes, for both lanes together.
+    explicit Outbox(std::size_t bound) : bound_(bound) {}
+
+    // For payloads. Does not block.
+    Result push(Lane lane, Outgoing message) { return put(lane, std::move(message), bound_); }
+
+    // For control messages. Does not block. Over twice the bound, the outbox closes itself.
+    template <class Control>
+    Result push_control(const Control& message) {
+        return push_control(std::make_shared<const Bytes>(to_wire(message)));
+    }
+    Result push_control(std::shared_ptr<const Bytes> wire) {
+        Result result = put(Lane::interactive, Outgoing{std::move(wire), {}, 0}, 2 * bound_);
+        if (result == Result::refused) close();
+        return result;
+    }
+
+    // Nothing more can be pushed; what is queued is still written.
+    void finish() { end(State::finishing); }
+    // Nothing more can be pushed or written.
+    void close() { end(State::closed); }
+
+    bool is_over(std::size_t bytes) const {
+        std::lock_guard lock(mutex_);
+        return bytes_ > bytes;
+    }
+    bool is_closed() const {
+        std::lock_guard lock(mutex_);
+        return state_ == State::closed;
+    }
+
+    // The whole life of a connection's writing thread: seals what is queued, as many messages in a
+    // record as fit, and sends it. Returns when finished or closed; throws NetworkError. `on_room`
+    // is called whenever the queue has become shorter.
+    void write_to(Socket& socket, RecordSealer& sealer, const std::function<void()>& on_room = {}) {
+        std::vector<Outgoing> batch;
+        Bytes record;
+        while (take(batch)) {
+            record.resize(frame_header_bytes);
+            for (const Outgoing& message : batch) {
+                append(record, *message.shared);
+                append(record, ByteView(message.lid).first(message.lid_size));
+            }
+            batch.clear();  // the last owner of a shared buffer frees it: not under the lock
+            if (on_room) on_room();
+            sealer.seal(record);
+            socket.write_all(record);
+        }
+    }
+
+  private:
+    enum class State { open, finishing, closed };
+
+    // First in, first out. Memory is kept for the next burst; what was taken is cut off when it is
+    // half of the whole, so that a queue that never runs empty does not grow for ever.
+    struct Queue {
+        std::vector<Outgoing> messages;
+        std::size_t head = 0;
+
+        bool empty() const { return head == messages.size(); }
+        Outgoing& front() { return messages[head]; }
+        Outgoing pop() {
+            Outgoing taken = std::move(messages[head++]);
+            if (2 * head >= messages.size()) {
+                messages.erase(messages.begin(),
+                               messages.begin() + static_cast<std::ptrdiff_t>(head));
+                head = 0;
+            }
+            return taken;
+        }
+    };
+
+    Result put(Lane lane, Outgoing message, std::size_t bound) {
+        if (message.size() > max_record_bytes) throw Error("A message must fit into a record.");
+        {
+            std::lock_guard lock(mutex_);
+            if (state_ != State::open) return Result::closed;
+            if (bytes_ + message.size() > bound) return Result::refused;
+            bytes_ += message.size() + sizeof(Outgoing);
+            queue(lane).messages.push_back(std::move(message));
+        }
+        changed_.notify_one();
+        return Result::queued;
+    }
+
+    // Waits for messages and takes as many as fill one record. False when there will be none.
+    bool take(std::vector<Outgoing>& batch) {
+        std::unique_lock lock(mutex_);
+        changed_.wait(lock, [&] { return bytes_ > 0 || state_ != State::open; });
+        if (state_ == State::closed || bytes_ == 0) return false;
+        std::size_t room = max_record_bytes;
+        for (Lane lane : {Lane::interactive, Lane::bulk}) {
+            Queue& from = queue(lane);
+            while (!from.empty() && from.front().size() <= room) {
+                room -= from.front().size();
+                bytes_ -= from.front().size() + sizeof(Outgoing);
+                batch.push_back(from.pop());
+            }
+            if (!from.empty()) break;  // the record is full: bulk waits for its turn
+        }
+        return true;
+    }
+
+    void end(State state) {
+        {
+            std::lock_guard lock(mutex_);
+            if (state_ != State::closed) state_ = state;
+        }
+        changed_.notify_one();
+    }
+
+    Queue& queue(Lane lane) { return queues_[lane == Lane::bulk ? 1 : 0]; }
+
+    const std::size_t bound_;
+    mutable std::mutex mutex_;  // guards everything below
+    std::condition_variable changed_;
+    std::array<Queue, 2> queues_;
+    std::size_t bytes_ = 0;  // queued, with what each entry itself costs
+    State state_ = State::open;
+};
+
+// Sends one message at once, on a connection that has no writing thread yet. Blocks.
+template <class T>
+void send_now(Socket& socket, RecordSealer& sealer, const T& message) {
+    Bytes record(frame_header_bytes);
+    append(record, to_wire(message));
+    sealer.seal(record);
+    socket.write_all(record);
+}
+
+// =================================================================================================
+//  Chapter 8. End to end
+// =================================================================================================
+//
+// So far the server could read everything: it is one end of every hop channel. This chapter takes
+// that away from it. Clients encrypt for clients; the server passes on what it cannot open (P4) and
+// cannot change unnoticed (P5).
+//
+// Every user has an IDENTITY: an RSA key that the client makes once and keeps. For each login the
+// client also makes an X25519 key, and publishes both in a signed CARD:
+//
+//      card = user (text) || identity key (blob, SPKI) || x25519 (32 bytes) || issued (u64, µs)
+//             || RSA-PSS signature (blob) over "chatsecure card 1" and everything before it
+//
+// For each direction of each pair of logins, on first need (agree() is in chapter 4):
+//
+//      A -> B   Open:    1 (u8) || card_A (blob) || box (blob)
+//                        box = RSA-OAEP(identity_B, secret[32],
+//                                       label = SHA-256(card_A) || SHA-256(card_B))
+//               keys     prk = agree(SHA-256(card_A) || SHA-256(card_B), secret, X25519(a, b))
+//                        interactive = HKDF-Expand(prk, "chatsecure pair interactive lane")
+//                        bulk        = HKDF-Expand(prk, "chatsecure pair bulk lane")
+//      A -> B   Sealed:  2 (u8) || seq (u64) || AES-256-GCM( key of the lane, nonce = 0 || seq,
+//                                                           aad, kind (u8) || body )
+//
+//   - B knows that it is A: only A's login holds `a`, whose public half A's identity signed.
+//   - A knows that only B reads it: only B's identity opens the box.
+//   - Nothing else is signed, so B cannot prove to a third person what A said: B could have made
+//     all of it with the same keys. That is how a conversation between two people should be.
+//   - seq begins at 1 and grows by one. A repeat is dropped; a gap is reported: "2 messages from
+//     bob were lost". There is one Open for a pair of cards; a second one would start seq again,
+//     and is refused.
+//
+// A ROOM MESSAGE goes to everyone. Encrypting it anew for each of 500 members would be 500 times
+// the bytes. So the text is sealed once, under a key k made for it alone, and each member gets a
+// LID: k, sealed for that pair.
+//
+//      sealed text = AES-256-GCM(k, nonce 0, text)
+//      lid         = seq || AES-256-GCM(interactive key, 0 || seq, aad = SHA-256(sealed text),
+//                                       room_key (u8) || k)
+//
+// The aad ties the lid to this sealed text. Every member knows k, so every member could seal
+// another text under it; but no member can make a lid that only the sender shares with you (P6).
+//
+// The weak point of all this is the first meeting: is the key on bob's card bob's, or one that the
+// server made up? Clients PIN the identity that they see first and are loud when it changes.
+// Whoever wants to be certain compares the SAFETY NUMBER with bob, by telephone or face to face: 60
+// digits computed from both identities. A server in the middle cannot make them agree.
+//
+// What it does not protect against: a first meeting that was never verified; the other person;
+// traffic analysis (the server sees who sends to whom, when, and how much); quantum computers that
+// do not exist yet and open recordings of today.
+
+inline constexpr std::size_t max_text_bytes = 32 * 1024;
+inline constexpr std::size_t max_card_bytes = 2048;
+inline constexpr std::size_t max_payload_bytes = max_message_body - 16;
+
+// What is inside a sealed payload. The server never sees it.
+enum class Kind : std::uint8_t {
+    text = 1,      // a private message: UTF-8
+    room_key = 2,  // a lid: the key of a room message
+    // 10 to 19: chapter 9
+};
+
+// ---- Cards --------------------------------------------------------------------------------------
+
+struct Card {
+    std::string user;
+    Bytes identity_der;
+    X25519Public ephemeral{};
+    std::uint64_t issued = 0;  // microseconds since 1970: a later login has a larger one
+    Bytes signature;
+
+    static void fields(auto& self, auto& io) {
+        io(self.user, self.identity_der, self.ephemeral, self.issued, self.signature);
+    }
+
+    Bytes signed_part() const {
+        Bytes bytes = to_bytes(as_bytes("chatsecure card 1"));
+        append_fields(bytes, user, identity_der, ephemeral, issued);
+        return bytes;
+    }
+};
+
+// A card whose signature was checked, with what one wants to know of it.
+class CheckedCard {
+  public:
+    // Throws ProtocolError if it is damaged, not signed by its own identity key, or not `user`'s.
+    CheckedCard(ByteView bytes, std::string_view user)
+        : card_(decode<Card>(bytes, "a key card")),
+          identity_(parse_identity(card_)),
+          fingerprint_(identity_.fingerprint()),
+          hash_(sha256(bytes)) {
+        if (bytes.size() > max_card_bytes || card_.user != user ||
+            !identity_.verify(card_.signed_part(), card_.signature))
+            throw ProtocolError(concat("Received a key card for ", user, " that is forged."));
+    }
+
+    const std::string& user() const { return card_.user; }
+    const RsaPublicKey& identity() const { return identity_; }
+    const Fingerprint& fingerprint() const { return fingerprint_; }
+    const X25519Public& ephemeral() const { return card_.ephemeral; }
+    std::uint64_t issued() const { return card_.issued; }
+    const Digest& hash() const { return hash_; }
+
+  private:
+    static RsaPublicKey parse_identity(const Card& card) {
+        try {
+            return RsaPublicKey::from_der(card.identity_der, "A key card");
+        } catch (const Error& e) {
+            throw ProtocolError(e.what());
+        }
+    }
+    Card card_;
+    RsaPublicKey identity_;
+    Fingerprint fingerprint_;
+    Digest hash_;
+};
+
+// One login's own keys: the identity that lasts, and the rest that ends with the login.
+class LoginKeys {
+  public:
+    LoginKeys(const RsaPrivateKey& identity, std::string_view user, std::uint64_t issued)
+        : identity_(identity) {
+        Card card{
+            std::string(user), identity.public_key().der(), ephemeral_.public_key(), issued, {}};
+        card.signature = identity.sign(card.signed_part());
+        card_bytes_ = encode(card);
+        card_hash_ = sha256(card_bytes_);
+    }
+    const RsaPrivateKey& identity() const { return identity_; }
+    const X25519Key& ephemeral() const { return ephemeral_; }
+    const Bytes& card_bytes() const { return card_bytes_; }
+    const Digest& card_hash() const { return card_hash_; }
+
+  private:
+    const RsaPrivateKey& identity_;
+    X25519Key ephemeral_ = X25519Key::generate();
+    Bytes card_bytes_;
+    Digest card_hash_{};
+};
+
+// ---- Sealed payloads ----------------------------------------------------------------------------
+
+// Far below any limit of AES-GCM, and still more than a login will ever send.
+inline constexpr std::uint64_t max_sealed_per_lane = 1ULL << 32;
+
+// One lane of one direction, at the sender.
+class SealingLane {
+  public:
+    explicit SealingLane(const Secret<32>& key) : cipher_(key) {}
+
+    // seq || ciphertext of (kind || body) || tag
+    Bytes seal(Kind kind, ByteView body, ByteView aad = {}) {
+        if (seq_ == max_sealed_per_lane) throw Error("This login has sent too much: log in again.");
+        Bytes out;
+        out.reserve(8 + 1 + body.size() + gcm_tag_bytes);
+        Writer writer(out);
+        writer(++seq_, kind);
+        writer.raw(body);
+        out.resize(out.size() + gcm_tag_bytes);
+        ByteSpan all(out);
+        cipher_.seal(Nonce(seq_), aad, all.subspan(8, 1 + body.size()), all.last<gcm_tag_bytes>());
+        return out;
+    }
+
+  private:
+    GcmSealer cipher_;
+    std::uint64_t seq_ = 0;
+};
+
+// What became of a sealed payload at the receiver.
+struct OpenedPayload {
+    enum class State { good, repeated, damaged } state = State::damaged;
+    std::uint64_t lost = 0;  // how many before this one never arrived
+    Kind kind{};
+    SecretBytes body;  // may be a key
+};
+
+// One lane of one direction, at the receiver.
+class OpeningLane {
+  public:
+    explicit OpeningLane(const Secret<32>& key) : cipher_(key) {}
+
+    // Never throws for anything the network can contain: a damaged payload is reported, and the
+    // conversation goes on. (Unlike a damaged record: there the connection itself is in doubt.)
+    OpenedPayload open(ByteView sealed, ByteView aad = {}) {
+        OpenedPayload result;
+        if (sealed.size() < 8 + 1 + gcm_tag_bytes) return result;
+        std::uint64_t seq = 0;
+        Reader(sealed.first(8), "a sealed payload")(seq);
+        if (seq <= last_seq_) {
+            result.state = OpenedPayload::State::repeated;
+            return result;
+        }
+        SecretBytes copy(sealed.begin() + 8, sealed.end());
+        std::optional<ByteSpan> plain = cipher_.open(Nonce(seq), aad, copy);
+        if (!plain) return result;
+        result.state = OpenedPayload::State::good;
+        result.lost = seq - last_seq_ - 1;
+        result.kind = static_cast<Kind>((*plain)[0]);
+        result.body.assign(plain->begin() + 1, plain->end());
+        last_seq_ = seq;
+        return result;
+    }
+
+  private:
+    GcmOpener cipher_;
+    std::uint64_t last_seq_ = 0;
+};
+
+namespace detail {
+
+struct PairSecrets {
+    Secret<32> interactive, bulk;
+};
+// `a` is the card hash of the side that opens, `b` of the side that is opened to.
+inline PairSecrets derive_pair_keys(const Digest& a, const Digest& b, const Secret<32>& secret,
+                                    const Secret<32>& x25519) {
+    Secret<32> prk = agree(join(a, b), secret, x25519);
+    return {hkdf_expand(prk, "chatsecure pair interactive lane"),
+            hkdf_expand(prk, "chatsecure pair bulk lane")};
+}
+
+}  // namespace detail
+
+enum class PayloadType : std::uint8_t { open = 1, sealed = 2 };
+
+// All that A sends to one login of B. Both lanes exist from the start; chapter 9 uses the second.
+class PairSender {
+  public:
+    // One RSA encryption. `open_payload` is to be sent before anything that is sealed. Throws
+    // ProtocolError for a card whose X25519 key cannot be used.
+    PairSender(const LoginKeys& me, const CheckedCard& to, Bytes& open_payload)
+        : PairSender(Secrets(me, to, open_payload)) {}
+
+    Bytes seal(Lane lane, Kind kind, ByteView body) {
+        Bytes payload{static_cast<std::uint8_t>(PayloadType::sealed)};
+        append(payload, this->lane(lane).seal(kind, body));
+        return payload;
+    }
+    Lid make_lid(const Secret<32>& room_key, const Digest& sealed_text_hash) {
+        Bytes sealed = interactive_.seal(Kind::room_key, room_key.view(), sealed_text_hash);
+        Lid lid{};
+        std::copy(sealed.begin(), sealed.end(), lid.begin());
+        return lid;
+    }
+
+  private:
+    struct Secrets {
+        detail::PairSecrets keys;
+        Secrets(const LoginKeys& me, const CheckedCard& to, Bytes& open_payload) {
+            Secret<32> secret = random_secret<32>();
+            Bytes box = to.identity().encrypt(secret, join(me.card_hash(), to.hash()));
+            keys = detail::derive_pair_keys(me.card_hash(), to.hash(), secret,
+                                            me.ephemeral().shared_secret(to.ephemeral()));
+            append_fields(open_payload, PayloadType::open, me.card_bytes(), box);
+        }
+    };
+    explicit PairSender(const Secrets& s) : interactive_(s.keys.interactive), bulk_(s.keys.bulk) {}
+    SealingLane& lane(Lane which) { return which == Lane::bulk ? bulk_ : interactive_; }
+
+    SealingLane interactive_, bulk_;
+};
+
+// An Open, taken apart. Throws ProtocolError.
+struct OpenPayload {
+    ByteView card, box;
+    static void fields(auto& self, auto& io) { io(self.card, self.box); }
+};
+
+// All that arrives from one login of A.
+class PairReceiver {
+  public:
+    // One RSA decryption (about a millisecond). Throws ProtocolError if the box is not for us.
+    PairReceiver(const LoginKeys& me, const CheckedCard& from, ByteView box)
+        : PairReceiver(secrets(me, from, box)) {}
+
+    OpenedPayload open(Lane lane, ByteView sealed) {
+        return (lane == Lane::bulk ? bulk_ : interactive_).open(sealed);
+    }
+    OpenedPayload open_lid(const Lid& lid, const Digest& sealed_text_hash) {
+        return interactive_.open(lid, sealed_text_hash);
+    }
+
+  private:
+    static detail::PairSecrets secrets(const LoginKeys& me, const CheckedCard& from, ByteView box) {
+        std::optional<Secret<32>> secret =
+            me.identity().decrypt(box, join(from.hash(), me.card_hash()));
+        if (!secret)
+            throw ProtocolError(concat("The keys that came from ", from.user(), " do not open."));
+        return detail::derive_pair_keys(from.hash(), me.card_hash(), *secret,
+                                        me.ephemeral().shared_secret(from.ephemeral()));
+    }
+    explicit PairReceiver(const detail::PairSecrets& keys)
+        : interactive_(keys.interactive), bulk_(keys.bulk) {}
+
+    OpeningLane interactive_, bulk_;
+};
+
+// ---- Room messages ------------------------------------------------------------------------------
+
+struct SealedRoomText {
+    Bytes sealed;
+    Secret<32> key;  // used for this text only, which is why its nonce may be 0
+};
+inline SealedRoomText seal_room_text(std::string_view text) {
+    SealedRoomText result{to_bytes(as_bytes(text)), random_secret<32>()};
+    result.sealed.resize(text.size() + gcm_tag_bytes);
+    ByteSpan all(result.sealed);
+    GcmSealer(result.key).seal(Nonce(0), {}, all.first(text.size()), all.last<gcm_tag_bytes>());
+    return result;
+}
+// Nothing if `key` does not open it.
+inline std::optional<std::string> open_room_text(ByteView sealed, const Secret<32>& key) {
+    Bytes copy = to_bytes(sealed);
+    std::optional<ByteSpan> text = GcmOpener(key).open(Nonce(0), {}, copy);
+    if (!text) return std::nullopt;
+    return to_string(*text);
+}
+
+// ---- Trust --------------------------------------------------------------------------------------
+
+// 60 digits in groups of five, the same on both sides: each user's half is SHA-256 over name and
+// fingerprint, six times five bytes modulo 100,000; the smaller half goes first. 30 digits are
+// about 100 bits: nobody finds a key with the same half by trying.
+inline std::string safety_number(std::string_view user_a, const Fingerprint& a,
+                                 std::string_view user_b, const Fingerprint& b) {
+    auto half = [](std::string_view user, const Fingerprint& fingerprint) {
+        Bytes input = to_bytes(as_bytes("chatsecure safety number 1"));
+        append_fields(input, std::string(user), fingerprint.digest);
+        Digest digest = sha256(input);
+        std::string digits;
+        for (std::size_t group = 0; group < 6; ++group) {
+            std::uint64_t value = 0;
+            for (std::size_t i = 0; i < 5; ++i) value = value << 8 | digest[5 * group + i];
+            std::string number = std::to_string(value % 100'000);
+            digits += concat(group == 0 ? "" : " ", std::string(5 - number.size(), '0'), number);
+        }
+        return digits;
+    };
+    std::string first = half(user_a, a), second = half(user_b, b);
+    if (second < first) std::swap(first, second);
+    return concat(first, " ", second);
+}
+
+// What we know about a user's identity.
+struct Pin {
+    Fingerprint fingerprint;
+    std::uint64_t issued = 0;  // of the newest card that we saw
+    bool verified = false;     // the safety number was compared
+};
+
+// The file known_users: one line for each pinned user,
+//
+//      bob SHA256:<fingerprint> <issued of the newest card> verified
+//
+// (or "unverified"). One thread uses it.
+class PinStore {
+  public:
+    enum class Verdict {
+        first_seen,  // pinned now
+        known,       // the pinned identity, and a card that is not older than the newest
+        changed,     // another identity: trust nothing until the user says so
+        replayed,    // the right identity, but an old card: somebody plays back a recording
+    };
+
+    // No file means no pins. Throws Error, with the line number, for a damaged line.
+    explicit PinStore(std::filesystem::path path) : path_(std::move(path)) {
+        std::optional<SecretBytes> content = read_file(path_, 64U << 20);
+        if (!content) return;
+        std::istringstream in{to_string(*content)};
+        std::string line;
+        for (std::size_t number = 1; std::getline(in, line); ++number) {
+            std::vector<std::string> words = split_words(line);
+            if (words.empty() || words[0].starts_with('#')) continue;
+            try {
+                if (words.size() != 4 || !is_valid_name(words[0]) ||
+                    (words[3] != "verified" && words[3] != "unverified"))
+                    throw Error("it is damaged.");
+                Pin pin{Fingerprint::parse(words[1]), 0, words[3] == "verified"};
+                auto [end, failure] =
+                    std::from_chars(words[2].data(), words[2].data() + words[2].size(), pin.issued);
+                if (failure != std::errc{} || *end != '\0') throw Error("its number is damaged.");
+                if (!pins_.emplace(words[0], pin).second)
+                    throw Error(concat("the name \"", words[0], "\" stands there twice."));
+            } catch (const Error& e) {
+                throw Error(concat(path_.string(), ", line ", number, ": ", e.what(),
+                                   " Correct or remove the line."));
+            }
+        }
+    }
+
+    const Pin* find(const std::string& user) const {
+        auto found = pins_.find(user);
+        return found == pins_.end() ? nullptr : &found->second;
+    }
+
+    // Compares a card with the pin; pins the first one, and remembers the newest.
+    Verdict judge(const CheckedCard& card) {
+        auto [entry, is_new] =
+            pins_.try_emplace(card.user(), Pin{card.fingerprint(), card.issued(), false});
+        Pin& pin = entry->second;
+        dirty_ = dirty_ || is_new;
+        if (is_new) return Verdict::first_seen;
+        if (pin.fingerprint != card.fingerprint()) return Verdict::changed;
+        if (card.issued() < pin.issued) return Verdict::replayed;
+        dirty_ = dirty_ || card.issued() > pin.issued;
+        pin.issued = card.issued();
+        return Verdict::known;
+    }
+
+    // The user has decided: from now on this is the identity.
+    void trust(const CheckedCard& card) {
+        pins_[card.user()] = Pin{card.fingerprint(), card.issued(), false};
+        dirty_ = true;
+    }
+    void mark_verified(const std::string& user) {
+        pins_.at(user).verified = true;
+        dirty_ = true;
+    }
+
+    // For one's own card: later than now and than every card before, even if the clock was set
+    // back.
+    std::uint64_t next_issued(const std::string& user, const Fingerprint& own) {
+        auto now = std::chrono::duration_cast<std::chrono::microseconds>(
+                       std::chrono::system_clock::now().time_since_epoch())
+                       .count();
+        Pin& pin = pins_[user];
+        std::uint64_t issued = std::max(static_cast<std::uint64_t>(now), pin.issued + 1);
+        pin = Pin{own, issued, true};
+        dirty_ = true;
+        return issued;
+    }
+
+    // Writes the file if anything has changed since the last time. Blocks (fsync); throws Error.
+    void save() {
+        if (!dirty_) return;
+        std::string content;
+        for (const auto& [user, pin] : pins_)
+            content += concat(user, " ", pin.fingerprint.text(), " ", pin.issued, " ",
+                              pin.verified ? "verified" : "unverified", "\n");
+        write_file(path_, as_bytes(content), FileMode::owner_only);
+        dirty_ = false;
+    }
+
+  private:
+    std::filesystem::path path_;
+    std::map<std::string, Pin> pins_;
+    bool dirty_ = false;
+};
+
 }  // namespace chatsecure
 
 #endif  // CHATSECURE_HPP

@@ -2266,6 +2266,809 @@ TEST_CASE("chapter 6: guessing is slow for the account and for the address, and 
     CHECK(throttle.delay("bob", "10.0.0.1", later) == Milliseconds(0));
 }
 
+// ---- Chapter 7. Messages ------------------------------------------------------------------------
+
+namespace {
+
+// Checks one message against its bytes, reads it back, and damages it in every way.
+template <class T>
+void check_message(const T& message, const std::string& body_hex) {
+    Bytes body = from_hex(body_hex);
+    Bytes wire = to_wire(message);
+    CAPTURE(to_hex(wire));
+    CHECK(wire == join(std::array{static_cast<std::uint8_t>(T::type)}, make_frame(body)));
+
+    Reader record(wire, "a record");
+    Message taken = take_message(record);
+    CHECK(record.empty());
+    CHECK(taken.type == T::type);
+    CHECK(to_bytes(taken.body) == body);
+    CHECK(encode(from_wire<T>(taken.body)) == body);
+
+    for (std::size_t size = 0; size < wire.size(); ++size) {
+        Reader cut(ByteView(wire).first(size), "a record");
+        CHECK(throws<ProtocolError>([&] { take_message(cut); }));
+    }
+    for (std::size_t size = 0; size < body.size(); ++size)
+        CHECK(throws<ProtocolError>([&] { from_wire<T>(ByteView(body).first(size)); }));
+    CHECK(throws<ProtocolError>([&] { from_wire<T>(join(body, Bytes(1))); }));
+}
+
+const Bytes two_bytes{0xaa, 0xbb}, three_bytes{0x11, 0x22, 0x33};
+
+Lid lid_of(std::uint8_t fill) {
+    Lid lid;
+    lid.fill(fill);
+    return lid;
+}
+
+// What arrives when an outbox is written to a connection: the records, and the messages in them.
+struct Arrived {
+    std::vector<Bytes> records;
+    std::vector<std::pair<MessageType, Bytes>> messages;
+};
+Arrived write_and_read(Outbox& outbox) {
+    auto [out, in] = socket_pair();
+    std::thread writer([&outbox, &out = out] {
+        RecordSealer sealer(secret_of(1));
+        outbox.write_to(out, sealer);
+        out.finish_writing();
+    });
+    FrameReader frames(in, max_record_frame);
+    MessageReader reader(frames, secret_of(1));
+    Arrived arrived;
+    while (std::optional<ByteView> record = reader.next_record()) {
+        arrived.records.push_back(to_bytes(*record));
+        for (Reader left(*record, "a record"); !left.empty();) {
+            Message message = take_message(left);
+            arrived.messages.emplace_back(message.type, to_bytes(message.body));
+        }
+    }
+    writer.join();
+    return arrived;
+}
+
+// A payload of this size on the wire, which begins with its number.
+Outgoing payload_of(std::size_t wire_size, std::uint8_t number = 0) {
+    Bytes payload(wire_size - message_header_bytes - 4 - 1 - 4, 0);
+    if (!payload.empty()) payload[0] = number;
+    Delivered message{LoginId{1}, Lane::interactive, payload};
+    return {std::make_shared<const Bytes>(to_wire(message)), {}, 0};
+}
+std::uint8_t number_of(const Bytes& delivered) {
+    return from_wire<Delivered>(delivered).payload[0];
+}
+
+}  // namespace
+
+TEST_CASE("chapter 7: messages of the server: their bytes, and every way to cut them") {
+    check_message(Welcome{"0.1", 1},
+                  "0003302e31"
+                  "01");
+    check_message(Refused{RefusalReason::name_taken, "no"},
+                  "02"
+                  "00026e6f");
+    check_message(Goodbye{"bye"}, "0003627965");
+}
+
+TEST_CASE("chapter 7: messages of both sides: their bytes, and every way to cut them") {
+    check_message(Ping{0x0102030405060708}, "0102030405060708");
+    check_message(Pong{7}, "0000000000000007");
+    check_message(Quit{}, "");
+}
+
+TEST_CASE("chapter 7: messages of the login: their bytes, and every way to cut them") {
+    check_message(RegisterAccount{"al", "v", two_bytes},
+                  "0002616c"
+                  "000176"
+                  "00000002aabb");
+    check_message(Registered{}, "");
+    check_message(LoginStart{"a,b"}, "0003612c62");
+    check_message(LoginChallenge{"a,b"}, "0003612c62");
+    check_message(LoginProof{"a,b"}, "0003612c62");
+    check_message(LoginDone{"v=", LoginId{0x01020304}},
+                  "0002763d"
+                  "01020304");
+}
+
+TEST_CASE("chapter 7: messages about who is here: their bytes, and every way to cut them") {
+    check_message(PublishCard{two_bytes}, "00000002aabb");
+    check_message(Joined{LoginId{9}, "bob"},
+                  "00000009"
+                  "0003626f62");
+    check_message(Ready{}, "");
+    check_message(Left{LoginId{9}}, "00000009");
+    check_message(GetCard{LoginId{9}}, "00000009");
+    check_message(CardOf{LoginId{9}, two_bytes},
+                  "00000009"
+                  "00000002aabb");
+}
+
+TEST_CASE("chapter 7: messages with payloads: their bytes, and every way to cut them") {
+    check_message(Send{LoginId{9}, Lane::bulk, 5, two_bytes},
+                  "00000009"
+                  "01"
+                  "00000005"
+                  "00000002aabb");
+    check_message(Delivered{LoginId{9}, Lane::interactive, two_bytes},
+                  "00000009"
+                  "00"
+                  "00000002aabb");
+    check_message(Fanout{5, two_bytes, three_bytes},
+                  "00000005"
+                  "00000002aabb"
+                  "00000003112233");
+    check_message(RoomDelivered{LoginId{9}, two_bytes, lid_of(0xcc)},
+                  "00000009"
+                  "00000002aabb" +
+                      to_hex(Bytes(57, 0xcc)));
+    check_message(Undelivered{LoginId{9}, 5, UndeliveredReason::busy},
+                  "00000009"
+                  "00000005"
+                  "02");
+}
+
+TEST_CASE("chapter 7: a message that claims to be longer than its record is refused") {
+    Bytes wire = from_hex(
+        "04"
+        "ffffffff"
+        "0000");
+    Reader record(wire, "a record");
+    CHECK(throws<ProtocolError>([&] { take_message(record); }));
+}
+
+TEST_CASE("chapter 7: what was queued arrives, in its order, in one record") {
+    Outbox outbox(1 << 20);
+    for (std::uint64_t number = 0; number < 100; ++number)
+        CHECK(outbox.push_control(Ping{number}) == Outbox::Result::queued);
+    outbox.finish();
+    Arrived arrived = write_and_read(outbox);
+    CHECK(arrived.records.size() == 1);  // one encryption and one system call for all of them
+    REQUIRE(arrived.messages.size() == 100);
+    for (std::uint64_t number = 0; number < 100; ++number) {
+        CHECK(arrived.messages[number].first == MessageType::ping);
+        CHECK(from_wire<Ping>(arrived.messages[number].second).number == number);
+    }
+}
+
+TEST_CASE("chapter 7: messages that do not fit into one record go into several") {
+    Outbox outbox(1 << 20);
+    for (std::uint8_t number = 0; number < 10; ++number)
+        outbox.push(Lane::interactive, payload_of(20'000, number));
+    outbox.finish();
+    Arrived arrived = write_and_read(outbox);
+    CHECK(arrived.records.size() == 4);  // three, three, three, one
+    REQUIRE(arrived.messages.size() == 10);
+    for (std::uint8_t number = 0; number < 10; ++number)
+        CHECK(number_of(arrived.messages[number].second) == number);
+}
+
+TEST_CASE("chapter 7: a message may fill a record, and may not be larger") {
+    Outbox outbox(1 << 20);
+    CHECK(outbox.push(Lane::interactive, payload_of(max_record_bytes)) == Outbox::Result::queued);
+    CHECK(throws<Error>([&] { outbox.push(Lane::interactive, payload_of(max_record_bytes + 1)); }));
+    outbox.finish();
+    CHECK(write_and_read(outbox).records.at(0).size() == max_record_bytes);
+}
+
+TEST_CASE("chapter 7: the part that all share and the own lid arrive as one message") {
+    Bytes whole = to_wire(RoomDelivered{LoginId{1}, two_bytes, lid_of(0)});
+    whole.resize(whole.size() - lid_bytes);
+    auto shared = std::make_shared<const Bytes>(whole);
+    Outbox outbox(1 << 20);
+    for (std::uint8_t fill : Bytes{1, 2})
+        outbox.push(Lane::interactive, {shared, lid_of(fill), lid_bytes});
+    outbox.finish();
+    Arrived arrived = write_and_read(outbox);
+    REQUIRE(arrived.messages.size() == 2);
+    CHECK(from_wire<RoomDelivered>(arrived.messages[0].second).lid == lid_of(1));
+    CHECK(from_wire<RoomDelivered>(arrived.messages[1].second).lid == lid_of(2));
+    CHECK(shared.use_count() == 1);  // the outbox has let go of it
+}
+
+TEST_CASE("chapter 7: chat overtakes file data") {
+    Outbox outbox(1 << 20);
+    for (std::uint8_t number : Bytes{10, 11, 12})
+        outbox.push(Lane::bulk, payload_of(60'000, number));
+    for (std::uint8_t number : Bytes{1, 2})
+        outbox.push(Lane::interactive, payload_of(50'000, number));
+    outbox.push_control(Ping{3});
+    outbox.finish();
+    std::vector<int> order;
+    for (const auto& [type, body] : write_and_read(outbox).messages)
+        order.push_back(type == MessageType::ping ? 3 : number_of(body));
+    CHECK(order == std::vector<int>{1, 2, 3, 10, 11, 12});
+}
+
+TEST_CASE("chapter 7: payloads over the bound are refused, and fit again when there is room") {
+    Outbox outbox(1000);
+    CHECK(outbox.push(Lane::interactive, payload_of(700)) == Outbox::Result::queued);
+    CHECK(outbox.push(Lane::interactive, payload_of(700)) == Outbox::Result::refused);
+    CHECK(outbox.push(Lane::bulk, payload_of(700)) == Outbox::Result::refused);
+    CHECK(outbox.is_over(699));
+    CHECK_FALSE(outbox.is_over(1000));
+    CHECK_FALSE(outbox.is_closed());
+
+    auto [out, in] = socket_pair();
+    RecordSealer sealer(secret_of(1));
+    Outbox::Result again = Outbox::Result::refused;
+    outbox.write_to(out, sealer, [&] {  // called when there is room
+        again = outbox.push(Lane::interactive, payload_of(700));
+        outbox.close();
+    });
+    CHECK(again == Outbox::Result::queued);
+}
+
+TEST_CASE("chapter 7: many small messages are bounded too: each costs more than its bytes") {
+    Outbox outbox(10'000);
+    int queued = 0;
+    while (queued < 10'000 &&
+           outbox.push(Lane::interactive, payload_of(14)) == Outbox::Result::queued)
+        ++queued;
+    CHECK(queued > 10);
+    CHECK(queued < 10'000 / 14);
+}
+
+TEST_CASE("chapter 7: control messages may go over the bound, up to twice, and then all is over") {
+    Outbox outbox(1000);
+    CHECK(outbox.push(Lane::interactive, payload_of(900)) == Outbox::Result::queued);
+    CHECK(outbox.push(Lane::interactive, payload_of(200)) == Outbox::Result::refused);
+    int queued = 0;
+    Outbox::Result last = outbox.push_control(Ping{});
+    for (; last == Outbox::Result::queued && queued < 1000; ++queued)
+        last = outbox.push_control(Ping{});
+    CHECK(queued > 1);
+    CHECK(last == Outbox::Result::refused);
+    CHECK(outbox.is_closed());
+    CHECK(outbox.push_control(Ping{}) == Outbox::Result::closed);
+    CHECK(write_and_read(outbox).messages.empty());
+}
+
+TEST_CASE("chapter 7: a finished outbox takes nothing more and writes what it has") {
+    Outbox outbox(1000);
+    outbox.push_control(Ping{1});
+    outbox.finish();
+    CHECK(outbox.push_control(Ping{2}) == Outbox::Result::closed);
+    CHECK(outbox.push(Lane::bulk, payload_of(20)) == Outbox::Result::closed);
+    CHECK_FALSE(outbox.is_closed());
+    CHECK(write_and_read(outbox).messages.size() == 1);
+}
+
+TEST_CASE("chapter 7: a closed outbox writes nothing, and closing wakes its writer") {
+    Outbox outbox(1000);
+    auto [out, in] = socket_pair();
+    std::thread writer([&outbox, &out = out] {
+        RecordSealer sealer(secret_of(1));
+        outbox.write_to(out, sealer);
+    });
+    outbox.close();
+    writer.join();
+    outbox.finish();  // does not open it again
+    CHECK(outbox.is_closed());
+}
+
+TEST_CASE("chapter 7: a writing thread keeps up with pushes from several threads") {
+    Outbox outbox(16 << 20);
+    std::vector<std::thread> pushers;
+    for (std::uint64_t pusher = 0; pusher < 4; ++pusher)
+        pushers.emplace_back([&outbox, pusher] {
+            for (std::uint64_t i = 0; i < 1000; ++i) outbox.push_control(Ping{pusher << 32 | i});
+        });
+    std::thread closer([&] {
+        for (std::thread& pusher : pushers) pusher.join();
+        outbox.finish();
+    });
+    Arrived arrived = write_and_read(outbox);
+    closer.join();
+    CHECK(arrived.messages.size() == 4000);
+    std::array<std::uint64_t, 4> expected{};  // each pusher's order is kept
+    bool in_order = true;
+    for (const auto& [type, body] : arrived.messages) {
+        std::uint64_t number = from_wire<Ping>(body).number;
+        in_order = in_order && expected.at(number >> 32)++ == (number & 0xffffffff);
+    }
+    CHECK(in_order);
+}
+
+TEST_CASE("chapter 7: a reader hands out messages one by one, whatever record they came in") {
+    auto [out, in] = socket_pair();
+    RecordSealer sealer(secret_of(1));
+    send_now(out, sealer, Ping{1});
+    Bytes record(frame_header_bytes);
+    append(record, to_wire(Ping{2}));
+    append(record, to_wire(Goodbye{"bye"}));
+    sealer.seal(record);
+    out.write_all(record);
+    record.assign(frame_header_bytes, 0);
+    sealer.seal(record);  // empty: whoever sends such records for ever would be served for ever
+    out.write_all(record);
+    out.finish_writing();
+
+    FrameReader frames(in, max_record_frame);
+    MessageReader reader(frames, secret_of(1));
+    CHECK(from_wire<Ping>(reader.next()->body).number == 1);
+    CHECK(from_wire<Ping>(reader.next()->body).number == 2);
+    CHECK(from_wire<Goodbye>(reader.next()->body).sentence == "bye");
+    CHECK_THROWS_AS(reader.next(), ProtocolError);
+}
+
+TEST_CASE("chapter 7: no message comes out of a record that is damaged") {
+    auto [out, in] = socket_pair();
+    RecordSealer sealer(secret_of(1));
+    Bytes record(frame_header_bytes);
+    append(record, to_wire(Ping{1}));
+    sealer.seal(record);
+    record.back() ^= 1;
+    out.write_all(record);
+    FrameReader frames(in, max_record_frame);
+    MessageReader reader(frames, secret_of(1));
+    CHECK(throws<ProtocolError>([&] { reader.next(); }));
+}
+
+// ---- Chapter 8. End to end ----------------------------------------------------------------------
+
+namespace {
+
+using State = OpenedPayload::State;
+
+// Alice has opened to bob, over a server that passes on everything.
+struct Conversation {
+    LoginKeys alice{test_key(0), "alice", 1000};
+    LoginKeys bob{test_key(1), "bob", 2000};
+    CheckedCard alice_card{alice.card_bytes(), "alice"};
+    CheckedCard bob_card{bob.card_bytes(), "bob"};
+    Bytes open;
+    PairSender sender{alice, bob_card, open};
+    PairReceiver receiver{bob, alice_card, box()};
+
+    OpenPayload opened() const {
+        return decode<OpenPayload>(ByteView(open).subspan(1), "somebody's keys");
+    }
+    ByteView box() const { return opened().box; }
+
+    // A sealed payload without its type, as the receiver wants it.
+    Bytes seal(std::string_view text, Lane lane = Lane::interactive) {
+        Bytes payload = sender.seal(lane, Kind::text, as_bytes(text));
+        CHECK(payload[0] == static_cast<std::uint8_t>(PayloadType::sealed));
+        return to_bytes(ByteView(payload).subspan(1));
+    }
+    OpenedPayload receive(ByteView sealed, Lane lane = Lane::interactive) {
+        return receiver.open(lane, sealed);
+    }
+};
+
+bool is_text(const OpenedPayload& payload, std::string_view text, std::uint64_t lost = 0) {
+    return payload.state == State::good && payload.kind == Kind::text &&
+           as_text(payload.body) == text && payload.lost == lost;
+}
+
+CheckedCard card_of(const std::string& user, int key, std::uint64_t issued) {
+    return CheckedCard(LoginKeys(test_key(key), user, issued).card_bytes(), user);
+}
+const Fingerprint& fingerprint_of(int key) {
+    static const std::array<Fingerprint, 3> all{test_key(0).public_key().fingerprint(),
+                                                test_key(1).public_key().fingerprint(),
+                                                test_key(2).public_key().fingerprint()};
+    return all.at(static_cast<std::size_t>(key));
+}
+
+}  // namespace
+
+TEST_CASE("chapter 8: a card says whose it is, and proves it") {
+    LoginKeys keys(test_key(0), "alice", 1234567);
+    CheckedCard card(keys.card_bytes(), "alice");
+    CHECK(card.user() == "alice");
+    CHECK(card.identity().der() == test_key(0).public_key().der());
+    CHECK(card.fingerprint() == test_key(0).public_key().fingerprint());
+    CHECK(card.ephemeral() == keys.ephemeral().public_key());
+    CHECK(card.issued() == 1234567);
+    CHECK(card.hash() == keys.card_hash());
+    CHECK(keys.card_bytes().size() <= max_card_bytes);
+}
+
+TEST_CASE("chapter 8: a card has the bytes that the chapter says") {
+    LoginKeys keys(test_key(0), "alice", 5);
+    Bytes expected;
+    append_fields(expected, std::string("alice"), test_key(0).public_key().der(),
+                  keys.ephemeral().public_key(), std::uint64_t{5});
+    CHECK(to_bytes(ByteView(keys.card_bytes()).first(expected.size())) == expected);
+    Bytes signature = to_bytes(ByteView(keys.card_bytes()).subspan(expected.size() + 4));
+    CHECK(
+        test_key(0).public_key().verify(join(as_bytes("chatsecure card 1"), expected), signature));
+}
+
+TEST_CASE("chapter 8: a card with a changed byte, anywhere, is refused") {
+    const Bytes good = LoginKeys(test_key(0), "alice", 5).card_bytes();
+    for (std::size_t at = 0; at < good.size(); ++at) {
+        Bytes bad = good;
+        bad[at] ^= static_cast<std::uint8_t>(1 << at % 8);
+        if (!throws<ProtocolError>([&] { CheckedCard(bad, "alice"); }))
+            FAIL_CHECK("a card passes with another byte ", at);
+    }
+}
+
+TEST_CASE("chapter 8: a card that was cut or made longer is refused") {
+    const Bytes good = LoginKeys(test_key(0), "alice", 5).card_bytes();
+    for (std::size_t size = 0; size < good.size(); ++size)
+        if (!throws<ProtocolError>([&] { CheckedCard(ByteView(good).first(size), "alice"); }))
+            FAIL_CHECK("a card passes with ", size, " bytes");
+    CHECK(throws<ProtocolError>([&] { CheckedCard(join(good, Bytes(1)), "alice"); }));
+    CHECK(throws<ProtocolError>([&] { CheckedCard(join(good, Bytes(3000)), "alice"); }));
+}
+
+TEST_CASE("chapter 8: a card is for its own name and with its own signature") {
+    LoginKeys alice(test_key(0), "alice", 5), bob(test_key(1), "bob", 5);
+    CHECK(throws<ProtocolError>([&] { CheckedCard(alice.card_bytes(), "bob"); }));
+
+    Card card = decode<Card>(alice.card_bytes(), "a card");
+    card.signature = decode<Card>(bob.card_bytes(), "a card").signature;
+    CHECK(throws<ProtocolError>([&] { CheckedCard(encode(card), "alice"); }));
+
+    // The server puts its own identity on it: then it is a valid card of another identity, which
+    // the pins notice. With alice's identity it cannot sign.
+    card.signature = test_key(1).sign(card.signed_part());
+    CHECK(throws<ProtocolError>([&] { CheckedCard(encode(card), "alice"); }));
+}
+
+TEST_CASE("chapter 8: a card with a weak identity key is refused, although it is signed well") {
+    RsaPrivateKey weak = RsaPrivateKey::generate(1024);
+    LoginKeys keys(weak, "alice", 5);
+    CHECK(throws<ProtocolError>([&] { CheckedCard(keys.card_bytes(), "alice"); }));
+}
+
+TEST_CASE("chapter 8: texts arrive in their order") {
+    Conversation c;
+    for (std::string_view text : {"hello", "", "two\nlines",
+                                  "Gr\xc3\xbc\xc3\x9f"
+                                  "e"})
+        CHECK(is_text(c.receive(c.seal(text)), text));
+    std::string longest(max_text_bytes, 'x');
+    CHECK(is_text(c.receive(c.seal(longest)), longest));
+}
+
+TEST_CASE("chapter 8: a sealed payload is seq, then AES-256-GCM over kind and body") {
+    SealingLane lane(secret_of(1));
+    for (std::uint64_t seq : {1U, 2U, 3U}) {
+        Bytes expected;
+        append_fields(expected, seq);
+        append(expected, gcm_seal(secret_of(1), seq, as_bytes("aad"), as_bytes("\x01hello")));
+        CHECK(lane.seal(Kind::text, as_bytes("hello"), as_bytes("aad")) == expected);
+    }
+}
+
+TEST_CASE("chapter 8: a repeated payload is recognised, also much later") {
+    Conversation c;
+    Bytes first = c.seal("first");
+    CHECK(is_text(c.receive(first), "first"));
+    CHECK(c.receive(first).state == State::repeated);
+    CHECK(is_text(c.receive(c.seal("second")), "second"));
+    CHECK(c.receive(first).state == State::repeated);
+    CHECK(is_text(c.receive(c.seal("third")), "third"));
+}
+
+TEST_CASE("chapter 8: payloads that did not arrive are counted") {
+    Conversation c;
+    CHECK(is_text(c.receive(c.seal("1")), "1"));
+    Bytes second = c.seal("2");
+    c.seal("3");
+    CHECK(is_text(c.receive(c.seal("4")), "4", 2));
+    CHECK(c.receive(second).state == State::repeated);  // too late: it was reported as lost
+    CHECK(is_text(c.receive(c.seal("5")), "5", 0));
+}
+
+TEST_CASE("chapter 8: a payload changed at any byte is not shown, and the next one opens") {
+    Conversation c;
+    const Bytes sealed = c.seal("hello");
+    for (std::size_t at = 0; at < sealed.size(); ++at) {
+        Bytes changed = sealed;
+        changed[at] ^= 0x80;
+        CHECK(c.receive(changed).state == State::damaged);
+    }
+    for (std::size_t size = 0; size < sealed.size(); ++size)
+        CHECK(c.receive(ByteView(sealed).first(size)).state == State::damaged);
+    CHECK(c.receive(join(sealed, Bytes(1))).state == State::damaged);
+    CHECK(is_text(c.receive(sealed), "hello"));  // none of them has moved the counter
+    CHECK(is_text(c.receive(c.seal("next")), "next"));
+}
+
+TEST_CASE("chapter 8: each lane counts for itself and has its own key") {
+    Conversation c;
+    Bytes chat = c.seal("chat"), file = c.seal("file", Lane::bulk);
+    CHECK(c.receive(chat, Lane::bulk).state == State::damaged);
+    CHECK(c.receive(file, Lane::interactive).state == State::damaged);
+    CHECK(is_text(c.receive(file, Lane::bulk), "file"));
+    CHECK(is_text(c.receive(chat), "chat"));
+}
+
+TEST_CASE("chapter 8: each direction has its own keys: a reflected payload does not open") {
+    Conversation c;
+    Bytes open;
+    PairSender back(c.bob, c.alice_card, open);
+    PairReceiver alice_receives(
+        c.alice, c.bob_card, decode<OpenPayload>(ByteView(open).subspan(1), "somebody's keys").box);
+    CHECK(alice_receives.open(Lane::interactive, c.seal("hello")).state == State::damaged);
+    Bytes answer = back.seal(Lane::interactive, Kind::text, as_bytes("hi"));
+    CHECK(is_text(alice_receives.open(Lane::interactive, ByteView(answer).subspan(1)), "hi"));
+}
+
+TEST_CASE("chapter 8: an Open holds the sender's card and a box of the receiver's size") {
+    Conversation c;
+    CHECK(c.open[0] == static_cast<std::uint8_t>(PayloadType::open));
+    CHECK(to_bytes(c.opened().card) == c.alice.card_bytes());
+    CHECK(c.opened().box.size() == 256);
+}
+
+TEST_CASE("chapter 8: the keys of a pair are computed as the chapter says") {
+    // A receiver written from the description alone.
+    Conversation c;
+    Bytes salt = join(sha256(c.alice.card_bytes()), sha256(c.bob.card_bytes()));
+    std::optional<Secret<32>> secret = test_key(1).decrypt(c.box(), salt);
+    REQUIRE(secret);
+    Secret<32> prk =
+        agree(salt, *secret, c.bob.ephemeral().shared_secret(c.alice_card.ephemeral()));
+    OpeningLane chat(hkdf_expand(prk, "chatsecure pair interactive lane"));
+    OpeningLane files(hkdf_expand(prk, "chatsecure pair bulk lane"));
+    CHECK(is_text(chat.open(c.seal("hello")), "hello"));
+    CHECK(is_text(files.open(c.seal("bytes", Lane::bulk)), "bytes"));
+}
+
+TEST_CASE("chapter 8: an Open is for one login of one person, from one login of another") {
+    Conversation c;
+    Bytes box = to_bytes(c.box());
+    LoginKeys carol(test_key(2), "carol", 3000);
+    LoginKeys bob_again(test_key(1), "bob", 3000);
+    LoginKeys alice_again(test_key(0), "alice", 3000);
+    CheckedCard carol_card(carol.card_bytes(), "carol");
+    CheckedCard alice_again_card(alice_again.card_bytes(), "alice");
+
+    // To another person; to the same one, who logged in again; as if from another person; as if
+    // from a later login of the same one.
+    CHECK(throws<ProtocolError>([&] { PairReceiver(carol, c.alice_card, box); }));
+    CHECK(throws<ProtocolError>([&] { PairReceiver(bob_again, c.alice_card, box); }));
+    CHECK(throws<ProtocolError>([&] { PairReceiver(c.bob, carol_card, box); }));
+    CHECK(throws<ProtocolError>([&] { PairReceiver(c.bob, alice_again_card, box); }));
+    box[100] ^= 1;
+    CHECK(throws<ProtocolError>([&] { PairReceiver(c.bob, c.alice_card, box); }));
+    CHECK(throws<ProtocolError>([&] { PairReceiver(c.bob, c.alice_card, {}); }));
+}
+
+TEST_CASE("chapter 8: who has bob's identity key but not his login's reads nothing") {
+    // His identity was stolen later. It opens the box, and then the X25519 half is missing.
+    Conversation c;
+    Digest a = c.alice_card.hash(), b = c.bob_card.hash();
+    std::optional<Secret<32>> secret = test_key(1).decrypt(c.box(), join(a, b));
+    REQUIRE(secret);
+    Secret<32> guess = X25519Key::generate().shared_secret(c.alice_card.ephemeral());
+    OpeningLane lane(detail::derive_pair_keys(a, b, *secret, guess).interactive);
+    CHECK(lane.open(c.seal("hello")).state == State::damaged);
+    // And the X25519 half alone does not do it either.
+    Secret<32> x25519 = c.bob.ephemeral().shared_secret(c.alice_card.ephemeral());
+    OpeningLane other(detail::derive_pair_keys(a, b, secret_of(0), x25519).interactive);
+    CHECK(other.open(c.seal("hello")).state == State::damaged);
+    OpeningLane both(detail::derive_pair_keys(a, b, *secret, x25519).interactive);
+    CHECK(both.open(c.seal("hello")).state == State::good);
+}
+
+TEST_CASE("chapter 8: a room message opens with its key, and not when it or the key was changed") {
+    for (std::string_view text : {"", "hello, everybody"}) {
+        SealedRoomText room = seal_room_text(text);
+        CHECK(open_room_text(room.sealed, room.key) == text);
+        CHECK(open_room_text(room.sealed, secret_of(1)) == std::nullopt);
+        CHECK(open_room_text({}, room.key) == std::nullopt);
+        for (std::size_t at = 0; at < room.sealed.size(); ++at) {
+            Bytes changed = room.sealed;
+            changed[at] ^= 1;
+            CHECK(open_room_text(changed, room.key) == std::nullopt);
+        }
+    }
+    CHECK(hex_of(seal_room_text("x").key) != hex_of(seal_room_text("x").key));
+}
+
+TEST_CASE("chapter 8: a lid brings the key of its room message") {
+    Conversation c;
+    SealedRoomText room = seal_room_text("hello, everybody");
+    Digest hash = sha256(room.sealed);
+    OpenedPayload lid = c.receiver.open_lid(c.sender.make_lid(room.key, hash), hash);
+    REQUIRE(lid.state == State::good);
+    CHECK(lid.kind == Kind::room_key);
+    CHECK(open_room_text(room.sealed, Secret<32>(lid.body)) == "hello, everybody");
+    CHECK(is_text(c.receive(c.seal("private")), "private"));  // they count together: no gap
+}
+
+TEST_CASE("chapter 8: a lid does not open with another room text") {
+    // A member who knows the key seals other words under it (P6): the lid is not for them.
+    Conversation c;
+    SealedRoomText room = seal_room_text("I agree");
+    Lid lid = c.sender.make_lid(room.key, sha256(room.sealed));
+    Bytes forged = gcm_seal(room.key, 0, {}, as_bytes("I refuse"));
+    REQUIRE(open_room_text(forged, room.key) == "I refuse");
+    CHECK(c.receiver.open_lid(lid, sha256(forged)).state == State::damaged);
+    CHECK(c.receiver.open_lid(lid, sha256(room.sealed)).state == State::good);
+    CHECK(c.receiver.open_lid(lid, sha256(room.sealed)).state == State::repeated);
+}
+
+TEST_CASE("chapter 8: a lid is no private message and a private message no lid") {
+    Conversation c;
+    SealedRoomText room = seal_room_text("x");
+    CHECK(c.receive(c.sender.make_lid(room.key, sha256(room.sealed))).state == State::damaged);
+    Bytes sealed = c.seal(std::string(32, 'k'));
+    Lid lid{};
+    REQUIRE(sealed.size() == lid.size());
+    std::copy(sealed.begin(), sealed.end(), lid.begin());
+    CHECK(c.receiver.open_lid(lid, sha256(room.sealed)).state == State::damaged);
+}
+
+TEST_CASE("chapter 8: the safety number is the same on both sides: 60 digits in groups of five") {
+    std::string number = safety_number("alice", fingerprint_of(0), "bob", fingerprint_of(1));
+    CHECK(number == safety_number("bob", fingerprint_of(1), "alice", fingerprint_of(0)));
+    std::vector<std::string> groups = split_words(number);
+    CHECK(groups.size() == 12);
+    for (const std::string& group : groups) {
+        CHECK(group.size() == 5);
+        CHECK(group.find_first_not_of("0123456789") == group.npos);
+    }
+}
+
+TEST_CASE("chapter 8: another key or another name gives another safety number") {
+    std::set<std::string> numbers{
+        safety_number("alice", fingerprint_of(0), "bob", fingerprint_of(1)),
+        safety_number("alice", fingerprint_of(0), "bob", fingerprint_of(2)),
+        safety_number("alice", fingerprint_of(2), "bob", fingerprint_of(1)),
+        safety_number("alice", fingerprint_of(1), "bob", fingerprint_of(0)),
+        safety_number("alice", fingerprint_of(0), "carol", fingerprint_of(1)),
+    };
+    CHECK(numbers.size() == 5);
+}
+
+TEST_CASE("chapter 8: a man in the middle shows two different safety numbers") {
+    const Fingerprint &alice = fingerprint_of(0), &bob = fingerprint_of(1),
+                      &his = fingerprint_of(2);
+    CHECK(safety_number("alice", alice, "bob", his) != safety_number("alice", his, "bob", bob));
+}
+
+TEST_CASE("chapter 8: an identity is pinned when it is first seen, and known afterwards") {
+    TempDir dir;
+    PinStore pins(dir.path / "known_users");
+    CHECK(pins.find("bob") == nullptr);
+    CHECK(pins.judge(card_of("bob", 1, 100)) == PinStore::Verdict::first_seen);
+    CHECK(pins.judge(card_of("bob", 1, 100)) == PinStore::Verdict::known);
+    CHECK(pins.judge(card_of("bob", 1, 200)) == PinStore::Verdict::known);
+    CHECK(pins.find("bob")->issued == 200);
+    CHECK(pins.find("bob")->fingerprint == fingerprint_of(1));
+    CHECK_FALSE(pins.find("bob")->verified);
+}
+
+TEST_CASE("chapter 8: an old card is a replay, and leaves the pin as it is") {
+    TempDir dir;
+    PinStore pins(dir.path / "known_users");
+    pins.judge(card_of("bob", 1, 200));
+    CHECK(pins.judge(card_of("bob", 1, 199)) == PinStore::Verdict::replayed);
+    CHECK(pins.judge(card_of("bob", 1, 1)) == PinStore::Verdict::replayed);
+    CHECK(pins.find("bob")->issued == 200);
+    CHECK(pins.judge(card_of("bob", 1, 200)) == PinStore::Verdict::known);
+}
+
+TEST_CASE("chapter 8: another identity is a change, and stays one until the user trusts it") {
+    TempDir dir;
+    PinStore pins(dir.path / "known_users");
+    pins.judge(card_of("bob", 1, 100));
+    pins.mark_verified("bob");
+    for (std::uint64_t issued : {1U, 100U, 999U})
+        CHECK(pins.judge(card_of("bob", 2, issued)) == PinStore::Verdict::changed);
+    CHECK(pins.find("bob")->fingerprint == fingerprint_of(1));
+    CHECK(pins.find("bob")->issued == 100);
+
+    pins.trust(card_of("bob", 2, 50));  // his new key, and a clock that is behind
+    CHECK(pins.find("bob")->fingerprint == fingerprint_of(2));
+    CHECK_FALSE(pins.find("bob")->verified);  // that was the other key
+    CHECK(pins.judge(card_of("bob", 2, 50)) == PinStore::Verdict::known);
+    CHECK(pins.judge(card_of("bob", 1, 101)) == PinStore::Verdict::changed);
+}
+
+TEST_CASE("chapter 8: pins are there again after a restart") {
+    TempDir dir;
+    std::filesystem::path path = dir.path / "known_users";
+    PinStore pins(path);
+    pins.judge(card_of("bob", 1, 100));
+    pins.judge(card_of("carol", 2, 18'446'744'073'709'551'615U));
+    pins.mark_verified("bob");
+    pins.save();
+    CHECK(mode_of(path) == owner_read_write);
+    CHECK(read_text(path) == "bob " + fingerprint_of(1).text() + " 100 verified\ncarol " +
+                                 fingerprint_of(2).text() + " 18446744073709551615 unverified\n");
+
+    PinStore again(path);
+    CHECK(again.find("bob")->verified);
+    CHECK(again.find("bob")->issued == 100);
+    CHECK_FALSE(again.find("carol")->verified);
+    CHECK(again.judge(card_of("bob", 1, 99)) == PinStore::Verdict::replayed);
+    CHECK(again.judge(card_of("bob", 2, 999)) == PinStore::Verdict::changed);
+}
+
+TEST_CASE("chapter 8: pins are written when something changed, and not otherwise") {
+    TempDir dir;
+    std::filesystem::path path = dir.path / "known_users";
+    auto writes = [&](PinStore& pins) {
+        std::filesystem::remove(path);
+        pins.save();
+        return std::filesystem::exists(path);
+    };
+    PinStore pins(path);
+    CHECK_FALSE(writes(pins));
+    pins.judge(card_of("bob", 1, 100));
+    CHECK(writes(pins));
+    pins.judge(card_of("bob", 1, 100));  // known
+    pins.judge(card_of("bob", 1, 99));   // replayed
+    pins.judge(card_of("bob", 2, 101));  // changed
+    CHECK_FALSE(writes(pins));
+    pins.judge(card_of("bob", 1, 101));  // newer
+    CHECK(writes(pins));
+    pins.mark_verified("bob");
+    CHECK(writes(pins));
+    pins.trust(card_of("bob", 2, 102));
+    CHECK(writes(pins));
+}
+
+TEST_CASE("chapter 8: a damaged line of known_users is named") {
+    TempDir dir;
+    std::filesystem::path path = dir.path / "known_users";
+    const std::string key = fingerprint_of(1).text();
+    const std::string bad_lines[]{
+        "bob",
+        "bob " + key + " 1",
+        "bob " + key + " 1 verified more",
+        "Bob " + key + " 1 verified",
+        "bob " + key.substr(1) + " 1 verified",
+        "bob " + key + "A 1 verified",
+        "bob SHA256: 1 verified",
+        "bob " + key + " x verified",
+        "bob " + key + " 1x verified",
+        "bob " + key + " -1 verified",
+        "bob " + key + " 18446744073709551616 verified",
+    };
+    for (const std::string& bad : bad_lines) {
+        CAPTURE(bad);
+        write_text(path, "# comment\n\n" + bad + "\nalice " + key + " 1 verified\n");
+        CHECK(contains(complaint([&] { PinStore{path}; }), "known_users, line 3: "));
+    }
+}
+
+TEST_CASE("chapter 8: each of one's own cards is newer than the one before, whatever the clock") {
+    TempDir dir;
+    std::filesystem::path path = dir.path / "known_users";
+    std::uint64_t last = 0;
+    {
+        PinStore pins(path);
+        for (int i = 0; i < 1000; ++i) {
+            std::uint64_t issued = pins.next_issued("alice", fingerprint_of(0));
+            if (issued <= last) FAIL("a card that is not newer");
+            last = issued;
+        }
+        CHECK(pins.find("alice")->verified);  // that is oneself
+        pins.save();
+    }
+    // A clock that was set back: the last card seems to be from the year 2100.
+    constexpr std::uint64_t year_2100 = 4'102'444'800'000'000;
+    write_text(path, concat("alice ", fingerprint_of(0).text(), " ", year_2100, " verified\n"));
+    PinStore pins(path);
+    CHECK(pins.next_issued("alice", fingerprint_of(0)) == year_2100 + 1);
+    CHECK(pins.next_issued("alice", fingerprint_of(0)) == year_2100 + 2);
+    CHECK(last < year_2100);
+}
+
+TEST_CASE("chapter 8: a pin that is neither verified nor unverified is damaged") {
+    TempDir dir;
+    write_text(dir.path / "known_users", "bob " + fingerprint_of(1).text() + " 1 verifed\n");
+    CHECK(contains(complaint([&] { PinStore{dir.path / "known_users"}; }), "line 1"));
+}
+
+TEST_CASE("chapter 8: a user who is pinned twice is an error") {
+    TempDir dir;
+    write_text(dir.path / "known_users", "bob " + fingerprint_of(1).text() + " 1 verified\nbob " +
+                                             fingerprint_of(2).text() + " 1 unverified\n");
+    CHECK(contains(complaint([&] { PinStore{dir.path / "known_users"}; }), "line 2"));
+}
+
 // ---- main ---------------------------------------------------------------------------------------
 
 namespace {
