@@ -57,16 +57,21 @@ else
 # ---- Everything else ----------------------------------------------------------------------------
 
 .PHONY: all test clean help
-all: $(O)/tests
+all: $(O)/server
 
 ifneq ($(O),.)
 $(shell mkdir -p $(O))
-.PHONY: tests
-tests: %: $(O)/%
+.PHONY: server tests
+server tests: %: $(O)/%
 endif
 
 COMPILE = $(CXX) $(CPPFLAGS) -std=c++20 $(WARNINGS) $(CXXFLAGS) $(CRYPTO_CFLAGS) -pthread
 need = $(if $(call has,$(1)),,@echo "$(1) is missing: 'make deps' installs it ($(2))." && exit 1)
+
+$(O)/server: server.cpp chatsecure.hpp Makefile
+	$(call need,openssl/core_names.h,OpenSSL 3)
+	$(call need,cxxopts.hpp,cxxopts)
+	$(COMPILE) -o $@ $< $(LDFLAGS) $(CRYPTO_LIBS)
 
 $(O)/tests: tests.cpp chatsecure.hpp Makefile
 	$(call need,openssl/core_names.h,OpenSSL 3)
@@ -80,7 +85,7 @@ clean:
 	rm -rf server client tests build
 
 help:
-	@echo "make           builds ./tests (installs nothing)"
+	@echo "make           builds ./server (installs nothing)"
 	@echo "make deps      installs what is missing, with the system's package manager; 'make deps test'"
 	@echo "               works on a fresh machine"
 	@echo "make test      builds and runs the tests"

@@ -3715,6 +3715,796 @@ class PinStore {
     bool dirty_ = false;
 };
 
+// =================================================================================================
+//  Chapter 9. Files
+// =================================================================================================
+//
+// Its place. What it builds on is here already: the bulk lane of the outbox (chapter 7) and of each
+// pair's keys (chapter 8), so that chat overtakes file data, and the numbers 10 to 19 of Kind.
+
+// =================================================================================================
+//  Chapter 10. The server
+// =================================================================================================
+//
+// A relay. It knows who is online and passes on what it cannot read. Its threads:
+//
+//      run()           accepts connections, and joins the threads of those that ended
+//      one reader      for each connection: handshake, login, then message by message
+//      one writer      for each member: empties that member's outbox (chapter 7)
+//
+//      reader of alice --+--> outbox of bob   --> writer of bob   --> socket
+//                        +--> outbox of carol --> writer of carol --> socket
+//
+// A thread for each connection is the simplest thing that works: the code of one connection reads
+// from top to bottom, like the conversation. The reader of alice puts her messages into the queues
+// of the others and never waits for any of them.
+//
+// What goes wrong in servers, and what this one does about it:
+//
+//   - Strangers that connect and say nothing, or one byte a second: a deadline for the handshake,
+//     one for the login, and a bound on how many may be in that state from one address.
+//   - A connection storm: each handshake costs an RSA operation, so only as many as there are
+//     processors run at once. The threads that serve the chat get their share.
+//   - A member that reads too slowly: its queue is bounded, payloads for it are refused, and when
+//     it takes nothing at all for a while it is dropped.
+//   - A member that talks too fast: the server reads from it more slowly, and TCP makes it wait.
+//   - A member whose machine vanished: silence is answered with a Ping, and further silence with
+//     the end. If the same user logs in again meanwhile, the old connection gets a few seconds to
+//     answer a Ping; so a dead connection locks nobody out, and a live one is never pushed out
+//     (P8).
+//   - No descriptor or thread left: the newcomer is turned away, the others do not notice.
+//
+// Two kinds of locks. `members_mutex_` guards who is here; each outbox has its own. They are
+// always taken in this order, and nothing that can wait happens under either.
+
+enum class LogLevel { info, warning, relayed };
+
+struct ServerOptions {
+    std::filesystem::path data_directory = ".";  // users.db and the server's key live here
+    std::string bind = "127.0.0.1";              // an address of this machine; "::" means all
+    std::uint16_t port = 5000;                   // 0: let the system choose
+    int rsa_bits = default_rsa_bits;             // of a key that is made at first start
+    bool registration_open = true;
+    bool log_relayed = false;                  // a line for each payload
+    std::size_t max_clients = 1000;            // members, and as many who are logging in
+    std::size_t max_logins_per_address = 128;  // connections that are not logged in yet
+    std::size_t max_accounts = 100'000;
+    std::size_t queue_bound = std::size_t{8} << 20;  // bytes that may wait for one member
+    double messages_per_second = 2000;               // from one member, in the long run
+    double message_burst = 20'000;                   // and in one go
+    Milliseconds handshake_timeout{10'000};
+    Milliseconds login_timeout{60'000};     // the client's slow hash is part of it
+    Milliseconds ping_after{30'000};        // of silence
+    Milliseconds takeover_patience{3'000};  // for a Pong, when the same user logs in again
+    Milliseconds write_timeout{20'000};
+    LoginThrottle::Options throttle{};
+    std::function<void(LogLevel, const std::string&)> log = [](LogLevel, const std::string&) {};
+};
+
+namespace detail {
+
+// The reason why the server ends a conversation, as it is told to the client.
+struct Refusal : Error {
+    RefusalReason reason;
+    Refusal(RefusalReason why, const std::string& sentence) : Error(sentence), reason(why) {}
+};
+
+// How fast somebody may talk: a bucket of tokens that refills at a steady rate. Each message takes
+// some out; when it is empty, one waits until it is not. One thread uses it.
+class TokenBucket {
+  public:
+    TokenBucket(double per_second, double burst)
+        : rate_(per_second), burst_(burst), tokens_(burst) {}
+
+    // Takes `cost` tokens and says how long to wait before going on.
+    Milliseconds take(double cost, Clock::time_point now) {
+        std::chrono::duration<double> passed = now - last_;
+        last_ = now;
+        tokens_ = std::min(burst_, tokens_ + passed.count() * rate_) - cost;
+        return Milliseconds(static_cast<std::int64_t>(tokens_ < 0 ? -tokens_ / rate_ * 1000 : 0));
+    }
+
+  private:
+    double rate_, burst_, tokens_;
+    Clock::time_point last_ = Clock::now();
+};
+
+// One connection. Its reader thread owns it; others may use what is marked so.
+struct Session {
+    Session(Socket accepted, const Endpoint& from, const ServerOptions& options)
+        : socket(std::move(accepted)),
+          frames(socket, max_record_frame),
+          outbox(options.queue_bound),
+          bucket(options.messages_per_second, options.message_burst),
+          host(from.host()),
+          address(from.text()) {}
+
+    Socket socket;  // others: shut_down() only
+    FrameReader frames;
+    std::optional<MessageReader> incoming;  // once the channel stands
+    std::optional<RecordSealer> sealer;     // after the login: the writer's
+    Digest channel_binding{};
+    Outbox outbox;  // any thread
+    TokenBucket bucket;
+    std::string host, address;  // "127.0.0.1", "127.0.0.1:41234"
+
+    std::string user;                   // empty until the login is proved; then constant
+    LoginId id{};                       // likewise
+    std::shared_ptr<const Bytes> card;  // a CardOf message; constant once the session is a member
+
+    std::thread reader;                   // joined by Server::run
+    std::atomic<bool> finished = false;   // the reader is at its end
+    std::atomic<bool> logged_in = false;  // does not count as a stranger any more
+
+    // What others wait for: any thread, under `mutex`.
+    std::mutex mutex;
+    std::condition_variable changed;
+    std::uint64_t pongs = 0;
+    bool gone = false;      // not in the list of those who are online any more
+    bool stopping = false;  // the server ends
+    std::string drop_reason;
+
+    void note_pong() {
+        {
+            std::lock_guard lock(mutex);
+            ++pongs;
+        }
+        changed.notify_all();
+    }
+    // Asks the client whether it is alive, and waits for the answer. True if it is.
+    bool answers_ping(Milliseconds patience) {
+        std::unique_lock lock(mutex);
+        std::uint64_t before = pongs;
+        outbox.push_control(Ping{before});
+        changed.wait_for(lock, patience, [&] { return pongs != before || gone || stopping; });
+        return pongs != before;
+    }
+    bool wait_until_gone(Milliseconds patience) {
+        std::unique_lock lock(mutex);
+        return changed.wait_for(lock, patience, [&] { return gone; });
+    }
+    // Waits, but not beyond the end of the server.
+    void pause(Milliseconds duration) {
+        std::unique_lock lock(mutex);
+        changed.wait_for(lock, duration, [&] { return stopping || !drop_reason.empty(); });
+    }
+    void mark_gone() {
+        {
+            std::lock_guard lock(mutex);
+            gone = true;
+        }
+        changed.notify_all();
+    }
+    // Ends the connection from outside.
+    void drop(const std::string& reason) {
+        {
+            std::lock_guard lock(mutex);
+            if (drop_reason.empty()) drop_reason = reason;
+        }
+        changed.notify_all();
+        outbox.close();
+        socket.shut_down();
+    }
+};
+using SessionPtr = std::shared_ptr<Session>;
+
+}  // namespace detail
+
+class Server {
+  public:
+    // Listens on its port, locks the data directory, reads the accounts, and reads the key or makes
+    // it (which takes a moment). Throws Error or NetworkError; then nothing on the disk has
+    // changed.
+    explicit Server(ServerOptions options)
+        : options_(std::move(options)),
+          listener_(options_.bind, options_.port),
+          lock_(lock_data_directory(options_.data_directory)),
+          accounts_(options_.data_directory / "users.db"),
+          key_(load_or_make_key()),
+          fake_salt_secret_(key_.derived_secret("chatsecure salts of unknown users")),
+          throttle_(options_.throttle) {
+        for (const std::string& address : listener_.addresses())
+            info(concat("listening on ", address));
+        info(concat("server key ", fingerprint().text()));
+        for (const std::string& user : accounts_.users_with_example_password())
+            warn(concat("the account \"", user,
+                        "\" has the password that users.db.example tells "
+                        "everybody. Remove its line from users.db before others can reach this "
+                        "server."));
+    }
+    ~Server() { stop(); }
+    Server(const Server&) = delete;
+    Server& operator=(const Server&) = delete;
+
+    std::uint16_t port() const { return listener_.port(); }
+    Fingerprint fingerprint() const { return key_.public_key().fingerprint(); }
+
+    // Serves until stop(): blocks. Then says goodbye to everybody and joins every thread.
+    void run() {
+        while (!stopping_.load()) {
+            try {
+                if (std::optional<Listener::Accepted> newcomer = listener_.accept(waker_))
+                    admit(std::move(*newcomer));
+            } catch (const NetworkError& e) {
+                warn(e.what());
+                std::unique_lock lock(sessions_mutex_);  // let somebody leave before the next try
+                session_ended_.wait_for(lock, Milliseconds(50));
+            }
+            waker_.drain();
+            join_finished();
+        }
+        say_goodbye();
+    }
+
+    // Makes run() return soon. Any thread may call it, and a signal handler too.
+    void stop() noexcept {
+        stopping_.store(true);
+        waker_.wake();
+    }
+
+    // How many connections have a thread, and how many members are online. Any thread.
+    std::size_t connections() const {
+        std::lock_guard lock(sessions_mutex_);
+        return sessions_.size();
+    }
+    std::size_t members() const {
+        std::shared_lock lock(members_mutex_);
+        return members_.size();
+    }
+
+    // Adds an account to a data directory that no server is using: throws Error if one is, or if
+    // the name is taken or bad, or the password too weak. Blocks for the slow hash.
+    static void add_account(const std::filesystem::path& data_directory, std::string_view name,
+                            ByteView password, std::uint32_t iterations = default_iterations) {
+        std::string user = fold_name(name);
+        check_new_password(password);
+        DirectoryLock lock = lock_data_directory(data_directory);
+        AuthStore accounts(data_directory / "users.db");
+        Bytes salt = random_bytes(16);
+        Secret<32> salted = pbkdf2_sha256(password, salt, iterations);
+        if (!accounts.add({user, make_verifier(salted, salt, iterations), {}, rfc3339_now()}))
+            throw Error(concat("The name \"", user, "\" is taken already."));
+    }
+
+  private:
+    using Session = detail::Session;
+    using SessionPtr = detail::SessionPtr;
+    using Refusal = detail::Refusal;
+
+    // ---- Start ----------------------------------------------------------------------------------
+
+    static DirectoryLock lock_data_directory(const std::filesystem::path& directory) {
+        make_private_directory(directory);
+#ifndef _WIN32
+        if (::access(directory.c_str(), W_OK | X_OK) != 0)
+            throw Error(concat("The data directory ", directory.string(), " cannot be written: ",
+                               system_reason(), ". Choose another with --data."));
+#endif
+        return DirectoryLock(directory, false,
+                             concat("Another server uses the data directory ", directory.string(),
+                                    ". Stop it, or choose another directory with --data."));
+    }
+
+    // The private key stays for ever: the clients know the server by it. The public one lies beside
+    // it for those who want to hand it out.
+    RsaPrivateKey load_or_make_key() {
+        std::filesystem::path private_path = options_.data_directory / "server_private.pem";
+        std::filesystem::path public_path = options_.data_directory / "server_public.pem";
+        std::optional<RsaPrivateKey> key = RsaPrivateKey::load(private_path, {});
+        if (!key) {
+            info(concat("making a new server key of ", options_.rsa_bits,
+                        " bits: ", private_path.string()));
+            key = RsaPrivateKey::generate(options_.rsa_bits);
+            key->save(private_path, {}, 0);
+        }
+        std::string pem = key->public_key().pem();
+        std::optional<SecretBytes> there = read_file(public_path, max_key_file_bytes);
+        if (!there || as_text(*there) != pem)
+            write_file(public_path, as_bytes(pem), FileMode::readable_by_all);
+        return std::move(*key);
+    }
+
+    // ---- Connections come and go ----------------------------------------------------------------
+
+    void admit(Listener::Accepted newcomer) {
+        auto session =
+            std::make_shared<Session>(std::move(newcomer.socket), newcomer.from, options_);
+        std::lock_guard lock(sessions_mutex_);
+        std::size_t strangers = 0;
+        for (const SessionPtr& other : sessions_)
+            if (!other->logged_in && other->host == session->host) ++strangers;
+        if (strangers >= options_.max_logins_per_address ||
+            sessions_.size() >= 2 * options_.max_clients) {
+            warn(concat("refused ", session->address, ": too many connections"));
+            return;
+        }
+        sessions_.push_back(session);
+        try {
+            session->reader = std::thread([this, session] { serve(session); });
+        } catch (const std::system_error& e) {
+            warn(concat("refused ", session->address, ": no thread for it: ", e.what()));
+            sessions_.pop_back();
+        }
+    }
+
+    void join_finished() {
+        std::vector<SessionPtr> finished;
+        {
+            std::lock_guard lock(sessions_mutex_);
+            for (auto it = sessions_.begin(); it != sessions_.end();) {
+                auto here = it++;
+                if ((*here)->finished.load()) {
+                    finished.push_back(std::move(*here));
+                    sessions_.erase(here);
+                }
+            }
+        }
+        for (const SessionPtr& session : finished) session->reader.join();
+    }
+
+    void say_goodbye() {
+        info("stopping");
+        std::unique_lock lock(sessions_mutex_);
+        for (const SessionPtr& session : sessions_) {
+            {
+                std::lock_guard session_lock(session->mutex);
+                session->stopping = true;
+            }
+            session->changed.notify_all();
+            if (session->logged_in) {
+                session->outbox.push_control(Goodbye{"The server is stopping."});
+                session->outbox.finish();
+            } else {
+                session->socket.shut_down();
+            }
+        }
+        // The clients close their end when they see the goodbye. Those that do not are cut off.
+        auto all_finished = [&] {
+            return std::all_of(sessions_.begin(), sessions_.end(),
+                               [](const SessionPtr& s) { return s->finished.load(); });
+        };
+        session_ended_.wait_for(lock, Milliseconds(2000), all_finished);
+        for (const SessionPtr& session : sessions_) session->drop("the server stopped");
+        lock.unlock();
+        while (connections() > 0) {
+            join_finished();
+            lock.lock();
+            session_ended_.wait_for(lock, Milliseconds(50),
+                                    [&] { return sessions_.empty() || all_finished(); });
+            lock.unlock();
+        }
+        info("stopped");
+    }
+
+    // ---- One connection, from beginning to end --------------------------------------------------
+
+    // The reader thread. Nothing that happens to one connection may leave this function.
+    void serve(const SessionPtr& session) noexcept {
+        std::string end;  // how it ended, for the log
+        try {
+            greet(*session);
+            log_in(session);
+            end = take_part(session);
+        } catch (const Refusal& e) {
+            end = e.what();
+            refuse(*session, e.reason, e.what());
+        } catch (const ProtocolError& e) {
+            end = e.what();
+            refuse(*session, RefusalReason::broke_protocol, e.what());
+        } catch (const std::exception& e) {
+            end = e.what();
+        }
+        leave(session, end);
+        session->outbox.close();
+        session->socket.close_politely(Milliseconds(1000));
+        session->finished.store(true);
+        {
+            std::lock_guard lock(sessions_mutex_);  // so that nobody misses the notification
+        }
+        session_ended_.notify_all();
+        waker_.wake();
+    }
+
+    // The handshake of chapter 5, and Welcome.
+    void greet(Session& s) {
+        auto next_frame = [&] {
+            std::optional<ByteSpan> frame = s.frames.next(max_handshake_bytes);
+            if (!frame) throw NetworkError("It left before the handshake was done.");
+            return *frame;
+        };
+        s.frames.set_deadline(Clock::now() + options_.handshake_timeout);
+        s.socket.set_write_timeout(options_.write_timeout);
+        ServerHandshake handshake(key_, next_frame());
+        s.socket.write_all(make_frame(handshake.hello()));
+        HopKeys keys = finish_handshake(handshake, next_frame());
+        s.incoming.emplace(s.frames, std::move(keys.client_to_server));
+        s.sealer.emplace(std::move(keys.server_to_client));
+        s.channel_binding = keys.channel_binding;
+        send_now(s.socket, *s.sealer,
+                 Welcome{std::string(version),
+                         options_.registration_open ? std::uint8_t{1} : std::uint8_t{0}});
+    }
+
+    // The expensive part, for as many at once as there are processors.
+    HopKeys finish_handshake(const ServerHandshake& handshake, ByteView frame3) {
+        handshakes_.acquire();
+        detail::AtExit release([&] { handshakes_.release(); });
+        return handshake.receive_key(frame3);
+    }
+
+    // Messages until somebody is logged in. One wrong password ends the connection.
+    void log_in(const SessionPtr& session) {
+        Session& s = *session;
+        s.frames.set_deadline(Clock::now() + options_.login_timeout);
+        for (bool registered = false;;) {
+            Message message = expect(s);
+            if (message.type == MessageType::register_account && !registered) {
+                register_account(s, from_wire<RegisterAccount>(message.body));
+                registered = true;
+            } else if (message.type == MessageType::login_start) {
+                check_login(session, from_wire<LoginStart>(message.body));
+                return;
+            } else {
+                throw ProtocolError("Received something else than a login.");
+            }
+        }
+    }
+
+    static Message expect(Session& s) {
+        std::optional<Message> message = s.incoming->next();
+        if (!message) throw NetworkError("It left before it was logged in.");
+        return *message;
+    }
+
+    void register_account(Session& s, const RegisterAccount& request) {
+        if (!options_.registration_open)
+            throw Refusal(
+                RefusalReason::registration_closed,
+                "This server does not take registrations. Ask its operator for an account.");
+        Account account;
+        try {
+            account = {fold_name(request.user), ScramVerifier::parse(request.verifier),
+                       RsaPublicKey::from_der(request.identity).der(), rfc3339_now()};
+        } catch (const Error& e) {
+            throw Refusal(RefusalReason::bad_account, e.what());
+        }
+        bool added = false;
+        try {
+            if (accounts_.size() >= options_.max_accounts)
+                throw Error("There are too many accounts.");
+            added = accounts_.add(account);
+        } catch (const Error& e) {
+            warn(concat("cannot register \"", account.user, "\": ", e.what()));
+            throw Refusal(
+                RefusalReason::server_trouble,
+                "The server cannot store new accounts at the moment. Its operator can see "
+                "the reason in its log.");
+        }
+        if (!added)
+            throw Refusal(RefusalReason::name_taken,
+                          concat("The name \"", account.user,
+                                 "\" is taken. Choose another, or log "
+                                 "in without --register if it is yours."));
+        info(concat("registered \"", account.user, "\" from ", s.address));
+        send_now(s.socket, *s.sealer, Registered{});
+    }
+
+    void check_login(const SessionPtr& session, const LoginStart& start) {
+        Session& s = *session;
+        ScramServer scram(start.client_first, s.channel_binding);
+        std::optional<Account> account = accounts_.find(scram.user());
+        s.pause(throttle_.delay(scram.user(), s.host, Clock::now()));
+        ScramVerifier verifier = account ? account->verifier : unknown_user(scram.user());
+        send_now(s.socket, *s.sealer, LoginChallenge{scram.challenge(std::move(verifier))});
+
+        Message message = expect(s);
+        if (message.type != MessageType::login_proof)
+            throw ProtocolError("Received something else than a login proof.");
+        std::optional<std::string> server_final =
+            scram.check(from_wire<LoginProof>(message.body).client_final);
+        if (!server_final || !account) {
+            throttle_.failed(scram.user(), s.host, Clock::now());
+            throw Refusal(RefusalReason::bad_login, "The name or the password is wrong.");
+        }
+        throttle_.succeeded(scram.user());
+        s.user = scram.user();
+        claim_name(session);
+        send_now(s.socket, *s.sealer, LoginDone{*server_final, s.id});
+    }
+
+    // What an unknown user's entry would look like: the same each time, and no password fits. (Who
+    // has accounts with other iteration counts than the default, made elsewhere, shows by the count
+    // that they exist.)
+    ScramVerifier unknown_user(const std::string& user) const {
+        Digest salt{}, stored{}, server{};
+        hmac_sha256(fake_salt_secret_.view(), as_bytes("salt " + user), salt);
+        hmac_sha256(fake_salt_secret_.view(), as_bytes("stored " + user), stored);
+        return {default_iterations, Bytes(salt.begin(), salt.begin() + 16), stored, server};
+    }
+
+    // Makes this session the one login of its user, and numbers it. If there is another one, it is
+    // asked whether it is alive: if so it stays, and we are refused (P8).
+    void claim_name(const SessionPtr& session) {
+        for (int tries = 0; tries < 3; ++tries) {
+            SessionPtr other;
+            {
+                std::lock_guard lock(members_mutex_);
+                if (online_.size() >= options_.max_clients)
+                    throw Refusal(RefusalReason::server_full,
+                                  "The server is full. Try again later.");
+                auto [entry, free] = online_.try_emplace(session->user, session);
+                if (free) {
+                    session->id = LoginId{++last_id_};
+                    return;
+                }
+                other = entry->second;
+            }
+            if (other->answers_ping(options_.takeover_patience)) break;
+            other->drop("its connection was dead when the user logged in again");
+            other->wait_until_gone(options_.takeover_patience);
+        }
+        throw Refusal(
+            RefusalReason::already_online,
+            concat("\"", session->user, "\" is online already, and only once at a time."));
+    }
+
+    // From the card to the end. Returns why it ended.
+    std::string take_part(const SessionPtr& session) {
+        Session& s = *session;
+        Message message = expect(s);
+        if (message.type != MessageType::publish_card)
+            throw ProtocolError("Received something else than a key card.");
+        publish(s, from_wire<PublishCard>(message.body).card);
+        s.frames.set_patience(options_.ping_after);
+        s.logged_in = true;
+        std::thread writer([&s] { write_outbox(s); });
+        detail::AtExit join_writer([&] {
+            s.outbox.finish();  // what was said before the end is still written
+            writer.join();
+        });
+        join_members(session);
+        try {
+            return converse(s);
+        } catch (...) {
+            s.outbox.close();
+            throw;
+        }
+    }
+
+    static void write_outbox(Session& s) noexcept {
+        try {
+            s.outbox.write_to(s.socket, *s.sealer);
+            if (s.outbox.is_closed())
+                s.socket.shut_down();
+            else
+                s.socket.finish_writing();
+        } catch (const std::exception& e) {
+            s.drop(e.what());
+        }
+    }
+
+    void publish(Session& s, ByteView bytes) {
+        CheckedCard card(bytes, s.user);
+        s.card = std::make_shared<const Bytes>(to_wire(CardOf{s.id, to_bytes(bytes)}));
+        std::optional<Account> account = accounts_.find(s.user);
+        if (!account || account->identity == card.identity().der()) return;
+        if (!account->identity.empty())
+            warn(concat("\"", s.user, "\" comes with another identity key than before: now ",
+                        card.fingerprint().text()));
+        try {
+            accounts_.set_identity(s.user, card.identity().der());
+        } catch (const Error& e) {
+            warn(e.what());  // the record is for the operator only: no reason to refuse the user
+        }
+    }
+
+    // Tells everybody about the newcomer and the newcomer about everybody, in one step: under the
+    // lock nobody can come or go in between, so nobody is missed and nobody is told twice.
+    void join_members(const SessionPtr& session) {
+        std::size_t count = 0;
+        {
+            std::lock_guard lock(members_mutex_);
+            for (const auto& [id, other] : members_) {
+                other->outbox.push_control(Joined{session->id, session->user});
+                session->outbox.push_control(Joined{id, other->user});
+            }
+            session->outbox.push_control(Ready{});
+            members_.emplace(session->id, session);
+            count = members_.size();
+        }
+        info(concat("\"", session->user, "\" joined from ", session->address, " as login ",
+                    static_cast<std::uint32_t>(session->id), "; online: ", count));
+    }
+
+    void leave(const SessionPtr& session, const std::string& end) {
+        bool was_online = false, was_member = false;
+        {
+            std::lock_guard lock(members_mutex_);
+            auto found = online_.find(session->user);
+            if (found != online_.end() && found->second == session) {
+                online_.erase(found);
+                was_online = true;
+            }
+            was_member = members_.erase(session->id) > 0 && was_online;
+            if (was_member)
+                for (const auto& [id, other] : members_)
+                    other->outbox.push_control(Left{session->id});
+        }
+        session->mark_gone();
+        std::string dropped;
+        {
+            std::lock_guard lock(session->mutex);
+            dropped = session->drop_reason;
+        }
+        const std::string& reason = dropped.empty() ? end : dropped;
+        if (was_member)
+            info(concat("\"", session->user, "\" left: ", reason));
+        else
+            info(concat("refused ", session->address,
+                        session->user.empty() ? "" : concat(" (\"", session->user, "\")"), ": ",
+                        reason));
+    }
+
+    // Tells the client why, if there is a channel to tell it through.
+    static void refuse(Session& s, RefusalReason reason, const std::string& sentence) noexcept {
+        try {
+            if (s.sealer) send_now(s.socket, *s.sealer, Refused{reason, sentence});
+        } catch (const std::exception&) {
+            // it did not want to hear it
+        }
+    }
+
+    // ---- A member talks -------------------------------------------------------------------------
+
+    std::string converse(Session& s) {
+        for (bool asked = false;;) {
+            std::optional<Message> message;
+            try {
+                message = s.incoming->next();
+                asked = false;
+            } catch (const TimedOut&) {
+                if (asked) return "it fell silent";
+                asked = true;
+                s.outbox.push_control(Ping{});
+                continue;
+            }
+            if (!message) return "the connection ended";
+            if (message->type == MessageType::quit) {
+                s.outbox.push_control(Goodbye{"Goodbye."});
+                return "said goodbye";
+            }
+            handle(s, *message);
+        }
+    }
+
+    void handle(Session& s, const Message& message) {
+        std::size_t text = 0;  // bytes of chat in it
+        switch (message.type) {
+            case MessageType::send: {
+                Send send = from_wire<Send>(message.body);
+                relay(s, send);
+                // File data has its own brake: the receiver's credit (chapter 9).
+                if (send.lane == Lane::bulk) return;
+                text = send.payload.size();
+                break;
+            }
+            case MessageType::fanout: {
+                Fanout fanout = from_wire<Fanout>(message.body);
+                relay_to_room(s, fanout);
+                text = fanout.text.size();
+                break;
+            }
+            case MessageType::get_card:
+                send_card(s, from_wire<GetCard>(message.body).id);
+                break;
+            case MessageType::ping:
+                s.outbox.push_control(Pong{from_wire<Ping>(message.body).number});
+                break;
+            case MessageType::pong:
+                s.note_pong();
+                break;
+            default:
+                throw ProtocolError(concat("Received a message of the unknown type ",
+                                           static_cast<int>(message.type), "."));
+        }
+        // A message costs one token, and one more for each 256 bytes of text. The tokens for one go
+        // are worth less than a member's queue holds, so who reads along at all loses nothing.
+        double cost = 1 + static_cast<double>(text) / 256;
+        Milliseconds wait = s.bucket.take(cost, Clock::now());
+        if (wait.count() > 0) s.pause(wait);
+    }
+
+    void relay(Session& s, const Send& send) {
+        if (send.lane != Lane::interactive && send.lane != Lane::bulk)
+            throw ProtocolError("Received a payload for a lane that does not exist.");
+        Delivered delivered{s.id, send.lane, send.payload};
+        Outgoing outgoing{std::make_shared<const Bytes>(to_wire(delivered)), {}, 0};
+        SessionPtr to = member(send.to);
+        Outbox::Result result =
+            to ? to->outbox.push(send.lane, std::move(outgoing)) : Outbox::Result::closed;
+        if (result != Outbox::Result::queued)
+            s.outbox.push_control(Undelivered{send.to, send.tag, reason_of(result)});
+        if (options_.log_relayed) log_relayed(s, to ? to->user : "nobody", send.payload);
+    }
+
+    void relay_to_room(Session& s, const Fanout& fanout) {
+        if (fanout.lids.size() % Fanout::entry_bytes != 0)
+            throw ProtocolError("Received a room message with a broken list of lids.");
+        // Everything but the lid is the same for all: it is encoded once.
+        Bytes prefix = to_wire(RoomDelivered{s.id, fanout.text, {}});
+        prefix.resize(prefix.size() - lid_bytes);
+        Outgoing outgoing{std::make_shared<const Bytes>(std::move(prefix)), {}, lid_bytes};
+        Reader lids(fanout.lids, "a list of lids");
+        std::vector<LoginId> busy;
+        std::size_t reached = 0;
+        {
+            std::shared_lock lock(members_mutex_);
+            for (LoginId id{}, before{}; !lids.empty(); before = id) {
+                lids(id, outgoing.lid);
+                if (id <= before)  // ascending, so nobody can be flooded by naming him often
+                    throw ProtocolError("Received a room message whose lids are out of order.");
+                auto found = members_.find(id);
+                if (found == members_.end()) continue;  // left in the meantime
+                Outbox::Result result = found->second->outbox.push(Lane::interactive, outgoing);
+                if (result == Outbox::Result::refused) busy.push_back(id);
+                ++reached;
+            }
+        }
+        for (LoginId id : busy)
+            s.outbox.push_control(Undelivered{id, fanout.tag, UndeliveredReason::busy});
+        if (options_.log_relayed) log_relayed(s, concat("the room (", reached, ")"), fanout.text);
+    }
+
+    void send_card(Session& s, LoginId id) {
+        // No answer if it has left: the asker has a Left in its queue already.
+        if (SessionPtr of = member(id)) s.outbox.push_control(of->card);
+    }
+
+    SessionPtr member(LoginId id) const {
+        std::shared_lock lock(members_mutex_);
+        auto found = members_.find(id);
+        return found == members_.end() ? nullptr : found->second;
+    }
+
+    static UndeliveredReason reason_of(Outbox::Result result) {
+        return result == Outbox::Result::refused ? UndeliveredReason::busy
+                                                 : UndeliveredReason::gone;
+    }
+
+    // ---- The log --------------------------------------------------------------------------------
+
+    void info(const std::string& line) { options_.log(LogLevel::info, line); }
+    void warn(const std::string& line) { options_.log(LogLevel::warning, line); }
+    // All that the server can know about a message.
+    void log_relayed(const Session& from, const std::string& to, ByteView payload) {
+        options_.log(
+            LogLevel::relayed,
+            concat(from.user, " -> ", to, ": ", payload.size(), " bytes ",
+                   to_hex(payload.first(std::min<std::size_t>(payload.size(), 24))), "..."));
+    }
+
+    ServerOptions options_;
+    Listener listener_;
+    DirectoryLock lock_;
+    AuthStore accounts_;
+    RsaPrivateKey key_;
+    Secret<32> fake_salt_secret_;
+    LoginThrottle throttle_;
+    std::counting_semaphore<> handshakes_{
+        static_cast<std::ptrdiff_t>(std::max(1U, std::thread::hardware_concurrency()))};
+    Waker waker_;
+    std::atomic<bool> stopping_ = false;
+
+    mutable std::mutex sessions_mutex_;  // guards sessions_
+    std::condition_variable session_ended_;
+    std::list<SessionPtr> sessions_;  // every connection that has a thread
+
+    mutable std::shared_mutex members_mutex_;          // guards the rest
+    std::map<std::string, SessionPtr> online_;         // by name, from the proof of the password on
+    std::unordered_map<LoginId, SessionPtr> members_;  // those who have published their card
+    std::uint32_t last_id_ = 0;
+};
+
 }  // namespace chatsecure
 
 #endif  // CHATSECURE_HPP

@@ -1,0 +1,130 @@
+// server: the ChatSecure relay. All of the work is in chatsecure.hpp, chapter 10; this program
+// turns flags into options, signals into stop(), and log lines into stderr.
+
+#include "chatsecure.hpp"
+
+#include <csignal>
+#include <cxxopts.hpp>
+#include <iostream>
+
+namespace {
+
+enum ExitCode { fine = 0, trouble = 1, usage = 2 };
+
+std::atomic<chatsecure::Server*> running_server = nullptr;  // for the signal handler only
+
+extern "C" void on_signal(int) {
+    if (chatsecure::Server* server = running_server.load()) server->stop();
+}
+
+void stop_on_signals() {
+    std::signal(SIGINT, on_signal);
+    std::signal(SIGTERM, on_signal);
+#ifndef _WIN32
+    std::signal(SIGHUP, on_signal);
+    std::signal(SIGPIPE, SIG_IGN);  // a log that nobody reads any more
+#endif
+}
+
+cxxopts::Options make_options() {
+    cxxopts::Options options("server",
+                             "The ChatSecure server: passes on messages that it cannot read.\n");
+    auto add = options.add_options();
+    add("port", "TCP port; 0 picks a free one and prints it",
+        cxxopts::value<std::uint16_t>()->default_value("5000"), "PORT");
+    add("bind", "address to listen on; :: or 0.0.0.0 for all",
+        cxxopts::value<std::string>()->default_value("127.0.0.1"), "ADDRESS");
+    add("data", "directory of users.db and the server's key",
+        cxxopts::value<std::string>()->default_value("."), "DIR");
+    add("max-clients", "how many may be online",
+        cxxopts::value<std::size_t>()->default_value("1000"), "N");
+    add("no-register", "take no new accounts over the network");
+    add("add-user", "ask for a password, write the account, and exit",
+        cxxopts::value<std::string>(), "NAME");
+    add("rsa-bits", "size of the key that is made at first start",
+        cxxopts::value<int>()->default_value(std::to_string(chatsecure::default_rsa_bits)), "BITS");
+    add("v,verbose", "log each relayed payload: who, to whom, how many bytes");
+    add("version", "print the version and exit");
+    add("help", "print this and exit");
+    return options;
+}
+
+// The password of a new account: typed twice, or the first line of a pipe.
+chatsecure::SecretBytes new_password(const std::string& name) {
+    if (std::optional<chatsecure::SecretBytes> given = chatsecure::find_password({})) return *given;
+    chatsecure::SecretBytes first =
+        chatsecure::ask_password(chatsecure::concat("Password for ", name, ": "));
+    if (first != chatsecure::ask_password("The same again: "))
+        throw chatsecure::Error("The two passwords are not the same. Nothing was changed.");
+    return first;
+}
+
+int add_user(const std::string& data, const std::string& name) {
+    std::string user = chatsecure::fold_name(name);
+    chatsecure::Server::add_account(data, user, new_password(user));
+    std::cout << "Added " << user << ".\n";
+    return fine;
+}
+
+int serve(const cxxopts::ParseResult& flags) {
+    chatsecure::ServerOptions options;
+    options.data_directory = flags["data"].as<std::string>();
+    options.bind = flags["bind"].as<std::string>();
+    options.port = flags["port"].as<std::uint16_t>();
+    options.max_clients = flags["max-clients"].as<std::size_t>();
+    options.rsa_bits = flags["rsa-bits"].as<int>();
+    options.registration_open = flags.count("no-register") == 0;
+    options.log_relayed = flags.count("verbose") > 0;
+    options.log = [](chatsecure::LogLevel level, const std::string& line) {
+        // One string, one write: the lines of several threads do not mix.
+        std::cerr << chatsecure::concat(chatsecure::rfc3339_now(), " ",
+                                        level == chatsecure::LogLevel::warning ? "WARNING: " : "",
+                                        chatsecure::visible(line), "\n");
+    };
+    chatsecure::raise_descriptor_limit();
+    chatsecure::Server server(std::move(options));
+    running_server = &server;
+    stop_on_signals();
+    server.run();
+    running_server = nullptr;
+    return fine;
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+    cxxopts::Options options = make_options();
+    cxxopts::ParseResult flags;
+    try {
+        flags = options.parse(argc, argv);
+        if (!flags.unmatched().empty())
+            throw chatsecure::Error(
+                chatsecure::concat("\"", flags.unmatched()[0], "\" is not a flag."));
+        int bits = flags["rsa-bits"].as<int>();
+        if (bits < chatsecure::min_rsa_bits || bits > chatsecure::max_rsa_bits)
+            throw chatsecure::Error(chatsecure::concat("--rsa-bits takes ",
+                                                       chatsecure::min_rsa_bits, " to ",
+                                                       chatsecure::max_rsa_bits, "."));
+        if (flags["max-clients"].as<std::size_t>() == 0)
+            throw chatsecure::Error("--max-clients takes 1 or more.");
+    } catch (const std::exception& e) {
+        std::cerr << "server: " << e.what() << "\n./server --help lists the flags.\n";
+        return usage;
+    }
+    try {
+        if (flags.count("help") > 0) {
+            std::cout << options.help();
+            return fine;
+        }
+        if (flags.count("version") > 0) {
+            std::cout << "ChatSecure server " << chatsecure::version << '\n';
+            return fine;
+        }
+        if (flags.count("add-user") > 0)
+            return add_user(flags["data"].as<std::string>(), flags["add-user"].as<std::string>());
+        return serve(flags);
+    } catch (const std::exception& e) {
+        std::cerr << "server: " << e.what() << '\n';
+        return trouble;
+    }
+}
