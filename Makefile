@@ -57,12 +57,18 @@ else
 # ---- Everything else ----------------------------------------------------------------------------
 
 .PHONY: all test clean help
-all: $(O)/server
+all: $(O)/server $(O)/client
 
 ifneq ($(O),.)
 $(shell mkdir -p $(O))
-.PHONY: server tests
-server tests: %: $(O)/%
+.PHONY: server client tests
+server client tests: %: $(O)/%
+endif
+
+# Where libedit is, the client has history, completion and a line that survives incoming messages.
+ifeq ($(call has,histedit.h),yes)
+EDIT_CFLAGS := -DCHATSECURE_LIBEDIT
+EDIT_LIBS   := -ledit
 endif
 
 COMPILE = $(CXX) $(CPPFLAGS) -std=c++20 $(WARNINGS) $(CXXFLAGS) $(CRYPTO_CFLAGS) -pthread
@@ -73,19 +79,25 @@ $(O)/server: server.cpp chatsecure.hpp Makefile
 	$(call need,cxxopts.hpp,cxxopts)
 	$(COMPILE) -o $@ $< $(LDFLAGS) $(CRYPTO_LIBS)
 
+$(O)/client: client.cpp chatsecure.hpp Makefile
+	$(call need,openssl/core_names.h,OpenSSL 3)
+	$(call need,cxxopts.hpp,cxxopts)
+	$(COMPILE) $(EDIT_CFLAGS) -o $@ $< $(LDFLAGS) $(CRYPTO_LIBS) $(EDIT_LIBS)
+
 $(O)/tests: tests.cpp chatsecure.hpp Makefile
 	$(call need,openssl/core_names.h,OpenSSL 3)
 	$(call need,doctest/doctest.h,doctest)
 	$(COMPILE) -o $@ $< $(LDFLAGS) $(CRYPTO_LIBS)
 
-test: $(O)/tests
+# The tests start the real server and client, which stand beside them.
+test: $(O)/tests $(O)/server $(O)/client
 	$(O)/tests
 
 clean:
 	rm -rf server client tests build
 
 help:
-	@echo "make           builds ./server (installs nothing)"
+	@echo "make           builds ./server and ./client (installs nothing)"
 	@echo "make deps      installs what is missing, with the system's package manager; 'make deps test'"
 	@echo "               works on a fresh machine"
 	@echo "make test      builds and runs the tests"

@@ -4505,6 +4505,1291 @@ class Server {
     std::uint32_t last_id_ = 0;
 };
 
+// =================================================================================================
+//  Chapter 11. The client
+// =================================================================================================
+//
+// The engine that a face is put on: a terminal, a window, a test. A face posts commands and takes
+// events; it never waits for the network, the disk or an RSA operation.
+//
+//      face --- post(Say{"hi"}) --> [commands] --+
+//                                                +--> engine --> [outbox] --> writer --> socket
+//      socket --> reader --------> [records] ----+    |
+//                                                     v
+//      face <-- next_event() <------------------- [events]
+//
+// The engine thread alone knows the conversation's state: the people, their keys, the pins. State
+// that one thread owns needs no lock, and everything happens in an order that one can follow.
+//
+// The order also answers the hard question of this chapter: a message for the room needs the card
+// of everybody in it, and cards come later than they are asked for. The engine puts such a command
+// aside as a JOB, goes on with what arrives, and tries the job again after each arrival. Commands
+// are taken from their queue only when no job waits, so messages leave in the order in which they
+// were written.
+//
+// When the connection is lost, the engine connects again, with growing pauses, until it succeeds or
+// is told to stop; commands wait meanwhile. A server that comes back with another key ends it.
+//
+// What it keeps on disk, below the directory `home` (mode 0700):
+//
+//      known_servers                        HOST:PORT SHA256:<fingerprint>     one line a server
+//      servers/<server>/<user>/identity.pem the user's identity key, encrypted with the password
+//      servers/<server>/<user>/known_users  the pins of chapter 8
+//
+// <server> is the beginning of the server key's fingerprint, in hexadecimal: the same server under
+// two addresses is one server, and two servers that have the same address in turn are two.
+
+// ---- Commands: from a face to the engine --------------------------------------------------------
+
+struct Say {  // to everybody
+    std::string text;
+};
+struct Tell {  // to one person
+    std::string user, text;
+};
+struct ListPeople {};  // answered by People
+struct Verify {        // answered by SafetyNumber
+    std::string user;
+    bool confirm = false;  // "the numbers agree": remember it
+};
+struct Trust {  // accept the identity that `user` has now
+    std::string user;
+};
+struct Ignore {  // hide what `user` writes, or show it again
+    std::string user;
+};
+struct AcceptServerKey {  // the answer to ServerKeyUnknown
+    bool accept = false;
+};
+struct Leave {};  // say goodbye when everything before it has been sent
+using Command = std::variant<Say, Tell, ListPeople, Verify, Trust, Ignore, AcceptServerKey, Leave>;
+
+// ---- Events: from the engine to a face ----------------------------------------------------------
+//
+// Texts of other people, and sentences that contain some, are as they came: a face passes them
+// through visible() before it shows them.
+
+struct Connecting {
+    std::string server;
+};
+struct ServerKeyUnknown {  // first contact: post AcceptServerKey
+    std::string server;
+    Fingerprint fingerprint;
+};
+struct MakingIdentity {};  // takes a moment
+struct LoggedIn {
+    std::string user;
+    std::string server;
+    Fingerprint server_key;
+    std::filesystem::path identity_file;
+    std::vector<std::string> others;  // who is online
+    bool again = false;               // after a lost connection
+};
+struct ConnectionLost {
+    std::string reason;
+    Milliseconds retry_in{};
+};
+struct PersonJoined {
+    std::string user;
+};
+struct PersonLeft {
+    std::string user;
+};
+struct RoomMessage {
+    std::string from, text;
+    bool own = false;
+};
+struct PrivateMessage {
+    std::string peer;  // the other person, whoever wrote it
+    std::string text;
+    bool own = false;
+};
+struct MessagesLost {  // the server or the network swallowed some
+    std::string from;
+    std::uint64_t count = 0;
+};
+struct NotDelivered {
+    std::string to, text, reason;  // text is empty for a room message
+};
+struct IdentityPinned {  // met for the first time
+    std::string user;
+    Fingerprint fingerprint;
+};
+struct IdentityChanged {  // nothing is sent to or shown from `user` until Trust
+    std::string user;
+    Fingerprint pinned, seen;
+};
+struct SafetyNumber {
+    std::string user, digits;
+    Fingerprint mine, theirs;
+    bool verified = false;
+};
+struct Person {
+    std::string user;
+    bool self = false, verified = false, trusted = true, ignored = false;
+};
+struct People {
+    std::vector<Person> people;
+};
+struct Notice {
+    std::string text;
+};
+struct Problem {  // a command that could not be done
+    std::string text;
+};
+enum class StopReason {
+    left,  // as asked
+    cannot_connect,
+    login_refused,
+    server_key_unknown,  // and not accepted
+    server_key_changed,
+    server_distrusted,  // it could not prove that it has its key, or knows the account
+    local_trouble,      // an identity file that does not open, a directory that cannot be written
+};
+struct Stopped {  // the last event
+    StopReason reason{};
+    std::string sentence;
+};
+
+struct Event {
+    std::chrono::system_clock::time_point time;
+    std::variant<Connecting, ServerKeyUnknown, MakingIdentity, LoggedIn, ConnectionLost,
+                 PersonJoined, PersonLeft, RoomMessage, PrivateMessage, MessagesLost, NotDelivered,
+                 IdentityPinned, IdentityChanged, SafetyNumber, People, Notice, Problem, Stopped>
+        what;
+};
+
+// ---- Lines of input, for every face alike -------------------------------------------------------
+
+struct CommandHelp {
+    std::string_view usage, meaning;
+};
+inline constexpr std::array<CommandHelp, 9> command_help{{
+    {"TEXT", "to everybody (begin with // for a text that begins with /)"},
+    {"/msg USER TEXT", "to one person"},
+    {"/reply TEXT", "to whom you last exchanged private messages with"},
+    {"/who", "who is online"},
+    {"/verify USER", "the safety number to compare; \"/verify USER ok\" when it agrees"},
+    {"/trust USER", "accept the new identity of somebody whose identity has changed"},
+    {"/ignore USER", "hide what somebody writes; again to show it"},
+    {"/help", "this list"},
+    {"/quit", "leave"},
+}};
+
+// What a line means. Nothing for an empty line; throws Error with the sentence to show for a line
+// that cannot be done. `reply_to` is the last private partner, or empty. Commands that concern the
+// face alone (/help) are the face's to catch before.
+inline std::optional<Command> parse_command(std::string_view line, std::string_view reply_to) {
+    auto checked = [](std::string_view text) {
+        if (text.size() > max_text_bytes)
+            throw Error(concat("A message has at most ", max_text_bytes, " bytes; this one has ",
+                               text.size(), ". It was not sent."));
+        return std::string(text);
+    };
+    if (line.find_first_not_of(" \t\r\n") == line.npos) return std::nullopt;
+    if (line.starts_with("//")) return Say{checked(line.substr(1))};
+    if (!line.starts_with('/')) return Say{checked(line)};
+
+    auto take_word = [&line] {
+        std::size_t end = std::min(line.find(' '), line.size());
+        std::string_view word = line.substr(0, end);
+        line.remove_prefix(std::min(line.find_first_not_of(' ', end), line.size()));
+        return word;
+    };
+    std::string_view command = take_word();
+    auto need = [&](bool ok, std::string_view usage) {
+        if (!ok) throw Error(concat("Usage: ", usage));
+    };
+    if (command == "/msg") {
+        std::string_view user = take_word();
+        need(!user.empty() && !line.empty(), "/msg USER TEXT");
+        return Tell{fold_name(user), checked(line)};
+    }
+    if (command == "/reply") {
+        need(!line.empty(), "/reply TEXT");
+        if (reply_to.empty()) throw Error("There is nobody to reply to yet.");
+        return Tell{std::string(reply_to), checked(line)};
+    }
+    if (command == "/who") return ListPeople{};
+    if (command == "/quit") return Leave{};
+    if (command == "/verify" || command == "/trust" || command == "/ignore") {
+        std::string_view user = take_word();
+        bool ok = command == "/verify" && line == "ok";
+        need(!user.empty() && (line.empty() || ok), concat(command, " USER"));
+        if (command == "/verify") return Verify{fold_name(user), ok};
+        if (command == "/trust") return Trust{fold_name(user)};
+        return Ignore{fold_name(user)};
+    }
+    throw Error(
+        concat("There is no command ", visible(command.substr(0, 40)), ". /help lists them."));
+}
+
+// ---- Where things are ---------------------------------------------------------------------------
+
+// The user's data directory, as the system has it.
+inline std::filesystem::path default_home() {
+    auto variable = [](const char* name) {
+        const char* value = std::getenv(name);
+        return std::filesystem::path(value != nullptr ? value : "");
+    };
+#if defined(_WIN32)
+    return variable("APPDATA") / "ChatSecure";
+#elif defined(__APPLE__)
+    return variable("HOME") / "Library" / "Application Support" / "ChatSecure";
+#else
+    std::filesystem::path data = variable("XDG_DATA_HOME");
+    return (data.is_absolute() ? data : variable("HOME") / ".local" / "share") / "chatsecure";
+#endif
+}
+
+// A fingerprint as text, or the fingerprint of the key in a PEM file. Throws Error.
+inline Fingerprint fingerprint_from(const std::string& file_or_fingerprint) {
+    if (file_or_fingerprint.starts_with("SHA256:")) return Fingerprint::parse(file_or_fingerprint);
+    std::optional<SecretBytes> pem = read_file(file_or_fingerprint, max_key_file_bytes);
+    if (!pem)
+        throw Error(concat("There is no key file ", file_or_fingerprint,
+                           ". Give the server's server_public.pem, or its fingerprint SHA256:..."));
+    return RsaPublicKey::from_pem(*pem, file_or_fingerprint).fingerprint();
+}
+
+// The file known_servers. Several clients may share it, so it is read and written under a lock.
+class KnownServers {
+  public:
+    explicit KnownServers(std::filesystem::path home)
+        : home_(std::move(home)), path_(home_ / "known_servers") {}
+
+    // The pinned fingerprint of "host:port". Throws Error for a damaged file.
+    std::optional<Fingerprint> find(const std::string& server) const {
+        for (const auto& [name, fingerprint] : read())
+            if (name == server) return fingerprint;
+        return std::nullopt;
+    }
+    // Pins a server, or replaces its pin.
+    void pin(const std::string& server, const Fingerprint& fingerprint) const {
+        make_private_directory(home_);
+        DirectoryLock lock(home_, true, "");
+        std::map<std::string, Fingerprint> pins = read();
+        pins[server] = fingerprint;
+        std::string content;
+        for (const auto& [name, pinned] : pins) content += concat(name, " ", pinned.text(), "\n");
+        write_file(path_, as_bytes(content), FileMode::owner_only);
+    }
+    const std::filesystem::path& path() const { return path_; }
+
+  private:
+    std::map<std::string, Fingerprint> read() const {
+        std::map<std::string, Fingerprint> pins;
+        std::optional<SecretBytes> content = read_file(path_, std::size_t{1} << 20);
+        if (!content) return pins;
+        std::istringstream in{to_string(*content)};
+        std::string line;
+        for (int number = 1; std::getline(in, line); ++number) {
+            std::vector<std::string> words = split_words(line);
+            if (words.empty() || words[0].starts_with('#')) continue;
+            try {
+                if (words.size() != 2) throw Error("it is damaged.");
+                pins[words[0]] = Fingerprint::parse(words[1]);
+            } catch (const Error& e) {
+                throw Error(concat(path_.string(), ", line ", number, ": ", e.what(),
+                                   " Correct or remove the line."));
+            }
+        }
+        return pins;
+    }
+    std::filesystem::path home_, path_;
+};
+
+struct ClientOptions {
+    std::string host = "localhost";
+    std::uint16_t port = 5000;
+    std::string user{};
+    SecretBytes password{};
+    bool register_account = false;  // make the account first
+    std::filesystem::path home = default_home();
+    std::optional<Fingerprint> server_key{};  // this one and no other; it is pinned
+    bool accept_new_server = false;           // pin an unknown server without asking
+    bool ask_about_server = false;            // an unknown server: ServerKeyUnknown, else stop
+    int rsa_bits = default_rsa_bits;          // of a new identity
+    std::uint32_t iterations = default_iterations;  // of a new account, and of its identity file
+    Milliseconds connect_timeout{10'000};
+    Milliseconds answer_timeout{60'000};  // for handshake and login together
+    Milliseconds ping_after{45'000};      // of silence
+    Milliseconds first_pause{500};        // before connecting again; then doubled
+    Milliseconds longest_pause{30'000};
+    int reconnect_tries = 0;                 // 0: for ever
+    std::function<void()> on_event = [] {};  // called in the engine's thread after each event
+};
+
+class Client {
+  public:
+    // Starts the engine, which connects and logs in; everything else is told in events. Throws
+    // Error for a user name that cannot be one.
+    explicit Client(ClientOptions options)
+        : options_(std::move(options)),
+          user_(fold_name(options_.user)),
+          server_(concat(options_.host.find(':') == std::string::npos
+                             ? options_.host
+                             : concat("[", options_.host, "]"),
+                         ":", options_.port)),
+          registering_(options_.register_account),
+          engine_([this] { run(); }) {}
+
+    // Ends at once, without a goodbye: post Leave and wait for Stopped for a polite end.
+    ~Client() {
+        stop();
+        engine_.join();
+    }
+    Client(const Client&) = delete;
+    Client& operator=(const Client&) = delete;
+
+    // Any thread. Does not block, except for a caller that is a thousand commands ahead.
+    void post(Command command) {
+        std::unique_lock lock(mutex_);
+        changed_for_faces_.wait(lock, [&] { return commands_.size() < max_commands || ended_; });
+        if (ended_) return;
+        commands_.push_back(std::move(command));
+        lock.unlock();
+        changed_.notify_one();
+    }
+
+    // The next event, if there is one: does not block. One thread takes events.
+    std::optional<Event> poll_event() {
+        std::unique_lock lock(mutex_);
+        return take_event(lock);
+    }
+    // Waits for one. Nothing after Stopped was taken, or when `patience` is over.
+    std::optional<Event> next_event(Milliseconds patience = std::chrono::hours(24)) {
+        std::unique_lock lock(mutex_);
+        changed_for_faces_.wait_for(lock, patience, [&] { return !events_.empty() || ended_; });
+        return take_event(lock);
+    }
+
+    // Ends at once; Stopped follows. Any thread.
+    void stop() noexcept {
+        {
+            std::lock_guard lock(mutex_);
+            stopping_ = true;
+            if (socket_ != nullptr) socket_->shut_down();
+        }
+        cancel_.wake();
+        changed_.notify_all();
+    }
+
+    const std::string& user() const { return user_; }
+    const std::string& server() const { return server_; }
+
+  private:
+    static constexpr std::size_t max_commands = 1024;
+    static constexpr std::size_t max_records = 64;     // received and not yet handled
+    static constexpr std::size_t max_events = 20'000;  // until the face takes some, we read no more
+    static constexpr std::size_t comfortable_outbox = std::size_t{1} << 20;
+    static constexpr std::size_t max_remembered = 256;  // private messages that may come back
+    static constexpr std::size_t max_people = 100'000;
+
+    struct Halt : Error {  // the end of the engine, with its reason
+        StopReason reason;
+        Halt(StopReason why, const std::string& sentence) : Error(sentence), reason(why) {}
+    };
+
+    // Somebody's login, as we see it.
+    struct Peer {
+        LoginId id{};
+        std::string user;
+        bool card_requested = false;
+        std::optional<CheckedCard> card;
+        enum class Standing { unknown, trusted, changed, refused } standing = Standing::unknown;
+        std::optional<PairSender> sender;      // once we have opened to them
+        std::optional<PairReceiver> receiver;  // once they have opened to us
+    };
+
+    struct Job {
+        Command command;
+        bool again = false;  // it came back once already
+    };
+
+    struct SentPrivate {
+        std::uint32_t tag = 0;
+        Job job;
+    };
+
+    // One connection, from connect() to its loss.
+    struct Link {
+        explicit Link(Socket s) : socket(std::move(s)), frames(socket, max_record_frame) {}
+        Socket socket;
+        FrameReader frames;
+        std::optional<MessageReader> incoming;  // the engine's, then the reader's
+        std::optional<RecordSealer> sealer;     // the engine's, then the writer's
+        Digest channel_binding{};
+        Fingerprint server_key;
+        Outbox outbox{SIZE_MAX / 4};  // bounded by `comfortable_outbox`: see may_take_command
+        std::optional<LoginKeys> keys;
+        std::map<LoginId, Peer> peers;  // in ascending order, as Fanout wants it
+        std::map<std::string, LoginId> by_name;
+        std::uint32_t last_tag = 0;
+        std::deque<SentPrivate> sent;
+        bool quit_sent = false;
+        std::thread reader, writer;  // joined by end_link
+    };
+
+    // ---- Events ---------------------------------------------------------------------------------
+
+    template <class What>
+    void emit(What what) {
+        {
+            std::lock_guard lock(mutex_);
+            events_.push_back(Event{std::chrono::system_clock::now(), std::move(what)});
+        }
+        changed_for_faces_.notify_all();
+        options_.on_event();
+    }
+
+    std::optional<Event> take_event(std::unique_lock<std::mutex>& lock) {
+        if (events_.empty()) return std::nullopt;
+        Event event = std::move(events_.front());
+        events_.pop_front();
+        bool room_again = events_.size() == max_events - 1;
+        lock.unlock();
+        if (room_again) changed_.notify_all();
+        return event;
+    }
+
+    // ---- The engine's life ----------------------------------------------------------------------
+
+    void run() noexcept {
+        Stopped end{StopReason::left, "Goodbye."};
+        try {
+            live();
+        } catch (const Halt& e) {
+            end = {e.reason, e.what()};
+        } catch (const std::exception& e) {
+            end = {StopReason::local_trouble, e.what()};
+        }
+        end_link();
+        {
+            std::lock_guard lock(mutex_);
+            commands_.clear();
+        }
+        emit(end);
+        {
+            std::lock_guard lock(mutex_);
+            ended_ = true;
+        }
+        changed_for_faces_.notify_all();
+    }
+
+    // Connects, again and again; returns when the user has left.
+    void live() {
+        int tries = 0;
+        for (Milliseconds pause = options_.first_pause;;) {
+            std::string reason;
+            try {
+                connect();
+                tries = 0;
+                pause = options_.first_pause;
+                converse();
+                return;
+            } catch (const ProtocolError& e) {
+                reason = e.what();
+            } catch (const NetworkError& e) {
+                reason = e.what();
+            }
+            if (is_stopping()) return;
+            if (!been_online_) throw Halt(StopReason::cannot_connect, reason);
+            end_link();
+            if (options_.reconnect_tries > 0 && ++tries > options_.reconnect_tries)
+                throw Halt(StopReason::cannot_connect,
+                           concat("Gave up after ", options_.reconnect_tries, " tries: ", reason));
+            emit(ConnectionLost{reason, pause});
+            wait_for_stop(pause);
+            if (is_stopping()) return;
+            pause = std::min(2 * pause, options_.longest_pause);
+        }
+    }
+
+    bool is_stopping() const {
+        std::lock_guard lock(mutex_);
+        return stopping_;
+    }
+    void wait_for_stop(Milliseconds pause) {
+        std::unique_lock lock(mutex_);
+        changed_.wait_for(lock, pause, [&] { return stopping_; });
+    }
+
+    // Joins the threads of the connection and forgets it. Jobs go back to where they came from.
+    void end_link() {
+        if (!link_) return;
+        link_->outbox.close();
+        link_->socket.shut_down();
+        {
+            std::lock_guard lock(mutex_);
+            lost_ = true;  // a reader that waits for room goes on, and ends
+        }
+        changed_.notify_all();
+        if (link_->reader.joinable()) link_->reader.join();
+        if (link_->writer.joinable()) link_->writer.join();
+        std::lock_guard lock(mutex_);
+        for (; !jobs_.empty(); jobs_.pop_back())
+            commands_.push_front(std::move(jobs_.back().command));
+        records_.clear();
+        socket_ = nullptr;
+        link_.reset();
+    }
+
+    // ---- Connecting and logging in --------------------------------------------------------------
+
+    void connect() {
+        emit(Connecting{server_});
+        begin_link();
+        if (!shake_hands()) {
+            end_link();
+            begin_link();
+            if (!shake_hands()) throw NetworkError("The server shows another key each time.");
+        }
+        log_in();
+        link_->frames.set_patience(options_.ping_after);
+        link_->writer = std::thread([this] { write_outbox(); });
+        link_->reader = std::thread([this] { read_records(); });
+    }
+
+    void begin_link() {
+        link_ = std::make_unique<Link>(
+            connect_to(options_.host, options_.port, options_.connect_timeout, cancel_));
+        std::lock_guard lock(mutex_);
+        socket_ = &link_->socket;
+        lost_ = false;
+        if (stopping_) throw NetworkError("Stopped.");
+        link_->socket.set_write_timeout(options_.answer_timeout);
+        link_->frames.set_deadline(Clock::now() + options_.answer_timeout);
+    }
+
+    // The handshake of chapter 5. False if the user had to be asked about the server's key, and has
+    // accepted it: a person needs more time for a fingerprint than a server has for a handshake, so
+    // that connection is over.
+    bool shake_hands() {
+        auto next_frame = [&](std::size_t limit) {
+            std::optional<ByteSpan> frame = link_->frames.next(limit);
+            if (!frame)
+                throw NetworkError(concat("The server at ", server_,
+                                          " closed the connection. It may "
+                                          "be full, or no ChatSecure server."));
+            return *frame;
+        };
+        ClientHandshake handshake;
+        link_->socket.write_all(make_frame(handshake.hello()));
+        link_->server_key = handshake.receive_hello(next_frame(max_handshake_bytes)).fingerprint();
+        if (!check_server_key(link_->server_key)) return false;
+        HopKeys keys;
+        link_->socket.write_all(make_frame(handshake.key_message(keys)));
+        link_->sealer.emplace(std::move(keys.client_to_server));
+        link_->incoming.emplace(link_->frames, std::move(keys.server_to_client));
+        link_->channel_binding = keys.channel_binding;
+        try {
+            expect<Welcome>();
+        } catch (const ProtocolError& e) {
+            throw Halt(
+                StopReason::server_distrusted,
+                concat("The server at ", server_, " showed the key ", link_->server_key.text(),
+                       " and did not prove that it holds it. Somebody may be in between. "
+                       "Nothing was sent. (",
+                       e.what(), ")"));
+        }
+        return true;
+    }
+
+    // Returns if `seen` is the key that we trust (false if only since the user was asked), and
+    // throws Halt if it is not. Nothing but our hello was sent before.
+    bool check_server_key(const Fingerprint& seen) {
+        KnownServers known(options_.home);
+        std::optional<Fingerprint> pinned =
+            options_.server_key ? options_.server_key : known.find(server_);
+        if (!pinned) {
+            if (!options_.accept_new_server) ask_about_server(seen);
+            known.pin(server_, seen);
+            return options_.accept_new_server;
+        }
+        if (*pinned != seen)
+            throw Halt(
+                StopReason::server_key_changed,
+                concat("THE KEY OF THE SERVER AT ", server_,
+                       " IS NOT THE ONE WE KNOW.\n"
+                       "  known: ",
+                       pinned->text(),
+                       "\n"
+                       "  shown: ",
+                       seen.text(),
+                       "\n"
+                       "Either the server has a new key, or somebody is between you and it and "
+                       "reads along. Nothing was sent. Ask the server's operator, by another "
+                       "way, which fingerprint is right. If it is the new one, give it once "
+                       "with --server-key SHA256:... (or remove the line of ",
+                       server_, " from ", known.path().string(), ")."));
+        if (options_.server_key) known.pin(server_, seen);
+        return true;
+    }
+
+    // Returns if the user accepts; else throws Halt.
+    void ask_about_server(const Fingerprint& seen) {
+        auto refuse = [&] {
+            throw Halt(
+                StopReason::server_key_unknown,
+                concat("The server at ", server_, " is not known yet. Its key is\n  ", seen.text(),
+                       "\nCompare it with the one that the server's operator gives "
+                       "(the server prints it when it starts), then give it with "
+                       "--server-key SHA256:... or answer yes when asked; --accept-new takes "
+                       "whatever comes first."));
+        };
+        if (!options_.ask_about_server) refuse();
+        link_->socket.shut_down();
+        emit(ServerKeyUnknown{server_, seen});
+        std::optional<AcceptServerKey> answer;
+        std::unique_lock lock(mutex_);
+        changed_.wait(lock, [&] {
+            for (auto it = commands_.begin(); it != commands_.end() && !answer; ++it)
+                if (const auto* found = std::get_if<AcceptServerKey>(&*it)) answer = *found;
+            return stopping_ || answer;
+        });
+        if (stopping_) throw NetworkError("Stopped.");
+        std::erase_if(commands_, [](const Command& command) {
+            return std::holds_alternative<AcceptServerKey>(command);
+        });
+        lock.unlock();
+        if (!answer->accept) refuse();
+    }
+
+    template <class T>
+    void send_now(const T& message) {
+        chatsecure::send_now(link_->socket, *link_->sealer, message);
+    }
+
+    // The next message, which must be a T (or a refusal, which ends the attempt).
+    template <class T>
+    T expect() {
+        std::optional<Message> message = link_->incoming->next();
+        if (!message) throw NetworkError("The server closed the connection.");
+        if (message->type == MessageType::refused) refused(from_wire<Refused>(message->body));
+        if (message->type != T::type)
+            throw ProtocolError(concat("The server sent a message of type ",
+                                       static_cast<int>(message->type), " out of turn."));
+        return from_wire<T>(message->body);
+    }
+
+    // Some refusals pass by themselves: worth another try for somebody who was online already.
+    [[noreturn]] void refused(const Refused& refusal) {
+        bool passing = refusal.reason == RefusalReason::already_online ||
+                       refusal.reason == RefusalReason::server_full ||
+                       refusal.reason == RefusalReason::slow_down;
+        if (passing && been_online_) throw NetworkError(refusal.sentence);
+        throw Halt(StopReason::login_refused, refusal.sentence);
+    }
+
+    void log_in() {
+        if (registering_) register_account();
+        ScramClient scram(user_, link_->channel_binding);
+        send_now(LoginStart{scram.first()});
+        std::string server_first = expect<LoginChallenge>().server_first;
+        try {
+            auto [salt, iterations] = scram.receive_challenge(server_first);
+            send_now(LoginProof{scram.final(salted_password(salt, iterations))});
+            scram.verify_server(expect<LoginDone>().server_final);
+        } catch (const ProtocolError& e) {
+            throw Halt(StopReason::server_distrusted, e.what());
+        }
+        prepare_identity();
+        publish_card();
+        meet_everybody();
+    }
+
+    void register_account() {
+        try {
+            check_new_password(options_.password);
+        } catch (const Error& e) {
+            throw Halt(StopReason::login_refused, e.what());
+        }
+        load_identity();
+        Bytes salt = random_bytes(16);
+        ScramVerifier verifier =
+            make_verifier(salted_password(salt, options_.iterations), salt, options_.iterations);
+        RsaPrivateKey& identity = identity_ ? *identity_ : new_identity();
+        send_now(RegisterAccount{user_, verifier.text(), identity.public_key().der()});
+        expect<Registered>();
+        registering_ = false;
+    }
+
+    // PBKDF2 is slow on purpose; a reconnect with the same salt need not pay again.
+    const Secret<32>& salted_password(const Bytes& salt, std::uint32_t iterations) {
+        if (!salted_ || salt != salted_->salt || iterations != salted_->iterations)
+            salted_ = Salted{salt, iterations, pbkdf2_sha256(options_.password, salt, iterations)};
+        return salted_->password;
+    }
+
+    // ---- The identity ---------------------------------------------------------------------------
+
+    std::filesystem::path account_directory() const {
+        std::string server = to_hex(ByteView(link_->server_key.digest).first(16));
+        return options_.home / "servers" / server / user_;
+    }
+    std::filesystem::path identity_file() const { return account_directory() / "identity.pem"; }
+
+    void load_identity() {
+        if (identity_) return;
+        try {
+            identity_ = RsaPrivateKey::load(identity_file(), options_.password);
+        } catch (const Error& e) {
+            throw Halt(
+                StopReason::local_trouble,
+                concat("Your identity key does not open: ", e.what(),
+                       " If the account's password was changed, the file still has the old "
+                       "one: change it with \"openssl pkcs8 -topk8 -v2 aes256\", or move the "
+                       "file away to get a new identity, which others will have to trust."));
+        }
+        identity_saved_ = identity_.has_value();
+    }
+    RsaPrivateKey& new_identity() {
+        emit(MakingIdentity{});
+        return identity_.emplace(RsaPrivateKey::generate(options_.rsa_bits));
+    }
+    // On the disk before anybody can have seen it.
+    void prepare_identity() {
+        load_identity();
+        if (!identity_) new_identity();
+        if (!identity_saved_) {
+            make_private_directory(account_directory());
+            identity_->save(identity_file(), options_.password, options_.iterations);
+            identity_saved_ = true;
+        }
+        if (!pins_) pins_.emplace(account_directory() / "known_users");
+    }
+
+    void publish_card() {
+        std::uint64_t issued = pins_->next_issued(user_, identity_->public_key().fingerprint());
+        pins_->save();
+        link_->keys.emplace(*identity_, user_, issued);
+        send_now(PublishCard{link_->keys->card_bytes()});
+    }
+
+    void meet_everybody() {
+        LoggedIn event{user_,           server_, link_->server_key,
+                       identity_file(), {},      std::exchange(been_online_, true)};
+        for (;;) {
+            std::optional<Message> message = link_->incoming->next();
+            if (!message) throw NetworkError("The server closed the connection.");
+            if (message->type == MessageType::refused) refused(from_wire<Refused>(message->body));
+            if (message->type == MessageType::ready) break;
+            if (message->type != MessageType::joined)
+                throw ProtocolError("The server sent something else than who is online.");
+            event.others.push_back(add_peer(from_wire<Joined>(message->body)).user);
+        }
+        emit(std::move(event));
+    }
+
+    // ---- The threads of a connection ------------------------------------------------------------
+
+    void write_outbox() noexcept {
+        try {
+            link_->outbox.write_to(link_->socket, *link_->sealer, [this] {
+                { std::lock_guard lock(mutex_); }  // the engine is either before its check or waits
+                changed_.notify_all();
+            });
+        } catch (const std::exception&) {
+            link_->socket.shut_down();  // the reader notices, and tells
+        }
+    }
+
+    void read_records() noexcept {
+        std::string reason = "the server closed it";
+        try {
+            for (bool asked = false;;) {
+                try {
+                    std::optional<ByteView> record = link_->incoming->next_record();
+                    if (!record) break;
+                    asked = false;
+                    if (!hand_over(to_bytes(*record))) break;
+                } catch (const TimedOut&) {
+                    if (asked) throw;
+                    asked = true;
+                    link_->outbox.push_control(Ping{});
+                }
+            }
+        } catch (const std::exception& e) {
+            reason = e.what();
+        }
+        {
+            std::lock_guard lock(mutex_);
+            lost_ = true;
+            lost_reason_ = reason;
+        }
+        changed_.notify_all();
+    }
+
+    // Waits while the engine or the face is behind: then TCP makes the server wait, and the server
+    // bounds what it keeps for us.
+    bool hand_over(Bytes record) {
+        std::unique_lock lock(mutex_);
+        changed_.wait(lock, [&] {
+            return stopping_ || lost_ ||
+                   (records_.size() < max_records && events_.size() < max_events);
+        });
+        if (stopping_ || lost_) return false;
+        records_.push_back(std::move(record));
+        lock.unlock();
+        changed_.notify_all();
+        return true;
+    }
+
+    // ---- The conversation -----------------------------------------------------------------------
+
+    // Handles what comes, from both sides, until the user has left. Throws NetworkError when the
+    // connection is lost.
+    void converse() {
+        for (;;) {
+            std::optional<Bytes> record;
+            {
+                std::unique_lock lock(mutex_);
+                changed_.wait(lock, [&] {
+                    return stopping_ || lost_ || !records_.empty() || may_take_command();
+                });
+                if (stopping_) return;
+                if (!records_.empty()) {
+                    record = std::move(records_.front());
+                    records_.pop_front();
+                } else if (lost_) {
+                    if (link_->quit_sent) return;
+                    throw NetworkError(lost_reason_);
+                } else {
+                    jobs_.push_back({std::move(commands_.front()), false});
+                    commands_.pop_front();
+                }
+            }
+            changed_.notify_all();
+            changed_for_faces_.notify_all();
+            if (record && !handle_record(*record)) return;
+            run_jobs();
+            save_pins();
+        }
+    }
+
+    bool may_take_command() const {
+        return !commands_.empty() && jobs_.empty() && !link_->quit_sent &&
+               !link_->outbox.is_over(comfortable_outbox);
+    }
+
+    void save_pins() {
+        try {
+            pins_->save();
+        } catch (const Error& e) {
+            if (!std::exchange(save_failed_, true)) emit(Problem{e.what()});
+            return;
+        }
+        save_failed_ = false;
+    }
+
+    // False after the server's answer to our goodbye.
+    bool handle_record(ByteView bytes) {
+        for (Reader record(bytes, "a record"); !record.empty();) {
+            Message message = take_message(record);
+            switch (message.type) {
+                case MessageType::joined:
+                    emit(PersonJoined{add_peer(from_wire<Joined>(message.body)).user});
+                    break;
+                case MessageType::left:
+                    remove_peer(from_wire<Left>(message.body).id);
+                    break;
+                case MessageType::card_of:
+                    receive_card(from_wire<CardOf>(message.body));
+                    break;
+                case MessageType::delivered:
+                    receive(from_wire<Delivered>(message.body));
+                    break;
+                case MessageType::room_delivered:
+                    receive_room(from_wire<RoomDelivered>(message.body));
+                    break;
+                case MessageType::undelivered:
+                    came_back(from_wire<Undelivered>(message.body));
+                    break;
+                case MessageType::ping:
+                    link_->outbox.push_control(Pong{from_wire<Ping>(message.body).number});
+                    break;
+                case MessageType::pong:
+                    break;
+                case MessageType::refused:
+                    throw NetworkError(from_wire<Refused>(message.body).sentence);
+                case MessageType::goodbye:
+                    if (link_->quit_sent) return false;
+                    throw NetworkError(from_wire<Goodbye>(message.body).sentence);
+                default:
+                    throw ProtocolError(concat("The server sent a message of the unknown type ",
+                                               static_cast<int>(message.type), "."));
+            }
+        }
+        return true;
+    }
+
+    // ---- People ---------------------------------------------------------------------------------
+
+    Peer& add_peer(const Joined& joined) {
+        if (!is_valid_name(joined.user) || link_->peers.size() >= max_people ||
+            link_->peers.contains(joined.id))
+            throw ProtocolError("The server announced somebody who cannot be.");
+        link_->by_name[joined.user] = joined.id;
+        Peer& peer = link_->peers[joined.id];
+        peer.id = joined.id;
+        peer.user = joined.user;
+        return peer;
+    }
+    void remove_peer(LoginId id) {
+        auto found = link_->peers.find(id);
+        if (found == link_->peers.end()) return;
+        std::string user = found->second.user;
+        if (link_->by_name[user] == id) link_->by_name.erase(user);
+        link_->peers.erase(found);
+        emit(PersonLeft{user});
+    }
+    Peer* peer_by_id(LoginId id) {
+        auto found = link_->peers.find(id);
+        return found == link_->peers.end() ? nullptr : &found->second;
+    }
+    Peer* peer_by_name(const std::string& user) {
+        auto found = link_->by_name.find(user);
+        return found == link_->by_name.end() ? nullptr : peer_by_id(found->second);
+    }
+
+    // True when it is known whether the peer can be trusted; else asks for the card.
+    bool is_settled(Peer& peer) {
+        if (peer.standing != Peer::Standing::unknown) return true;
+        if (!std::exchange(peer.card_requested, true)) link_->outbox.push_control(GetCard{peer.id});
+        return false;
+    }
+
+    void receive_card(const CardOf& message) {
+        if (Peer* peer = peer_by_id(message.id)) accept_card(*peer, message.card);
+    }
+
+    // The first card of a login settles who it is; a different one later is ignored.
+    void accept_card(Peer& peer, ByteView bytes) {
+        if (peer.standing != Peer::Standing::unknown) return;
+        try {
+            peer.card.emplace(bytes, peer.user);
+        } catch (const ProtocolError& e) {
+            peer.standing = Peer::Standing::refused;
+            emit(Problem{e.what()});
+            return;
+        }
+        switch (pins_->judge(*peer.card)) {
+            case PinStore::Verdict::first_seen:
+                emit(IdentityPinned{peer.user, peer.card->fingerprint()});
+                peer.standing = Peer::Standing::trusted;
+                break;
+            case PinStore::Verdict::known:
+                peer.standing = Peer::Standing::trusted;
+                break;
+            case PinStore::Verdict::changed:
+                peer.standing = Peer::Standing::changed;
+                emit(IdentityChanged{peer.user, pins_->find(peer.user)->fingerprint,
+                                     peer.card->fingerprint()});
+                break;
+            case PinStore::Verdict::replayed:
+                peer.standing = Peer::Standing::refused;
+                emit(Problem{concat("The server showed an old key card of ", peer.user,
+                                    ", from an earlier login. It is not used.")});
+                break;
+        }
+    }
+
+    // ---- Receiving ------------------------------------------------------------------------------
+
+    void receive(const Delivered& message) {
+        Peer* peer = peer_by_id(message.from);
+        if (peer == nullptr || message.payload.empty()) return;
+        ByteView rest = message.payload.subspan(1);
+        if (message.payload[0] == static_cast<std::uint8_t>(PayloadType::open))
+            receive_open(*peer, rest);
+        else if (message.payload[0] == static_cast<std::uint8_t>(PayloadType::sealed) &&
+                 peer->receiver)
+            receive_sealed(*peer, peer->receiver->open(message.lane, rest));
+        else
+            tell_unopenable(*peer);
+    }
+
+    // It was sealed with keys that never arrived. (Of a peer who was refused we have said enough.)
+    void tell_unopenable(const Peer& peer) {
+        if (peer.standing != Peer::Standing::refused)
+            emit(Problem{concat("Something arrived from ", peer.user, " that cannot be opened.")});
+    }
+
+    void receive_open(Peer& peer, ByteView body) {
+        try {
+            OpenPayload open = decode<OpenPayload>(body, "somebody's keys");
+            accept_card(peer, open.card);
+            if (peer.receiver || peer.standing == Peer::Standing::refused ||
+                sha256(open.card) != peer.card->hash())
+                throw ProtocolError(
+                    concat("Keys came from ", peer.user,
+                           " that are not the ones of this login. They are not used."));
+            peer.receiver.emplace(*link_->keys, *peer.card, open.box);
+        } catch (const ProtocolError& e) {
+            emit(Problem{e.what()});
+        }
+    }
+
+    // True if the payload is good and its sender is to be shown.
+    bool check_opened(const Peer& peer, const OpenedPayload& opened) {
+        if (opened.state == OpenedPayload::State::damaged)
+            emit(Problem{concat("A message from ", peer.user,
+                                " was changed on its way, and is not shown.")});
+        if (opened.state == OpenedPayload::State::repeated)
+            emit(Problem{concat("A message from ", peer.user, " came twice; once is shown.")});
+        if (opened.state != OpenedPayload::State::good) return false;
+        if (opened.lost > 0) emit(MessagesLost{peer.user, opened.lost});
+        return peer.standing == Peer::Standing::trusted && !ignored_.contains(peer.user);
+    }
+
+    void receive_sealed(const Peer& peer, const OpenedPayload& opened) {
+        if (!check_opened(peer, opened)) return;
+        if (opened.kind == Kind::text)
+            emit(PrivateMessage{peer.user, to_string(opened.body), false});
+        // other kinds: from a newer program
+    }
+
+    void receive_room(const RoomDelivered& message) {
+        Peer* peer = peer_by_id(message.from);
+        if (peer == nullptr) return;
+        if (!peer->receiver) return tell_unopenable(*peer);
+        OpenedPayload lid = peer->receiver->open_lid(message.lid, sha256(message.text));
+        if (!check_opened(*peer, lid) || lid.kind != Kind::room_key || lid.body.size() != 32)
+            return;
+        if (std::optional<std::string> text = open_room_text(message.text, Secret<32>(lid.body)))
+            emit(RoomMessage{peer->user, std::move(*text), false});
+    }
+
+    // ---- Jobs: commands being done --------------------------------------------------------------
+
+    void run_jobs() {
+        while (!jobs_.empty()) {
+            if (!attempt(jobs_.front())) return;
+            jobs_.pop_front();
+        }
+    }
+
+    // False if it has to wait for a card.
+    bool attempt(Job& job) {
+        try {
+            return std::visit([&](auto& command) { return perform(command, job); }, job.command);
+        } catch (const ProtocolError&) {
+            throw;
+        } catch (const NetworkError&) {
+            throw;
+        } catch (const Error& e) {
+            emit(Problem{e.what()});
+            return true;
+        }
+    }
+
+    bool perform(const Say& say, const Job&) {
+        for (auto& [id, peer] : link_->peers)
+            is_settled(peer);  // ask for all missing cards at once
+        for (auto& [id, peer] : link_->peers)
+            if (!is_settled(peer)) return false;
+        send_to_room(say.text);
+        emit(RoomMessage{user_, say.text, true});
+        if (link_->peers.empty()) emit(Notice{"Nobody else is here to read it."});
+        return true;
+    }
+
+    void send_to_room(const std::string& text) {
+        SealedRoomText room = seal_room_text(text);
+        Digest hash = sha256(room.sealed);
+        std::uint32_t tag = ++link_->last_tag;
+        const std::size_t room_for_lids = max_message_body - 12 - room.sealed.size();
+        Bytes lids;
+        auto flush = [&] {
+            if (!lids.empty()) push(Lane::interactive, Fanout{tag, room.sealed, lids});
+            lids.clear();
+        };
+        for (auto& [id, peer] : link_->peers) {
+            if (!open_to(peer)) continue;
+            if (lids.size() + Fanout::entry_bytes > room_for_lids) flush();
+            append_fields(lids, id, peer.sender->make_lid(room.key, hash));
+        }
+        flush();
+    }
+
+    // Makes sure that we can seal for a peer. False if we must not.
+    bool open_to(Peer& peer) {
+        if (peer.standing != Peer::Standing::trusted) return false;
+        if (peer.sender) return true;
+        try {
+            Bytes open;
+            peer.sender.emplace(*link_->keys, *peer.card, open);
+            push(Lane::interactive, Send{peer.id, Lane::interactive, 0, open});  // 0: not a message
+            return true;
+        } catch (const ProtocolError& e) {
+            peer.standing = Peer::Standing::refused;
+            emit(Problem{e.what()});
+            return false;
+        }
+    }
+
+    template <class T>
+    void push(Lane lane, const T& message) {
+        link_->outbox.push(lane, Outgoing{std::make_shared<const Bytes>(to_wire(message)), {}, 0});
+    }
+
+    bool perform(const Tell& tell, const Job& job) {
+        if (tell.user == user_) throw Error("That is you.");
+        Peer* peer = peer_by_name(tell.user);
+        if (peer == nullptr) {
+            emit(NotDelivered{tell.user, tell.text,
+                              job.again ? "left before it arrived" : "is not online"});
+            return true;
+        }
+        if (!is_settled(*peer)) return false;
+        if (!open_to(*peer))
+            throw Error(concat("Nothing is sent to ", tell.user, ": ",
+                               peer->standing == Peer::Standing::changed
+                                   ? concat("this is another identity than before. Compare safety "
+                                            "numbers (/verify ",
+                                            tell.user, "), then /trust ", tell.user, ".")
+                                   : std::string("the key card is not valid.")));
+        std::uint32_t tag = ++link_->last_tag;
+        push(Lane::interactive,
+             Send{peer->id, Lane::interactive, tag,
+                  peer->sender->seal(Lane::interactive, Kind::text, as_bytes(tell.text))});
+        if (!job.again) emit(PrivateMessage{tell.user, tell.text, true});
+        link_->sent.push_back({tag, job});
+        if (link_->sent.size() > max_remembered) link_->sent.pop_front();
+        return true;
+    }
+
+    // The server could not deliver. If the person is back already, as a new login, try once more.
+    void came_back(const Undelivered& message) {
+        bool busy = message.reason == UndeliveredReason::busy;
+        auto found = std::find_if(link_->sent.begin(), link_->sent.end(),
+                                  [&](const SentPrivate& s) { return s.tag == message.tag; });
+        if (found == link_->sent.end()) {
+            Peer* peer = peer_by_id(message.to);
+            if (!busy || peer == nullptr) return;
+            if (message.tag == 0)
+                peer->sender.reset();  // our keys did not arrive: open again next time
+            else
+                emit(NotDelivered{peer->user, "", "cannot keep up at the moment"});
+            return;
+        }
+        Job job = std::move(found->job);
+        link_->sent.erase(found);
+        const Tell& tell = std::get<Tell>(job.command);
+        if (busy)
+            emit(NotDelivered{tell.user, tell.text, "cannot keep up at the moment"});
+        else if (job.again || peer_by_name(tell.user) == nullptr)
+            emit(NotDelivered{tell.user, tell.text, "left before it arrived"});
+        else
+            jobs_.push_back({std::move(job.command), true});
+    }
+
+    bool perform(const ListPeople&, const Job&) {
+        People event;
+        auto add = [&](const std::string& user, bool self, bool trusted) {
+            const Pin* pin = pins_->find(user);
+            event.people.push_back({user, self, !self && pin != nullptr && pin->verified, trusted,
+                                    ignored_.contains(user)});
+        };
+        add(user_, true, true);
+        for (const auto& [user, id] : link_->by_name) {
+            Peer::Standing standing = peer_by_id(id)->standing;
+            add(user, false,
+                standing == Peer::Standing::trusted || standing == Peer::Standing::unknown);
+        }
+        emit(std::move(event));
+        return true;
+    }
+
+    bool perform(const Verify& verify, const Job&) {
+        if (verify.user == user_) throw Error("That is you.");
+        Peer* peer = peer_by_name(verify.user);
+        if (peer != nullptr && !is_settled(*peer)) return false;
+        const Pin* pin = pins_->find(verify.user);
+        bool changed = peer != nullptr && peer->standing == Peer::Standing::changed;
+        if (pin == nullptr)
+            throw Error(concat("You have not met ", verify.user, " yet, who is not online."));
+        if (verify.confirm && changed)
+            throw Error(concat("The identity of ", verify.user, " has changed: /trust ",
+                               verify.user, " first, if it is right."));
+        if (verify.confirm) pins_->mark_verified(verify.user);
+        // Of somebody whose identity has changed, the number to compare is the new one's.
+        Fingerprint mine = identity_->public_key().fingerprint();
+        Fingerprint theirs = changed ? peer->card->fingerprint() : pin->fingerprint;
+        emit(SafetyNumber{verify.user, safety_number(user_, mine, verify.user, theirs), mine,
+                          theirs, pin->verified && !changed});
+        return true;
+    }
+
+    bool perform(const Trust& trust, const Job&) {
+        Peer* peer = peer_by_name(trust.user);
+        if (peer == nullptr) throw Error(concat(trust.user, " is not online."));
+        if (!is_settled(*peer)) return false;
+        if (peer->standing != Peer::Standing::changed)
+            throw Error(concat("The identity of ", trust.user, " has not changed."));
+        pins_->trust(*peer->card);
+        peer->standing = Peer::Standing::trusted;
+        emit(Notice{
+            concat("From now on ", trust.user, " is ", peer->card->fingerprint().text(), ".")});
+        return true;
+    }
+
+    bool perform(const Ignore& ignore, const Job&) {
+        if (ignore.user == user_) throw Error("That is you.");
+        bool now = ignored_.insert(ignore.user).second;
+        if (!now) ignored_.erase(ignore.user);
+        emit(Notice{concat("Messages of ", ignore.user,
+                           now ? " are hidden until you leave; /ignore "
+                                 "them again to see them."
+                               : " are shown again.")});
+        return true;
+    }
+
+    bool perform(const AcceptServerKey&, const Job&) { return true; }  // nobody has asked
+
+    bool perform(const Leave&, const Job&) {
+        link_->outbox.push_control(Quit{});
+        link_->quit_sent = true;
+        return true;
+    }
+
+    ClientOptions options_;
+    const std::string user_, server_;
+
+    // The engine thread's own.
+    struct Salted {
+        Bytes salt;
+        std::uint32_t iterations = 0;
+        Secret<32> password;
+    };
+    bool registering_;
+    bool been_online_ = false;
+    std::optional<Salted> salted_;
+    std::optional<RsaPrivateKey> identity_;
+    bool identity_saved_ = false;
+    std::optional<PinStore> pins_;
+    bool save_failed_ = false;
+    std::set<std::string> ignored_;
+    std::deque<Job> jobs_;
+    std::unique_ptr<Link> link_;
+
+    Waker cancel_;
+    mutable std::mutex mutex_;                   // guards the rest
+    std::condition_variable changed_;            // for the engine and the reader
+    std::condition_variable changed_for_faces_;  // for post() and next_event()
+    std::deque<Command> commands_;
+    std::deque<Bytes> records_;
+    std::deque<Event> events_;
+    Socket* socket_ = nullptr;  // the connection's, while there is one: to shut it down
+    bool lost_ = false;
+    std::string lost_reason_;
+    bool stopping_ = false;
+    bool ended_ = false;
+
+    std::thread engine_;  // last, so that everything above exists when it starts; joined in ~Client
+};
+
 }  // namespace chatsecure
 
 #endif  // CHATSECURE_HPP

@@ -3069,6 +3069,1807 @@ TEST_CASE("chapter 8: a user who is pinned twice is an error") {
     CHECK(contains(complaint([&] { PinStore{dir.path / "known_users"}; }), "line 2"));
 }
 
+// =================================================================================================
+//  Chapters 10 and 11: server and clients in one process
+// =================================================================================================
+
+namespace {
+
+// A data directory with a key and accounts, and a server on it. All passwords are "correct horse".
+constexpr std::string_view password = "correct horse";
+
+ServerOptions server_options(const std::filesystem::path& data) {
+    ServerOptions options;
+    options.data_directory = data;
+    options.port = 0;
+    options.rsa_bits = 2048;
+    options.max_logins_per_address = 1000;
+    options.takeover_patience = Milliseconds(300);
+    return options;
+}
+
+class RunningServer {
+  public:
+    explicit RunningServer(ServerOptions options) : server_(logged(std::move(options), log_)) {}
+    ~RunningServer() { stop(); }
+
+    Server& operator*() { return server_; }
+    Server* operator->() { return &server_; }
+    void stop() {
+        server_.stop();
+        if (thread_.joinable()) thread_.join();
+    }
+    std::string log() {
+        std::lock_guard lock(log_.mutex);
+        return log_.text;
+    }
+
+  private:
+    struct Log {
+        std::mutex mutex;
+        std::string text;
+    };
+    static ServerOptions logged(ServerOptions options, Log& log) {
+        options.log = [&log](LogLevel, const std::string& line) {
+            std::lock_guard lock(log.mutex);
+            log.text += line + "\n";
+        };
+        return options;
+    }
+    Log log_;
+    Server server_;
+    std::thread thread_{[this] { server_.run(); }};
+};
+
+// A directory in which a server finds a key and need not make one.
+struct DataDir : TempDir {
+    DataDir() { test_key(0).save(path / "server_private.pem", {}, 0); }
+};
+
+// A home in which a user finds an identity.
+void give_identity(const std::filesystem::path& home, const std::string& user, int key,
+                   const RsaPrivateKey& server_key = test_key(0)) {
+    Fingerprint server = server_key.public_key().fingerprint();
+    std::filesystem::path directory =
+        home / "servers" / to_hex(ByteView(server.digest).first(16)) / user;
+    make_private_directory(directory);
+    test_key(key).save(directory / "identity.pem", as_bytes(password), few_iterations);
+}
+
+ClientOptions client_options(std::uint16_t port, const std::string& user,
+                             const std::filesystem::path& home) {
+    ClientOptions options;
+    options.host = "127.0.0.1";
+    options.port = port;
+    options.user = user;
+    options.password = to_secret(password);
+    options.home = home;
+    options.accept_new_server = true;
+    options.rsa_bits = 2048;
+    options.iterations = few_iterations;
+    options.first_pause = Milliseconds(10);
+    options.longest_pause = Milliseconds(50);
+    return options;
+}
+
+// An account as register_account would make it.
+void add_account(const std::filesystem::path& data, const std::string& user) {
+    Server::add_account(data, user, as_bytes(password), few_iterations);
+}
+
+// A client whose events are waited for.
+class Chatter {
+  public:
+    explicit Chatter(ClientOptions options) : client_(std::move(options)) {}
+
+    Client* operator->() { return &client_; }
+
+    // The next event, whatever it is. Fails if none comes.
+    Event pull() {
+        std::optional<Event> event = poll(long_enough);
+        if (!event) throw Error("The event that the test waits for did not come.");
+        return std::move(*event);
+    }
+    // The same if there is one.
+    std::optional<Event> poll(Milliseconds patience = Milliseconds(0)) {
+        std::optional<Event> event = client_.next_event(patience);
+        if (!event) return event;
+        if (const auto* in = std::get_if<LoggedIn>(&event->what))
+            online = {in->others.begin(), in->others.end()};
+        if (const auto* joined = std::get_if<PersonJoined>(&event->what))
+            online.insert(joined->user);
+        if (const auto* left = std::get_if<PersonLeft>(&event->what)) online.erase(left->user);
+        if (const auto* room = std::get_if<RoomMessage>(&event->what)) heard += room->own ? 0 : 1;
+        if (const auto* note = std::get_if<PrivateMessage>(&event->what))
+            heard += note->own ? 0 : 1;
+        if (const auto* problem = std::get_if<Problem>(&event->what))
+            problems += problem->text + "\n";
+        return event;
+    }
+    // The next event of this type; others before it are passed over.
+    template <class What>
+    What next() {
+        for (;;) {
+            Event event = pull();
+            if (auto* found = std::get_if<What>(&event.what)) return std::move(*found);
+            if (const auto* stopped = std::get_if<Stopped>(&event.what))
+                throw Error(concat("The client stopped: ", stopped->sentence));
+        }
+    }
+    // The next room message of somebody else.
+    RoomMessage next_room() {
+        for (;;)
+            if (RoomMessage message = next<RoomMessage>(); !message.own) return message;
+    }
+    PrivateMessage next_private() {
+        for (;;)
+            if (PrivateMessage message = next<PrivateMessage>(); !message.own) return message;
+    }
+    // Waits until `user` is online, or is not.
+    void meet(const std::string& user) {
+        while (!online.contains(user)) pull();
+    }
+    void miss(const std::string& user) {
+        while (online.contains(user)) pull();
+    }
+    // Leaves politely.
+    Stopped leave() {
+        client_.post(Leave{});
+        return next<Stopped>();
+    }
+
+    std::set<std::string> online;  // the others
+    int heard = 0;                 // messages of others
+    std::string problems;          // the sentences of all Problem events so far
+
+  private:
+    Client client_;
+};
+
+// A server with accounts, and homes for them.
+struct Room {
+    DataDir data;
+    TempDir homes;
+    std::optional<RunningServer> server;
+
+    explicit Room(
+        std::initializer_list<std::string> users,
+        const std::function<void(ServerOptions&)>& change = [](ServerOptions&) {}) {
+        for (const std::string& user : users) {
+            add_account(data.path, user);
+            give_identity(homes.path / user, user, 1);
+        }
+        ServerOptions options = server_options(data.path);
+        change(options);
+        server.emplace(std::move(options));
+    }
+    ClientOptions options(const std::string& user) {
+        return client_options((*server)->port(), user, homes.path / user);
+    }
+};
+
+// A client that is driven by hand, message by message.
+class HandDriven {
+  public:
+    HandDriven(std::uint16_t port, const std::string& user)
+        : user_(user),
+          socket_(connect_to("127.0.0.1", port, Milliseconds(5000), never_)),
+          frames_(socket_, max_record_frame) {
+        frames_.set_deadline(Clock::now() + long_enough);
+        ClientHandshake handshake;
+        socket_.write_all(make_frame(handshake.hello()));
+        std::optional<ByteSpan> hello = frames_.next(max_handshake_bytes);
+        if (!hello) throw NetworkError("The server closed the connection.");
+        handshake.receive_hello(*hello);
+        HopKeys keys;
+        socket_.write_all(make_frame(handshake.key_message(keys)));
+        sealer_.emplace(std::move(keys.client_to_server));
+        incoming_.emplace(frames_, std::move(keys.server_to_client));
+        binding_ = keys.channel_binding;
+        receive<Welcome>();
+    }
+
+    template <class T>
+    void send(const T& message) {
+        send_now(socket_, *sealer_, message);
+    }
+    // The next message, which must be a T.
+    template <class T>
+    T receive() {
+        std::optional<Message> message = incoming_->next();
+        if (!message) throw NetworkError("The server closed the connection.");
+        if (message->type != T::type)
+            throw Error(concat("A message of type ", static_cast<int>(message->type), " came."));
+        return from_wire<T>(message->body);
+    }
+    bool is_closed() {
+        try {
+            return !incoming_->next();
+        } catch (const NetworkError&) {
+            return true;
+        }
+    }
+    std::string challenge() {
+        scram_.emplace(user_, binding_);
+        send(LoginStart{scram_->first()});
+        return receive<LoginChallenge>().server_first;
+    }
+    // Logs in and publishes a card; the list of members is left unread.
+    void join() {
+        std::string server_first = challenge();
+        auto [salt, iterations] = scram_->receive_challenge(server_first);
+        send(LoginProof{scram_->final(pbkdf2_sha256(as_bytes(password), salt, iterations))});
+        scram_->verify_server(receive<LoginDone>().server_final);
+        send(PublishCard{LoginKeys(test_key(1), user_, 1).card_bytes()});
+    }
+    // A record with anything in it.
+    void send_raw(ByteView content) {
+        Bytes record(frame_header_bytes);
+        append(record, content);
+        sealer_->seal(record);
+        socket_.write_all(record);
+    }
+    // Reads (away) until the server ends the connection.
+    void drain() {
+        while (incoming_->next_record()) {
+        }
+    }
+    Socket& socket() { return socket_; }
+
+  private:
+    Waker never_;
+    std::string user_;
+    Socket socket_;
+    FrameReader frames_;
+    std::optional<RecordSealer> sealer_;
+    std::optional<MessageReader> incoming_;
+    std::optional<ScramClient> scram_;
+    Digest binding_{};
+};
+
+}  // namespace
+
+TEST_CASE("chapter 11: three people talk, in public and in private") {
+    Room room({"alice", "bob", "carol"});
+    Chatter alice(room.options("alice")), bob(room.options("bob")), carol(room.options("carol"));
+    alice.meet("bob");
+    alice.meet("carol");
+    bob.meet("alice");
+    carol.meet("alice");
+    carol.meet("bob");
+
+    alice->post(Say{"hello, everybody"});
+    CHECK(bob.next_room().text == "hello, everybody");
+    CHECK(carol.next_room().from == "alice");
+
+    bob->post(Tell{"alice", "only for you"});
+    PrivateMessage secret = alice.next_private();
+    CHECK(secret.peer == "bob");
+    CHECK(secret.text == "only for you");
+
+    carol->post(Say{"and I"});
+    CHECK(alice.next_room().text == "and I");
+    CHECK(bob.next_room().text == "and I");
+
+    CHECK(carol.leave().reason == StopReason::left);
+    CHECK(alice.next<PersonLeft>().user == "carol");
+    CHECK(bob.next<PersonLeft>().user == "carol");
+    CHECK(alice.problems.empty());
+}
+
+TEST_CASE("chapter 11: a newcomer registers, and comes back with the same identity") {
+    Room room({});
+    TempDir home;
+    Fingerprint first;
+    for (bool registering : {true, false}) {
+        ClientOptions options = client_options((*room.server)->port(), "newcomer", home.path);
+        options.register_account = registering;
+        Chatter newcomer(std::move(options));
+        LoggedIn in = newcomer.next<LoggedIn>();
+        CHECK(in.user == "newcomer");
+        Fingerprint now =
+            RsaPrivateKey::load(in.identity_file, as_bytes(password))->public_key().fingerprint();
+        if (registering) first = now;
+        CHECK(now == first);
+        newcomer.leave();
+    }
+    CHECK(read_text(room.data.path / "users.db").find("newcomer SCRAM-SHA-256$4096:") == 0);
+}
+
+TEST_CASE("chapter 11: each refused login has its own sentence, and no more than that") {
+    Room room({"alice"});
+    auto attempt = [&](const std::string& user, std::string_view with, bool registering) {
+        TempDir home;
+        ClientOptions options = client_options((*room.server)->port(), user, home.path);
+        options.password = to_secret(with);
+        options.register_account = registering;
+        Client client(std::move(options));
+        for (;;) {
+            std::optional<Event> event = client.next_event(long_enough);
+            REQUIRE(event);
+            if (auto* stopped = std::get_if<Stopped>(&event->what)) {
+                CHECK(stopped->reason == StopReason::login_refused);
+                return stopped->sentence;
+            }
+        }
+    };
+    std::string wrong = attempt("alice", "wrong horse", false);
+    CHECK(wrong == "The name or the password is wrong.");
+    CHECK(attempt("nobody", "wrong horse", false) == wrong);  // which of the two, nobody is told
+    CHECK(attempt("alice", password, true).find("is taken") != std::string::npos);
+    CHECK(attempt("dave", "short", true).find("too weak") != std::string::npos);
+    CHECK_THROWS_AS(Client(client_options(1, "Ünal", "/nonexistent")), Error);
+    CHECK_THROWS_AS(Client(client_options(1, "a b", "/nonexistent")), Error);
+}
+
+TEST_CASE("chapter 10: a closed server takes no registrations") {
+    Room room({"alice"}, [](ServerOptions& o) { o.registration_open = false; });
+    HandDriven stranger((*room.server)->port(), "eve");
+    stranger.send(RegisterAccount{"eve", "x", {}});
+    CHECK(stranger.receive<Refused>().reason == RefusalReason::registration_closed);
+    CHECK(stranger.is_closed());
+}
+
+TEST_CASE("chapter 10: an unknown name is asked like a known one, the same each time") {
+    Room room({"alice"});
+    auto without_nonce = [&](const std::string& user) {
+        std::string first = HandDriven((*room.server)->port(), user).challenge();
+        return first.substr(first.find(",s="));
+    };
+    std::string unknown = without_nonce("nobody");
+    CHECK(unknown == without_nonce("nobody"));
+    CHECK(unknown != without_nonce("nobody2"));
+    CHECK(unknown.ends_with(",i=600000"));
+    room.server->stop();  // and after a restart
+    room.server.reset();
+    room.server.emplace(server_options(room.data.path));
+    CHECK(unknown == without_nonce("nobody"));
+}
+
+TEST_CASE("chapter 10: a full server says so") {
+    Room room({"alice", "bob"}, [](ServerOptions& o) { o.max_clients = 1; });
+    Chatter alice(room.options("alice"));
+    alice.next<LoggedIn>();
+    Client bob(room.options("bob"));
+    for (;;) {
+        std::optional<Event> event = bob.next_event(long_enough);
+        REQUIRE(event);
+        if (auto* stopped = std::get_if<Stopped>(&event->what)) {
+            CHECK(stopped->sentence.find("full") != std::string::npos);
+            break;
+        }
+    }
+}
+
+TEST_CASE("chapter 10: who does not log in is sent away, who talks out of turn too") {
+    Room room({"alice"}, [](ServerOptions& o) {
+        o.handshake_timeout = Milliseconds(100);
+        o.login_timeout = Milliseconds(100);
+    });
+    Waker never;
+    Socket silent = connect_to("127.0.0.1", (*room.server)->port(), Milliseconds(5000), never);
+    std::array<std::uint8_t, 16> nothing{};
+    CHECK(silent.read_some(nothing) == 0);
+
+    HandDriven shy((*room.server)->port(), "alice");
+    CHECK(shy.is_closed());
+
+    HandDriven rude((*room.server)->port(), "alice");
+    rude.send(GetCard{LoginId{1}});
+    CHECK(rude.receive<Refused>().reason == RefusalReason::broke_protocol);
+}
+
+TEST_CASE("chapter 10: too many strangers from one address are turned away, members stay") {
+    Room room({"alice"}, [](ServerOptions& o) { o.max_logins_per_address = 2; });
+    Chatter alice(room.options("alice"));
+    alice.next<LoggedIn>();
+    HandDriven first((*room.server)->port(), "x"), second((*room.server)->port(), "y");
+    CHECK_THROWS_AS(HandDriven((*room.server)->port(), "z"), NetworkError);
+    alice->post(ListPeople{});
+    CHECK(alice.next<People>().people.size() == 1);
+}
+
+TEST_CASE("chapter 10: a silent member is pinged and then dropped") {
+    Room room({"alice", "bob"}, [](ServerOptions& o) { o.ping_after = Milliseconds(100); });
+    Chatter alice(room.options("alice"));  // answers its pings
+    alice.next<LoggedIn>();
+    HandDriven bob((*room.server)->port(), "bob");
+    bob.join();  // and never says a word again
+    CHECK(alice.next<PersonJoined>().user == "bob");
+    CHECK(alice.next<PersonLeft>().user == "bob");
+    CHECK(room.server->log().find("\"bob\" left: it fell silent") != std::string::npos);
+    alice->post(Say{"still here"});
+    CHECK(alice.next<RoomMessage>().text == "still here");
+}
+
+TEST_CASE(
+    "chapter 10: a member that takes nothing is refused payloads, then dropped; others chat on") {
+    Room room({"alice", "bob", "carol"}, [](ServerOptions& o) {
+        o.queue_bound = 256 * 1024;
+        o.write_timeout = Milliseconds(200);
+        o.message_burst = 1e9;
+    });
+    Chatter alice(room.options("alice")), carol(room.options("carol"));
+    alice.meet("carol");
+    HandDriven bob((*room.server)->port(), "bob");
+    bob.join();  // and never reads again
+    alice.meet("bob");
+    std::string large(max_text_bytes, 'x');
+    // The system's own buffers hold some megabytes: bob is not stuck before they are full.
+    bool refused = false;
+    for (int i = 0; i < 20'000 && alice.online.contains("bob"); ++i) {
+        alice->post(Say{large});
+        REQUIRE(carol.next_room().text.size() == large.size());
+        while (std::optional<Event> event = alice.poll()) {
+            const auto* not_delivered = std::get_if<NotDelivered>(&event->what);
+            refused = refused || (not_delivered != nullptr && not_delivered->to == "bob");
+        }
+    }
+    CHECK(refused);
+    CHECK_FALSE(alice.online.contains("bob"));
+}
+
+TEST_CASE("chapter 10: who talks too fast is read more slowly, and loses nothing") {
+    Room room({"alice", "bob"}, [](ServerOptions& o) {
+        o.message_burst = 10;
+        o.messages_per_second = 1000;
+    });
+    Chatter alice(room.options("alice")), bob(room.options("bob"));
+    alice.meet("bob");
+    for (int i = 0; i < 300; ++i) alice->post(Say{std::to_string(i)});
+    for (int i = 0; i < 300; ++i) CHECK(bob.next_room().text == std::to_string(i));
+}
+
+TEST_CASE("chapter 10: the token bucket is exact") {
+    auto start = Clock::now();
+    detail::TokenBucket bucket(10, 5);
+    for (int i = 0; i < 5; ++i) CHECK(bucket.take(1, start) == Milliseconds(0));
+    CHECK(bucket.take(1, start).count() >= 90);
+    CHECK(bucket.take(0, start + std::chrono::seconds(60)) == Milliseconds(0));
+}
+
+TEST_CASE("chapter 11: 10,000 messages in one go reach four others complete and in order") {
+    Room room({"sender", "a", "b", "c", "d"});
+    Chatter sender(room.options("sender"));
+    std::list<Chatter> readers;
+    for (const char* user : {"a", "b", "c", "d"}) {
+        readers.emplace_back(room.options(user));
+        sender.meet(user);
+    }
+    constexpr int count = 10'000;
+    std::thread writing([&] {
+        for (int i = 0; i < count; ++i) sender->post(Say{concat("message number ", i)});
+    });
+    for (Chatter& reader : readers) {
+        int in_order = 0;
+        for (int i = 0; i < count; ++i)
+            if (reader.next_room().text == concat("message number ", i)) ++in_order;
+        CHECK(in_order == count);
+    }
+    writing.join();
+    CHECK(sender.problems.empty());
+}
+
+TEST_CASE("chapter 11: the largest message arrives, and texts of all kinds arrive as they are") {
+    Room room({"alice", "bob"});
+    Chatter alice(room.options("alice")), bob(room.options("bob"));
+    alice.meet("bob");
+    for (const std::string& text : {std::string(max_text_bytes, 'x'),
+                                    std::string("żółć 你好 🤷🏽‍♀️ العربية"),
+                                    std::string("\x1b[2J\x1b]0;owned\x07"),
+                                    std::string("two\nlines"), std::string("nul\0!", 5)}) {
+        alice->post(Say{text});
+        CHECK(bob.next_room().text == text);
+        alice->post(Tell{"bob", text});
+        CHECK(bob.next_private().text == text);
+    }
+}
+
+TEST_CASE("chapter 11: lines become commands, or a sentence that helps") {
+    auto say = [](std::string_view line) { return std::get<Say>(*parse_command(line, "")).text; };
+    CHECK(say("hello") == "hello");
+    CHECK(say("//slash") == "/slash");
+    CHECK_FALSE(parse_command("   ", ""));
+    Tell tell = std::get<Tell>(*parse_command("/msg Bob hi  there ", ""));
+    CHECK(tell.user == "bob");
+    CHECK(tell.text == "hi  there ");
+    CHECK(std::get<Tell>(*parse_command("/reply yes", "carol")).user == "carol");
+    CHECK(std::get<Verify>(*parse_command("/verify bob ok", "")).confirm);
+    CHECK(std::holds_alternative<Leave>(*parse_command("/quit", "")));
+    for (std::string_view wrong : {"/msg", "/msg bob", "/msg b!b hi", "/reply", "/verify",
+                                   "/verify bob no", "/trust a b", "/nonsense", "/"})
+        CHECK_THROWS_AS(parse_command(wrong, "x"), Error);
+    CHECK_THROWS_AS(parse_command("/reply yes", ""), Error);
+    CHECK_NOTHROW(parse_command(std::string(max_text_bytes, 'x'), ""));
+    CHECK_THROWS_WITH(parse_command(std::string(max_text_bytes + 1, 'x'), ""),
+                      "A message has at most 32768 bytes; this one has 32769. It was not sent.");
+}
+
+TEST_CASE("chapter 11: what cannot be done is said: to oneself, to nobody, to strangers") {
+    Room room({"alice"});
+    Chatter alice(room.options("alice"));
+    alice.next<LoggedIn>();
+    alice->post(Tell{"alice", "me"});
+    CHECK(alice.next<Problem>().text == "That is you.");
+    alice->post(Tell{"bob", "are you there?"});
+    CHECK(alice.next<NotDelivered>().reason == "is not online");
+    alice->post(Verify{"bob"});
+    CHECK(alice.next<Problem>().text.find("not met") != std::string::npos);
+    alice->post(Trust{"bob"});
+    CHECK(alice.next<Problem>().text == "bob is not online.");
+}
+
+TEST_CASE("chapter 11: both sides see the same safety number, and verification is remembered") {
+    Room room({"alice", "bob"});
+    give_identity(room.homes.path / "bob", "bob", 2);
+    Chatter alice(room.options("alice"));
+    Chatter bob(room.options("bob"));
+    alice.meet("bob");
+    bob.meet("alice");
+    alice->post(Verify{"bob"});
+    bob->post(Verify{"alice"});
+    SafetyNumber at_alice = alice.next<SafetyNumber>(), at_bob = bob.next<SafetyNumber>();
+    CHECK(at_alice.digits == at_bob.digits);
+    CHECK_FALSE(at_alice.verified);
+    alice->post(Verify{"bob", true});
+    CHECK(alice.next<SafetyNumber>().verified);
+    alice->post(ListPeople{});
+    CHECK(alice.next<People>().people.at(1).verified);
+    alice.leave();
+    Chatter again(room.options("alice"));
+    again.meet("bob");
+    again->post(Verify{"bob"});
+    CHECK(again.next<SafetyNumber>().verified);
+}
+
+TEST_CASE("chapter 11: whom one ignores is not shown, until one ignores them again") {
+    Room room({"alice", "bob"});
+    Chatter alice(room.options("alice")), bob(room.options("bob"));
+    alice.meet("bob");
+    bob.meet("alice");
+    alice->post(Ignore{"bob"});
+    alice.next<Notice>();
+    bob->post(Say{"not seen"});
+    bob.next<RoomMessage>();
+    bob->post(Tell{"alice", "not seen either"});
+    bob.next<PrivateMessage>();
+    alice->post(Tell{"bob", "go on"});  // bob answers after everything before has arrived
+    CHECK(bob.next_private().text == "go on");
+    alice->post(Ignore{"bob"});
+    alice.next<Notice>();
+    alice->post(Tell{"bob", "now"});
+    CHECK(bob.next_private().text == "now");
+    bob->post(Say{"seen"});
+    CHECK(alice.next_room().text == "seen");
+}
+
+TEST_CASE("chapter 11: a server that comes back finds its clients again: same key, no warning") {
+    Room room({"alice", "bob"});
+    std::uint16_t port = (*room.server)->port();
+    Chatter alice(room.options("alice")), bob(room.options("bob"));
+    alice.meet("bob");
+    bob.meet("alice");
+    room.server->stop();
+    room.server.reset();
+    CHECK(alice.next<ConnectionLost>().reason == "The server is stopping.");
+    bob.next<ConnectionLost>();
+    alice->post(Say{"written while the server was away"});
+    ServerOptions options = server_options(room.data.path);
+    options.port = port;
+    room.server.emplace(std::move(options));
+    LoggedIn again = bob.next<LoggedIn>();
+    CHECK(again.user == "bob");
+    alice.next<LoggedIn>();
+    // It was sent when alice was back: bob has it if he was there first.
+    CHECK(alice.next<RoomMessage>().text == "written while the server was away");
+    bob->post(Tell{"alice", "there you are"});
+    try {
+        CHECK(alice.next_private().text == "there you are");
+    } catch (const Error&) {
+        FAIL("alice did not hear bob again");
+    }
+}
+
+TEST_CASE("chapter 11: five hundred people log in, see one message each way, and leave") {
+    auto entries_of = [](const char* directory) -> std::size_t {
+        std::error_code none;
+        std::filesystem::directory_iterator entries(directory, none);
+        return none ? 0
+                    : static_cast<std::size_t>(
+                          std::distance(entries, std::filesystem::directory_iterator()));
+    };
+    raise_descriptor_limit();
+    std::size_t threads_before = entries_of("/proc/self/task");
+    std::size_t descriptors_before = entries_of("/proc/self/fd");
+    {
+        constexpr int count = 500;
+        DataDir data;
+        TempDir home;
+        std::string hub_line, db;
+        Bytes salt = random_bytes(16);
+        ScramVerifier verifier = make_verifier(
+            pbkdf2_sha256(as_bytes(password), salt, few_iterations), salt, few_iterations);
+        auto name = [](int i) { return concat("user", i); };
+        for (int i = 0; i <= count; ++i) {
+            db += Account{name(i), verifier, test_key(1).public_key().der(), rfc3339_now()}.line() +
+                  "\n";
+            give_identity(home.path, name(i), 1);
+        }
+        write_text(data.path / "users.db", db);
+        RunningServer server(server_options(data.path));
+        Chatter hub(client_options(server->port(), name(0), home.path));
+        hub.next<LoggedIn>();
+        std::list<Chatter> people;
+        for (int i = 1; i <= count; ++i)
+            people.emplace_back(client_options(server->port(), name(i), home.path));
+        for (int i = 1; i <= count; ++i) hub.next<PersonJoined>();
+        hub->post(Say{"hello to all"});
+        int heard = 0, answered = 0;
+        for (Chatter& person : people) {
+            if (person.next_room().text == "hello to all") ++heard;
+            person->post(Tell{name(0), "hello to you"});
+        }
+        for (int i = 1; i <= count; ++i)
+            if (hub.next_private().text == "hello to you") ++answered;
+        CHECK(heard == count);
+        CHECK(answered == count);
+        CHECK(server->members() == count + 1);
+        for (Chatter& person : people) person->post(Leave{});
+        for (Chatter& person : people) CHECK(person.next<Stopped>().reason == StopReason::left);
+        CHECK(hub.leave().reason == StopReason::left);
+    }
+    CHECK(entries_of("/proc/self/task") == threads_before);
+    CHECK(entries_of("/proc/self/fd") == descriptors_before);
+}
+
+// =================================================================================================
+//  The properties, attacked
+// =================================================================================================
+
+namespace {
+
+// A wire tap, or a man in the middle: passes on what it gets, remembers it, and may change it.
+class Proxy {
+  public:
+    using Change = std::function<void(bool from_client, Bytes& bytes)>;
+
+    explicit Proxy(std::uint16_t server_port, Change change = {})
+        : server_port_(server_port), change_(std::move(change)) {}
+    ~Proxy() {
+        stopping_ = true;
+        waker_.wake();
+        accepting_.join();
+        for (auto& connection : connections_) {
+            connection->client.shut_down();
+            connection->server.shut_down();
+            connection->up.join();
+            connection->down.join();
+        }
+    }
+    std::uint16_t port() const { return listener_.port(); }
+    // Everything that clients have sent so far, or the server.
+    Bytes recorded(bool from_clients) {
+        std::lock_guard lock(mutex_);
+        return from_clients ? from_clients_ : from_server_;
+    }
+
+  private:
+    struct Connection {
+        Socket client, server;
+        std::thread up, down;
+    };
+    void accept() {
+        while (!stopping_) {
+            std::optional<Listener::Accepted> accepted = listener_.accept(waker_);
+            if (!accepted) continue;
+            auto connection = std::make_unique<Connection>();
+            connection->client = std::move(accepted->socket);
+            connection->server = connect_to("127.0.0.1", server_port_, Milliseconds(5000), waker_);
+            Connection& c = *connection;
+            c.up = std::thread([this, &c] { pump(c.client, c.server, true); });
+            c.down = std::thread([this, &c] { pump(c.server, c.client, false); });
+            connections_.push_back(std::move(connection));
+        }
+    }
+    void pump(Socket& from, Socket& to, bool from_client) {
+        try {
+            for (Bytes block(65536);;) {
+                std::size_t got = from.read_some(block);
+                if (got == 0) break;
+                Bytes bytes(block.begin(), block.begin() + static_cast<std::ptrdiff_t>(got));
+                {
+                    std::lock_guard lock(mutex_);
+                    append(from_client ? from_clients_ : from_server_, bytes);
+                    if (change_) change_(from_client, bytes);
+                }
+                to.write_all(bytes);
+            }
+            to.finish_writing();
+        } catch (const NetworkError&) {
+            from.shut_down();
+            to.shut_down();
+        }
+    }
+
+    std::uint16_t server_port_;
+    Change change_;
+    Listener listener_{"127.0.0.1", 0};
+    Waker waker_;
+    std::atomic<bool> stopping_ = false;
+    std::mutex mutex_;  // guards the two recordings, and calls of change_
+    Bytes from_clients_, from_server_;
+    std::vector<std::unique_ptr<Connection>> connections_;  // the accepting thread's until it ends
+    std::thread accepting_{[this] { accept(); }};
+};
+
+bool holds(ByteView haystack, std::string_view needle) {
+    return as_text(haystack).find(needle) != std::string_view::npos;
+}
+
+// How a client ends that cannot log in.
+Stopped end_of(ClientOptions options) {
+    Client client(std::move(options));
+    for (;;) {
+        std::optional<Event> event = client.next_event(long_enough);
+        if (!event) throw Error("The client does not end.");
+        if (auto* stopped = std::get_if<Stopped>(&event->what)) return *stopped;
+    }
+}
+
+// A server that is driven by hand: the hostile one. It knows alice's password entry and bob's keys,
+// so that it can do all that a server with accomplices can.
+class HostileServer {
+  public:
+    HostileServer() : accepting_([this] { accept(); }) {}
+    ~HostileServer() {
+        waker_.wake();
+        if (accepting_.joinable()) accepting_.join();
+    }
+    std::uint16_t port() const { return listener_.port(); }
+
+    // Lets alice in, with these people online.
+    void let_in(const std::vector<std::pair<std::uint32_t, std::string>>& online) {
+        accepting_.join();
+        frames_.emplace(socket_, max_record_frame);
+        frames_->set_deadline(Clock::now() + long_enough);
+        ServerHandshake handshake(test_key(0), *frames_->next(max_handshake_bytes));
+        socket_.write_all(make_frame(handshake.hello()));
+        HopKeys keys = handshake.receive_key(*frames_->next(max_handshake_bytes));
+        sealer_.emplace(std::move(keys.server_to_client));
+        incoming_.emplace(*frames_, std::move(keys.client_to_server));
+        send(Welcome{"hostile", 1});
+        ScramServer scram(receive<LoginStart>().client_first, keys.channel_binding);
+        Bytes salt = random_bytes(16);
+        send(LoginChallenge{scram.challenge(make_verifier(
+            pbkdf2_sha256(as_bytes(password), salt, few_iterations), salt, few_iterations))});
+        std::optional<std::string> final = scram.check(receive<LoginProof>().client_final);
+        send(LoginDone{final.value(), LoginId{1}});
+        alice_card_ = receive<PublishCard>().card;
+        for (const auto& [id, user] : online) send(Joined{LoginId{id}, user});
+        send(Ready{});
+    }
+    template <class T>
+    void send(const T& message) {
+        send_now(socket_, *sealer_, message);
+    }
+    // The next message of this type; views in it are valid until the next call.
+    template <class T>
+    T receive() {
+        for (;;) {
+            std::optional<Message> message = incoming_->next();
+            if (!message) throw NetworkError("The client is gone.");
+            if (message->type == T::type) return from_wire<T>(message->body);
+        }
+    }
+    const Bytes& alice_card() const { return alice_card_; }
+
+  private:
+    void accept() {
+        if (std::optional<Listener::Accepted> accepted = listener_.accept(waker_))
+            socket_ = std::move(accepted->socket);
+    }
+    Listener listener_{"127.0.0.1", 0};
+    Waker waker_;
+    Socket socket_;
+    std::optional<FrameReader> frames_;
+    std::optional<RecordSealer> sealer_;
+    std::optional<MessageReader> incoming_;
+    Bytes alice_card_;
+    std::thread accepting_;
+};
+
+ClientOptions options_for_hostile(const HostileServer& server, const TempDir& home) {
+    give_identity(home.path, "alice", 1);
+    return client_options(server.port(), "alice", home.path);
+}
+
+}  // namespace
+
+TEST_CASE("P1: who records today and steals the server's key tomorrow reads nothing") {
+    ClientHandshake client;
+    ServerHandshake server(test_key(0), client.hello());
+    client.receive_hello(server.hello());
+    HopKeys keys;
+    Bytes frame3 = client.key_message(keys);
+    Bytes record(frame_header_bytes);
+    append(record, as_bytes("the plan"));
+    RecordSealer(std::move(keys.client_to_server)).seal(record);
+
+    // The thief has the transcript, the record and the RSA key: enough for the boxed secret.
+    std::optional<Secret<32>> boxed =
+        test_key(0).decrypt(frame3, sha256(client.hello(), server.hello()));
+    REQUIRE(boxed);
+    // What is missing is an X25519 secret, and each that can be made from public things is wrong.
+    auto try_to_open = [&](const Secret<32>& x25519) {
+        HopKeys guess =
+            detail::derive_hop_keys(client.hello(), server.hello(), frame3, *boxed, x25519);
+        Bytes copy(record.begin() + frame_header_bytes, record.end());
+        RecordOpener(std::move(guess.client_to_server)).open(copy);
+    };
+    X25519Public server_public{}, client_public{};
+    std::copy_n(server.hello().begin() + 8, 32, server_public.begin());
+    std::copy_n(client.hello().begin() + 8, 32, client_public.begin());
+    X25519Key thief = X25519Key::generate();
+    CHECK_THROWS_AS(try_to_open(thief.shared_secret(server_public)), ProtocolError);
+    CHECK_THROWS_AS(try_to_open(thief.shared_secret(client_public)), ProtocolError);
+    CHECK_THROWS_AS(try_to_open(Secret<32>()), ProtocolError);
+}
+
+TEST_CASE("P2: a server with another key gets nothing but a hello, and is named to the user") {
+    DataDir data;
+    add_account(data.path, "alice");
+    TempDir home;
+    std::uint16_t port = 0;
+    {
+        RunningServer honest(server_options(data.path));
+        port = honest->port();
+        Chatter alice(client_options(port, "alice", home.path));
+        alice.next<LoggedIn>();
+        alice.leave();
+    }
+    // The same address, another key.
+    TempDir other;
+    test_key(2).save(other.path / "server_private.pem", {}, 0);
+    ServerOptions options = server_options(other.path);
+    RunningServer impostor(std::move(options));
+    Proxy tap(impostor->port());
+    KnownServers(home.path).pin(concat("127.0.0.1:", tap.port()),
+                                test_key(0).public_key().fingerprint());
+    Stopped end = end_of(client_options(tap.port(), "alice", home.path));
+    CHECK(end.reason == StopReason::server_key_changed);
+    CHECK(end.sentence.find(test_key(0).public_key().fingerprint().text()) != std::string::npos);
+    CHECK(end.sentence.find(test_key(2).public_key().fingerprint().text()) != std::string::npos);
+    CHECK(tap.recorded(true).size() == frame_header_bytes + 8 + 32);  // one hello
+
+    // An unknown server, and nobody to ask.
+    ClientOptions unknown = client_options(impostor->port(), "alice", home.path);
+    unknown.accept_new_server = false;
+    CHECK(end_of(std::move(unknown)).reason == StopReason::server_key_unknown);
+    // The right key given by hand, and a wrong one.
+    ClientOptions given = client_options(impostor->port(), "alice", home.path);
+    given.server_key = test_key(0).public_key().fingerprint();
+    CHECK(end_of(std::move(given)).reason == StopReason::server_key_changed);
+}
+
+TEST_CASE("P2: a man in the middle who passes bytes on and puts in his key gets no login") {
+    Room room({"alice"});
+    // He shows the real RSA key and his own X25519 key: the box does not fit his hello.
+    int hellos = 0;
+    Proxy swaps_x25519((*room.server)->port(), [&](bool from_client, Bytes& bytes) {
+        if (!from_client && hellos++ == 0) bytes.at(frame_header_bytes + 8 + 5) ^= 1;
+    });
+    TempDir home;
+    Stopped end = end_of(client_options(swaps_x25519.port(), "alice", home.path));
+    CHECK(end.reason == StopReason::server_distrusted);
+    CHECK(end.sentence.find("did not prove") != std::string::npos);
+    CHECK(room.server->log().find("joined") == std::string::npos);
+}
+
+TEST_CASE("P2: a man in the middle with a channel on each side cannot pass the login on") {
+    Room room({"alice"});
+    Listener listener("127.0.0.1", 0);
+    Waker never;
+    // To alice he is a server with his own key, which she accepts (she is careless); to the server
+    // he is a client. He passes every message of the login on, unchanged.
+    std::thread middle([&] {
+        Socket socket = std::move(listener.accept(never)->socket);
+        FrameReader frames(socket, max_record_frame);
+        ServerHandshake handshake(test_key(2), *frames.next(max_handshake_bytes));
+        socket.write_all(make_frame(handshake.hello()));
+        HopKeys keys = handshake.receive_key(*frames.next(max_handshake_bytes));
+        RecordSealer sealer(std::move(keys.server_to_client));
+        MessageReader incoming(frames, std::move(keys.client_to_server));
+        HandDriven server((*room.server)->port(), "alice");
+        send_now(socket, sealer, Welcome{"honest", 1});
+        server.send(from_wire<LoginStart>(incoming.next()->body));
+        send_now(socket, sealer, server.receive<LoginChallenge>());
+        server.send(from_wire<LoginProof>(incoming.next()->body));
+        send_now(socket, sealer, server.receive<Refused>());
+    });
+    TempDir home;
+    Stopped end = end_of(client_options(listener.port(), "alice", home.path));
+    middle.join();
+    CHECK(end.reason == StopReason::login_refused);
+    CHECK((*room.server)->members() == 0);
+}
+
+TEST_CASE(
+    "P3: whatever is changed on the wire, the connection ends and no byte of it is delivered") {
+    for (std::size_t position : {0U, 3U, 4U, 20U, 60U}) {  // length, ciphertext, another record
+        Room room({"alice", "bob"});
+        std::atomic<bool> armed = false;
+        Proxy proxy((*room.server)->port(), [&](bool from_client, Bytes& bytes) {
+            if (from_client && armed && bytes.size() > position) bytes[position] ^= 0x40;
+        });
+        Chatter bob(room.options("bob"));
+        ClientOptions options = room.options("alice");
+        options.port = proxy.port();
+        options.reconnect_tries = 1;
+        options.ping_after =
+            Milliseconds(100);  // more bytes, if the server waits for a longer frame
+        Chatter alice(std::move(options));
+        bob.meet("alice");
+        alice.meet("bob");
+        armed = true;
+        alice->post(Say{"changed on the way"});
+        bob.miss("alice");
+        CHECK(bob.heard == 0);
+    }
+}
+
+TEST_CASE("P4: neither a wire tap nor the server's log and disk contain a word that was said") {
+    std::string log;
+    Bytes up, down;
+    DataDir data;
+    {
+        for (const char* user : {"alice", "bob"}) add_account(data.path, user);
+        ServerOptions options = server_options(data.path);
+        options.log_relayed = true;
+        RunningServer server(std::move(options));
+        Proxy tap(server->port());
+        TempDir home;
+        Chatter alice(client_options(tap.port(), "alice", home.path / "a"));
+        Chatter bob(client_options(tap.port(), "bob", home.path / "b"));
+        alice.meet("bob");
+        alice->post(Say{"a public marmalade"});
+        CHECK(bob.next_room().text == "a public marmalade");
+        alice->post(Tell{"bob", "a private marmalade"});
+        CHECK(bob.next_private().text == "a private marmalade");
+        log = server.log();
+        up = tap.recorded(true);
+        down = tap.recorded(false);
+    }
+    CHECK(log.find("alice -> the room (1): ") != std::string::npos);  // who, to whom, how much
+    CHECK(log.find("alice -> bob: ") != std::string::npos);
+    for (std::string_view word : {"marmalade", "correct horse"}) {
+        CHECK(log.find(word) == std::string::npos);
+        CHECK(log.find(to_hex(as_bytes(word))) == std::string::npos);
+        CHECK_FALSE(holds(up, word));
+        CHECK_FALSE(holds(down, word));
+        for (const auto& entry : std::filesystem::recursive_directory_iterator(data.path))
+            if (entry.is_regular_file())
+                CHECK(read_text(entry.path()).find(word) == std::string::npos);
+    }
+    CHECK_FALSE(holds(up, "alice"));  // the tap does not even see who is there
+    CHECK_FALSE(holds(down, "bob"));
+}
+
+TEST_CASE("P5: a hostile server cannot forge, change, repeat or drop a message unnoticed") {
+    HostileServer server;
+    TempDir home;
+    Chatter alice(options_for_hostile(server, home));
+    server.let_in({{2, "bob"}});
+    alice.next<LoggedIn>();
+    LoginKeys bob(test_key(2), "bob", 1000);
+    CheckedCard alice_card(server.alice_card(), "alice");
+    Bytes open;
+    PairSender sender(bob, alice_card, open);
+    auto deliver = [&](const Bytes& payload) {
+        server.send(Delivered{LoginId{2}, Lane::interactive, payload});
+    };
+    auto text = [&](std::string_view words) {
+        return sender.seal(Lane::interactive, Kind::text, as_bytes(words));
+    };
+
+    deliver(text("sealed before the keys came"));
+    CHECK(alice.next<Problem>().text.find("cannot be opened") != std::string::npos);
+    deliver(open);
+    Bytes first = text("first");
+    deliver(first);
+    CHECK(alice.next<MessagesLost>().count == 1);  // the one above
+    CHECK(alice.next_private().text == "first");
+    deliver(first);
+    CHECK(alice.next<Problem>().text.find("came twice") != std::string::npos);
+    Bytes second = text("second");
+    for (std::size_t i : {std::size_t{1}, std::size_t{9}, second.size() - 1}) {  // seq, text, tag
+        Bytes changed = second;
+        changed[i] ^= 1;
+        deliver(changed);
+        CHECK(alice.next<Problem>().text.find("changed on its way") != std::string::npos);
+    }
+    deliver(second);
+    CHECK(alice.next_private().text == "second");
+    text("swallowed");
+    text("swallowed too");
+    deliver(text("third"));
+    CHECK(alice.next<MessagesLost>().count == 2);
+    CHECK(alice.next_private().text == "third");
+    deliver(open);  // would begin the numbers anew
+    CHECK(alice.next<Problem>().text.find("not used") != std::string::npos);
+    deliver(first);
+    CHECK(alice.next<Problem>().text.find("came twice") != std::string::npos);
+}
+
+TEST_CASE(
+    "P5: a hostile server cannot swap a known user's key unnoticed, nor play back an old card") {
+    TempDir home;
+    {
+        HostileServer server;
+        Chatter alice(options_for_hostile(server, home));
+        server.let_in({{2, "bob"}, {3, "carol"}});
+        alice.next<LoggedIn>();
+        alice->post(Tell{"bob", "first contact"});
+        CHECK(server.receive<GetCard>().id == LoginId{2});
+        server.send(CardOf{LoginId{2}, LoginKeys(test_key(2), "bob", 1000).card_bytes()});
+        CHECK(alice.next<IdentityPinned>().fingerprint == test_key(2).public_key().fingerprint());
+        server.receive<Send>();
+        alice->post(Tell{"carol", "first contact"});
+        CHECK(server.receive<GetCard>().id == LoginId{3});
+        server.send(CardOf{LoginId{3}, LoginKeys(test_key(2), "bob", 1000).card_bytes()});
+        CHECK(alice.next<Problem>().text.find("forged") !=
+              std::string::npos);  // bob's, not carol's
+    }
+    {
+        HostileServer server;
+        Chatter alice(options_for_hostile(server, home));
+        server.let_in({{2, "bob"}});
+        alice.next<LoggedIn>();
+        LoginKeys impostor(test_key(0), "bob", 2000);
+        alice->post(Tell{"bob", "is it you?"});
+        server.receive<GetCard>();
+        server.send(CardOf{LoginId{2}, impostor.card_bytes()});
+        IdentityChanged changed = alice.next<IdentityChanged>();
+        CHECK(changed.pinned == test_key(2).public_key().fingerprint());
+        CHECK(changed.seen == test_key(0).public_key().fingerprint());
+        CHECK(alice.next<Problem>().text.find("Nothing is sent to bob") != std::string::npos);
+        // What the impostor says is not shown, until alice decides.
+        CheckedCard alice_card(server.alice_card(), "alice");
+        Bytes open;
+        PairSender sender(impostor, alice_card, open);
+        auto say = [&](std::string_view words) {
+            server.send(Delivered{LoginId{2}, Lane::interactive,
+                                  sender.seal(Lane::interactive, Kind::text, as_bytes(words))});
+        };
+        server.send(Delivered{LoginId{2}, Lane::interactive, open});
+        say("trust me");
+        server.send(Ping{7});
+        CHECK(server.receive<Pong>().number == 7);  // all of it has been handled
+        alice->post(Say{"hello?"});  // goes to nobody: the only other one is not trusted
+        CHECK(alice.next<RoomMessage>().own);
+        alice->post(Trust{"bob"});
+        alice.next<Notice>();
+        say("thank you");
+        CHECK(alice.next_private().text == "thank you");
+    }
+    {
+        HostileServer server;
+        Chatter alice(options_for_hostile(server, home));
+        server.let_in({{2, "bob"}});
+        alice.next<LoggedIn>();
+        alice->post(Tell{"bob", "hello again"});
+        server.receive<GetCard>();
+        server.send(CardOf{LoginId{2}, LoginKeys(test_key(0), "bob", 1999).card_bytes()});
+        CHECK(alice.next<Problem>().text.find("old key card of bob") != std::string::npos);
+    }
+}
+
+TEST_CASE("P5: a message to a login that has gone is sealed again for the new one, once") {
+    HostileServer server;
+    TempDir home;
+    Chatter alice(options_for_hostile(server, home));
+    server.let_in({{2, "bob"}});
+    alice.next<LoggedIn>();
+    CheckedCard alice_card(server.alice_card(), "alice");
+    auto read_as = [&](const LoginKeys& bob, std::uint32_t& tag) {
+        Send open = server.receive<Send>();
+        OpenPayload box = decode<OpenPayload>(open.payload.subspan(1), "an open");
+        PairReceiver receiver(bob, alice_card, box.box);
+        Send sealed = server.receive<Send>();
+        tag = sealed.tag;
+        return to_string(receiver.open(Lane::interactive, sealed.payload.subspan(1)).body);
+    };
+    LoginKeys bob(test_key(2), "bob", 1000);
+    std::uint32_t tag = 0;
+    alice->post(Tell{"bob", "catch"});
+    server.receive<GetCard>();
+    server.send(CardOf{LoginId{2}, bob.card_bytes()});
+    CHECK(read_as(bob, tag) == "catch");
+    // bob leaves and is back before it could be delivered.
+    LoginKeys bob_again(test_key(2), "bob", 2000);
+    server.send(Left{LoginId{2}});
+    server.send(Joined{LoginId{3}, "bob"});
+    server.send(Undelivered{LoginId{2}, tag, UndeliveredReason::gone});
+    CHECK(server.receive<GetCard>().id == LoginId{3});
+    server.send(CardOf{LoginId{3}, bob_again.card_bytes()});
+    CHECK(read_as(bob_again, tag) == "catch");
+    // Once only: then the sender is told.
+    server.send(Left{LoginId{3}});
+    server.send(Joined{LoginId{4}, "bob"});
+    server.send(Undelivered{LoginId{3}, tag, UndeliveredReason::gone});
+    CHECK(alice.next<NotDelivered>().text == "catch");
+}
+
+TEST_CASE("P6: a room member who knows a text's key cannot make others read another text") {
+    LoginKeys alice(test_key(0), "alice", 1), bob(test_key(1), "bob", 1),
+        mallory(test_key(2), "mallory", 1);
+    CheckedCard alice_card(alice.card_bytes(), "alice"), bob_card(bob.card_bytes(), "bob");
+    Bytes open;
+    PairSender to_bob(alice, bob_card, open);
+    OpenPayload parts = decode<OpenPayload>(ByteView(open).subspan(1), "an open");
+    PairReceiver at_bob(bob, alice_card, parts.box);
+    SealedRoomText honest = seal_room_text("I owe mallory nothing");
+    Lid lid = to_bob.make_lid(honest.key, sha256(honest.sealed));
+    // Mallory is a member, so she has the key. With the server's help she sends bob her own text.
+    Bytes forged = to_bytes(as_bytes("I owe mallory a lot!!"));
+    forged.resize(forged.size() + gcm_tag_bytes);
+    ByteSpan all(forged);
+    GcmSealer(honest.key).seal(Nonce(0), {}, all.first(forged.size() - 16), all.last<16>());
+    REQUIRE(open_room_text(forged, honest.key) == "I owe mallory a lot!!");
+    CHECK(at_bob.open_lid(lid, sha256(forged)).state == OpenedPayload::State::damaged);
+    CHECK(at_bob.open_lid(lid, sha256(honest.sealed)).state == OpenedPayload::State::good);
+}
+
+TEST_CASE("P7: users.db lets nobody log in") {
+    Room room({"alice"});
+    ScramVerifier stolen = AuthStore(room.data.path / "users.db").find("alice")->verifier;
+    // With the password's hash in hand, a thief can make everything but the ClientKey.
+    for (ByteView guess : {ByteView(stolen.stored_key), ByteView(stolen.server_key)}) {
+        HandDriven thief((*room.server)->port(), "alice");
+        std::string first = thief.challenge();
+        thief.send(LoginProof{concat("c=,r=,p=", to_base64(guess))});
+        CHECK(thief.receive<Refused>().reason == RefusalReason::bad_login);
+    }
+}
+
+TEST_CASE("P8: a user is online once: a live connection stays, a dead one locks nobody out") {
+    Room room({"alice", "bob"});
+    Chatter bob(room.options("bob"));
+    {
+        Chatter alice(room.options("alice"));
+        bob.meet("alice");
+        Stopped second = end_of(room.options("alice"));
+        CHECK(second.reason == StopReason::login_refused);
+        CHECK(second.sentence.find("online already") != std::string::npos);
+        alice->post(Say{"still me"});
+        CHECK(bob.next_room().text == "still me");
+        alice.leave();
+        bob.miss("alice");
+    }
+    HandDriven dead((*room.server)->port(), "alice");
+    dead.join();  // its network goes silent: no answer to any ping, and no end either
+    CHECK(bob.next<PersonJoined>().user == "alice");
+    TempDir other_home;
+    Chatter alice(room.options("alice"));
+    alice.next<LoggedIn>();
+    CHECK(bob.next<PersonLeft>().user == "alice");
+    CHECK(bob.next<PersonJoined>().user == "alice");
+    CHECK(room.server->log().find("its connection was dead") != std::string::npos);
+}
+
+TEST_CASE("P10: whatever bytes come, the server says no and the others do not notice") {
+    Room room({"alice", "bob", "mallory"});
+    Chatter alice(room.options("alice")), bob(room.options("bob"));
+    alice.meet("bob");
+    std::mt19937 random(1);  // the same bytes in every run
+    Waker never;
+    for (int round = 0; round < 60; ++round) {
+        Bytes noise(static_cast<std::size_t>(random() % 3000));
+        for (std::uint8_t& byte : noise) byte = static_cast<std::uint8_t>(random());
+        if (round % 3 == 0) noise = make_frame(join(as_bytes(protocol_magic), noise));
+        if (round % 3 == 1) noise = join(frame_header(40), as_bytes(protocol_magic), noise);
+        Socket stranger =
+            connect_to("127.0.0.1", (*room.server)->port(), Milliseconds(5000), never);
+        try {
+            stranger.write_all(noise);
+            stranger.finish_writing();
+            for (std::array<std::uint8_t, 4096> answer; stranger.read_some(answer) > 0;) {
+            }
+        } catch (const NetworkError&) {
+            // a reset is an answer too
+        }
+    }
+    // A member that goes mad: every message type with random bodies.
+    for (int type = 0; type < 256; ++type) {
+        HandDriven mallory((*room.server)->port(), "mallory");
+        mallory.join();
+        Bytes body(static_cast<std::size_t>(random() % 200));
+        for (std::uint8_t& byte : body) byte = static_cast<std::uint8_t>(random());
+        Bytes record;
+        append_fields(record, static_cast<std::uint8_t>(type), body);
+        try {
+            mallory.send_raw(record);
+            mallory.socket().finish_writing();
+            mallory.drain();
+        } catch (const Error&) {
+            // sent away
+        }
+        while (bob.next<PersonLeft>().user != "mallory") {
+        }
+    }
+    alice->post(Say{"what a nice day"});
+    CHECK(bob.next_room().text == "what a nice day");
+    CHECK((*room.server)->members() == 2);
+}
+
+TEST_CASE("P10: a hostile server's announcements do not confuse the client") {
+    auto ends_with = [](const std::function<void(HostileServer&)>& attack) {
+        HostileServer server;
+        TempDir home;
+        ClientOptions options = options_for_hostile(server, home);
+        options.reconnect_tries = 1;
+        options.connect_timeout = Milliseconds(1000);
+        Chatter alice(std::move(options));
+        server.let_in({{2, "bob"}});
+        alice.next<LoggedIn>();
+        attack(server);
+        return alice.next<ConnectionLost>().reason;
+    };
+    CHECK(ends_with([](HostileServer& s) {
+              s.send(Joined{LoginId{3}, "\x1b[2J"});
+          }).find("cannot be") != std::string::npos);
+    CHECK(ends_with([](HostileServer& s) {
+              s.send(Joined{LoginId{2}, "carol"});
+          }).find("cannot be") != std::string::npos);
+    CHECK(ends_with([](HostileServer& s) {
+              s.send(LoginChallenge{"again"});
+          }).find("unknown type") != std::string::npos);
+}
+
+// =================================================================================================
+//  The real programs, as a user runs them
+// =================================================================================================
+
+namespace {
+
+std::filesystem::path program_directory = ".";  // where server and client stand: beside the tests
+
+// A child process, with its standard input, and its standard output and error in one stream.
+class Process {
+  public:
+    enum class Input { pipe, terminal };
+
+    explicit Process(std::vector<std::string> command, Input input = Input::pipe,
+                     const std::vector<std::string>& environment = {}) {
+        std::array<int, 2> in{}, out{};
+        if (input == Input::terminal) {
+            open_terminal(in, out);
+        } else if (::pipe(in.data()) != 0 || ::pipe(out.data()) != 0) {
+            throw Error("pipe failed.");
+        }
+        for (int ours : {in[1], out[0]}) ::fcntl(ours, F_SETFD, FD_CLOEXEC);
+        posix_spawn_file_actions_t actions;
+        ::posix_spawn_file_actions_init(&actions);
+        ::posix_spawn_file_actions_adddup2(&actions, in[0], 0);
+        ::posix_spawn_file_actions_adddup2(&actions, out[1], 1);
+        ::posix_spawn_file_actions_adddup2(&actions, out[1], 2);
+        for (int theirs : {in[0], out[1]})
+            if (theirs > 2) ::posix_spawn_file_actions_addclose(&actions, theirs);
+        command[0] = (program_directory / command[0]).string();
+        std::vector<std::string> all = environment;
+        for (char** variable = environ; *variable != nullptr; ++variable)
+            if (!std::string_view(*variable).starts_with("CHATSECURE_"))
+                all.emplace_back(*variable);
+        std::vector<char*> arguments, variables;
+        for (std::string& word : command) arguments.push_back(word.data());
+        for (std::string& word : all) variables.push_back(word.data());
+        arguments.push_back(nullptr);
+        variables.push_back(nullptr);
+        int failure = ::posix_spawn(&pid_, arguments[0], &actions, nullptr, arguments.data(),
+                                    variables.data());
+        ::posix_spawn_file_actions_destroy(&actions);
+        ::close(in[0]);
+        if (out[1] != in[0]) ::close(out[1]);
+        in_ = in[1];
+        out_ = out[0];
+        if (failure != 0) throw Error(concat("Cannot start ", command[0], "."));
+        // All output is taken as it comes: a program whose output nobody takes stands still.
+        reading_ = std::thread([this] { read_all(); });
+    }
+    Process(const Process&) = delete;
+    Process& operator=(const Process&) = delete;
+    ~Process() {
+        signal(SIGKILL);
+        end();
+        ::close(out_);
+    }
+
+    void write(std::string_view text) {
+        while (!text.empty()) {
+            ssize_t wrote = ::write(in_, text.data(), text.size());
+            if (wrote <= 0) throw Error(concat("The program does not read any more:\n", output()));
+            text.remove_prefix(static_cast<std::size_t>(wrote));
+        }
+    }
+    void close_input() {
+        if (in_ >= 0 && in_ != out_) ::close(in_);
+        in_ = -1;
+    }
+    // Waits until `text` has been printed after what was waited for before.
+    void wait_for(std::string_view text) {
+        std::unique_lock lock(mutex_);
+        std::size_t found = 0;
+        auto arrived = [&] { return (found = output_.find(text, seen_)) != output_.npos; };
+        printed_.wait_for(lock, long_enough, [&] { return arrived() || closed_; });
+        if (!arrived())
+            throw Error(concat("\"", text, "\" was not printed. What was printed:\n", output_));
+        seen_ = found + text.size();
+    }
+    // Closes the input, waits for the end, and returns the exit code, or 128 and the signal.
+    int end() {
+        close_input();
+        return await_end();
+    }
+    int await_end() {
+        if (reading_.joinable()) reading_.join();
+        int status = 0;
+        while (!ended_ && ::waitpid(pid_, &status, 0) < 0 && errno == EINTR) {
+        }
+        if (!ended_) code_ = WIFEXITED(status) ? WEXITSTATUS(status) : 128 + WTERMSIG(status);
+        ended_ = true;
+        return code_;
+    }
+    // Everything that was printed so far.
+    std::string output() {
+        std::lock_guard lock(mutex_);
+        return output_;
+    }
+    void signal(int number) {
+        if (!ended_) ::kill(pid_, number);
+    }
+
+    std::string pid() const { return std::to_string(pid_); }
+
+  private:
+    // A pseudo-terminal: what the program believes to be a terminal, and we to be a pipe.
+    static void open_terminal(std::array<int, 2>& in, std::array<int, 2>& out) {
+        int ours = ::posix_openpt(O_RDWR | O_NOCTTY);
+        if (ours < 0 || ::grantpt(ours) != 0 || ::unlockpt(ours) != 0) throw Error("No terminal.");
+        int theirs = ::open(::ptsname(ours), O_RDWR | O_NOCTTY);
+        winsize size{24, 80, 0, 0};
+        ::ioctl(theirs, TIOCSWINSZ, &size);
+        in = {theirs, ours};
+        out = {ours, theirs};
+    }
+    void read_all() {
+        std::array<char, 4096> block;
+        for (ssize_t got; (got = ::read(out_, block.data(), block.size())) > 0;) {
+            std::lock_guard lock(mutex_);
+            output_.append(block.data(), static_cast<std::size_t>(got));
+            printed_.notify_all();
+        }
+        std::lock_guard lock(mutex_);
+        closed_ = true;
+        printed_.notify_all();
+    }
+    pid_t pid_ = -1;
+    int in_ = -1, out_ = -1;
+    std::size_t seen_ = 0;
+    bool ended_ = false;
+    int code_ = 0;
+    std::mutex mutex_;  // guards output_ and closed_
+    std::condition_variable printed_;
+    std::string output_;
+    bool closed_ = false;
+    std::thread reading_;  // joined by await_end
+};
+
+// A real server, and homes for real clients.
+struct Installation {
+    DataDir data;
+    TempDir homes;
+    std::optional<Process> server;
+    std::string port = "0";
+
+    explicit Installation(std::initializer_list<std::string> users) {
+        for (const std::string& user : users) {
+            add_account(data.path, user);
+            give_identity(homes.path / user, user, 1);
+        }
+        start();
+    }
+    void start() {
+        server.emplace(
+            std::vector<std::string>{"server", "--port", port, "--data", data.path.string(), "-v"});
+        server->wait_for("listening on 127.0.0.1:");
+        server->wait_for("server key SHA256:");
+        std::size_t at = server->output().find("127.0.0.1:") + 10;
+        port = server->output().substr(at, server->output().find('\n', at) - at);
+    }
+    std::vector<std::string> command(const std::string& user) const {
+        return {"client", "127.0.0.1:" + port,          "-u",          user,
+                "--home", (homes.path / user).string(), "--accept-new"};
+    }
+    std::vector<std::string> environment() const {
+        return {concat("CHATSECURE_PASSWORD=", password), "TERM=xterm"};
+    }
+    std::unique_ptr<Process> client(const std::string& user,
+                                    Process::Input input = Process::Input::pipe) const {
+        return std::make_unique<Process>(command(user), input, environment());
+    }
+};
+
+// Runs a program that must fail at once; returns its exit code and what it says.
+std::pair<int, std::string> complaint_of(std::vector<std::string> command,
+                                         const std::vector<std::string>& environment = {}) {
+    Process process(std::move(command), Process::Input::pipe, environment);
+    int code = process.end();
+    return {code, process.output()};
+}
+
+// Every file below a directory, with its content: to see that nothing has changed.
+std::map<std::string, std::string> snapshot(const std::filesystem::path& directory) {
+    std::map<std::string, std::string> files;
+    for (const auto& entry : std::filesystem::recursive_directory_iterator(directory))
+        files[entry.path().string()] = entry.is_regular_file() ? read_text(entry.path()) : "";
+    return files;
+}
+
+std::size_t lines_in(std::string_view text) {
+    return static_cast<std::size_t>(std::count(text.begin(), text.end(), '\n'));
+}
+
+}  // namespace
+
+TEST_CASE("programs: two scripts talk through a real server; everything that was written arrives") {
+    Installation here({"alice", "bob"});
+    auto bob = here.client("bob");
+    bob->wait_for("nobody else is online");
+    auto alice = here.client("alice");
+    alice->wait_for("online: bob");
+    alice->write(
+        "hello, room\n/msg bob for you \xf0\x9f\x98\x80\n/wait bob -> you: and\nlast words");
+    bob->wait_for("alice: hello, room\n");
+    bob->wait_for("alice -> you: for you \xf0\x9f\x98\x80\n");
+    bob->write("/reply and for you\n");
+    CHECK(alice->end() == 0);  // the last line had no end, and was sent before leaving
+    bob->wait_for("alice: last words\n");
+    bob->wait_for("* alice left\n");
+    CHECK(bob->end() == 0);
+    here.server->signal(SIGTERM);
+    CHECK(here.server->end() == 0);
+    CHECK(here.server->output().find("alice -> bob: ") != std::string::npos);
+    CHECK(here.server->output().find("last words") == std::string::npos);
+}
+
+TEST_CASE(
+    "programs: 10,000 lines in one go through a pipe reach four others complete and in order") {
+    Installation here({"sender", "a", "b", "c", "d"});
+    std::list<std::unique_ptr<Process>> readers;
+    for (const char* user : {"a", "b", "c", "d"}) {
+        readers.push_back(here.client(user));
+        readers.back()->wait_for("logged in");
+        readers.back()->write("/wait line 10000.\n");
+        readers.back()->close_input();
+    }
+    std::string lines, expected;
+    for (int i = 1; i <= 10'000; ++i) {
+        lines += concat("line ", i, ".\n");
+        expected += concat("sender: line ", i, ".\n");
+    }
+    auto sender = here.client("sender");
+    sender->write(lines);
+    CHECK(sender->end() == 0);
+    for (auto& reader : readers) {
+        CHECK(reader->end() == 0);
+        std::string heard;
+        std::istringstream all(reader->output());
+        for (std::string line; std::getline(all, line);)
+            if (line.starts_with("sender: ")) heard += line + "\n";
+        CHECK((heard == expected));  // in parentheses: a failure need not print all of it
+    }
+}
+
+TEST_CASE("programs: P12: nothing that others write drives the terminal") {
+    Installation here({"alice", "bob"});
+    auto bob = here.client("bob");
+    bob->wait_for("logged in");
+    auto alice = here.client("alice");
+    alice->wait_for("online: bob");
+    alice->write(
+        "\x1b[2J\x1b]0;owned\x07 \x9b"
+        "31m \xc2\x9b\xe2\x80\xae end\n");
+    bob->wait_for("alice: \\x1b[2J\\x1b]0;owned\\x07 \\x9b31m \\u009b\\u202e end\n");
+    CHECK(bob->end() == 0);
+    CHECK(bob->output().find('\x1b') == std::string::npos);
+    CHECK(alice->end() == 0);
+    CHECK(alice->output().find('\x1b') == std::string::npos);
+}
+
+TEST_CASE("programs: a message of 32 KiB arrives, a longer one is refused with a sentence") {
+    Installation here({"alice", "bob"});
+    auto bob = here.client("bob");
+    bob->wait_for("logged in");
+    auto alice = here.client("alice");
+    alice->wait_for("online: bob");
+    std::string large(max_text_bytes, 'x');
+    alice->write(large + "\n" + large + "y\n");
+    bob->wait_for("alice: " + large + "\n");
+    CHECK(alice->end() == 7);
+    CHECK(alice->output().find("at most 32768 bytes; this one has 32769") != std::string::npos);
+    CHECK(bob->end() == 0);
+}
+
+TEST_CASE("programs: the client's exit code tells a script what happened") {
+    Installation here({"alice", "bob"});
+    std::vector<std::string> alice = here.command("alice"), env = here.environment();
+    auto with = [&](std::vector<std::string> more) {
+        std::vector<std::string> all = alice;
+        all.insert(all.end(), more.begin(), more.end());
+        return all;
+    };
+    CHECK(complaint_of({"client", "--help"}).first == 0);
+    CHECK(complaint_of({"client", "--version"}).first == 0);
+    CHECK(complaint_of({"client", "--nonsense"}).first == 2);
+    CHECK(complaint_of({"client", "localhost"}).first == 2);  // who?
+    CHECK(complaint_of({"client", "-u", "not a name"}).first == 2);
+    CHECK(complaint_of({"client", "host:port", "-u", "alice"}).first == 2);
+    CHECK(complaint_of(alice).first == 1);  // no password, and nobody to ask
+    CHECK(complaint_of(alice, env).first == 0);
+    CHECK(complaint_of({"client", "127.0.0.1:1", "-u", "alice"}, env).first == 3);
+    auto [refused, sentence] = complaint_of(alice, {"CHATSECURE_PASSWORD=wrong horse"});
+    CHECK(refused == 4);
+    CHECK(sentence.find("The name or the password is wrong.") != std::string::npos);
+    CHECK(complaint_of(with({"--register"}), env).first == 4);  // taken
+    std::string other = test_key(2).public_key().fingerprint().text();
+    auto [mismatch, warning] = complaint_of(with({"--server-key", other}), env);
+    CHECK(mismatch == 5);
+    CHECK(warning.find(other) != std::string::npos);
+    CHECK(warning.find(test_key(0).public_key().fingerprint().text()) != std::string::npos);
+    CHECK(complaint_of(with({"--server-key", (here.data.path / "server_public.pem").string()}), env)
+              .first == 0);
+
+    Process waits(with({"--wait-limit", "0"}), Process::Input::pipe, env);
+    waits.write("/wait what never comes\n");
+    CHECK(waits.end() == 6);
+    Process tells(alice, Process::Input::pipe, env);
+    tells.write("/msg bob are you there?\n/nonsense\n");
+    CHECK(tells.end() == 7);
+    CHECK(tells.output().find("not delivered to bob, who is not online") != std::string::npos);
+    CHECK(tells.output().find("There is no command /nonsense") != std::string::npos);
+
+    write_text(here.homes.path / "pw", concat(password, "\n"));
+    CHECK(complaint_of(with({"--password-file", (here.homes.path / "pw").string()})).first == 0);
+    CHECK(complaint_of(with({"--password-file", "/nonexistent"})).first == 1);
+}
+
+TEST_CASE("programs: a client that is killed leaves, and its user can log in again at once") {
+    Installation here({"alice", "bob"});
+    auto bob = here.client("bob");
+    bob->wait_for("logged in");
+    auto alice = here.client("alice");
+    bob->wait_for("alice joined");
+    alice->signal(SIGKILL);
+    bob->wait_for("alice left");
+    auto again = here.client("alice");
+    again->wait_for("online: bob");
+    CHECK(again->end() == 0);
+}
+
+TEST_CASE(
+    "programs: a server that is killed comes back with key and accounts, and its clients too") {
+    Installation here({"alice", "bob"});
+    auto alice = here.client("alice"), bob = here.client("bob");
+    alice->wait_for("logged in");
+    bob->wait_for("logged in");
+    here.server->signal(SIGKILL);
+    here.server->end();
+    alice->wait_for("connection lost");
+    bob->wait_for("connection lost");
+    here.start();
+    alice->wait_for("logged in");
+    bob->wait_for("logged in");
+    alice->write("/wait bob\n/msg bob both back\n");
+    bob->wait_for("alice -> you: both back\n");
+    CHECK(alice->end() == 0);
+    CHECK(bob->end() == 0);
+    CHECK(alice->output().find("NOT THE ONE WE KNOW") == std::string::npos);
+}
+
+TEST_CASE("programs: P11: whenever the server is killed, no account that it confirmed is lost") {
+    DataDir data;
+    std::mt19937 random(7);
+    std::set<std::string> confirmed;
+    for (int round = 0; round < 5; ++round) {
+        Process server({"server", "--port", "0", "--data", data.path.string()});
+        server.wait_for("listening on 127.0.0.1:");
+        server.wait_for("server key SHA256:");
+        std::size_t at = server.output().find("127.0.0.1:") + 10;
+        auto port = static_cast<std::uint16_t>(std::stoi(server.output().substr(at)));
+        std::size_t last = confirmed.size() + 3 + random() % 20;
+        std::thread killer;
+        detail::AtExit join([&] {
+            if (killer.joinable()) killer.join();
+        });
+        try {
+            for (;;) {
+                std::string name = concat("user", round, ".", confirmed.size());
+                HandDriven stranger(port, name);
+                Bytes salt(16, 1);
+                // The server is killed while this one is on its way: at any instant of the writing.
+                if (confirmed.size() == last) killer = std::thread([&] { server.signal(SIGKILL); });
+                stranger.send(
+                    RegisterAccount{name, make_verifier(Secret<32>(), salt, few_iterations).text(),
+                                    test_key(1).public_key().der()});
+                stranger.receive<Registered>();
+                confirmed.insert(name);
+            }
+        } catch (const NetworkError&) {
+            // killed
+        }
+        if (killer.joinable()) killer.join();
+        server.end();
+        AuthStore accounts(data.path / "users.db");
+        for (const std::string& name : confirmed) CHECK(accounts.find(name));
+    }
+}
+
+TEST_CASE(
+    "programs: the server explains in one sentence what stops it, and changes nothing on disk") {
+    DataDir data;
+    add_account(data.path, "alice");
+    std::string dir = data.path.string();
+    auto refuses = [&](std::vector<std::string> command, std::string_view sentence) {
+        auto before = snapshot(data.path);
+        command.insert(command.begin(), "server");
+        auto [code, said] = complaint_of(std::move(command));
+        CHECK(code == 1);
+        CHECK(lines_in(said) == 1);
+        CHECK(said.find(sentence) != std::string::npos);
+        CHECK(snapshot(data.path) == before);
+    };
+    {
+        Process running({"server", "--port", "0", "--data", dir});
+        running.wait_for("server key SHA256:");
+        refuses({"--port", "0", "--data", dir}, "Another server uses the data directory");
+        std::size_t at = running.output().find("127.0.0.1:") + 10;
+        std::string port = running.output().substr(at, running.output().find('\n', at) - at);
+        TempDir elsewhere;
+        auto [code, said] =
+            complaint_of({"server", "--port", port, "--data", (elsewhere.path / "new").string()});
+        CHECK(code == 1);
+        CHECK(said.find("Another program uses this port") != std::string::npos);
+        CHECK_FALSE(std::filesystem::exists(elsewhere.path / "new"));
+        running.signal(SIGTERM);
+        CHECK(running.end() == 0);
+    }
+    refuses({"--port", "0", "--data", dir + "/users.db"}, "Cannot ");
+    refuses({"--port", "0", "--data", dir, "--bind", "192.0.2.1"}, "Cannot listen on 192.0.2.1");
+    write_text(data.path / "users.db", read_text(data.path / "users.db") + "# fine\nmallory - -\n");
+    refuses({"--port", "0", "--data", dir}, "users.db, line 3: it has 3 fields");
+    write_text(data.path / "users.db", "");
+    write_text(data.path / "server_private.pem", "not a key\n");
+    refuses({"--port", "0", "--data", dir}, "server_private.pem is no private key");
+    for (std::vector<std::string> wrong : {std::vector<std::string>{"--nonsense"},
+                                           {"--port", "65536"},
+                                           {"--port", "x"},
+                                           {"--rsa-bits", "1024"},
+                                           {"--max-clients", "0"},
+                                           {"word"}}) {
+        wrong.insert(wrong.begin(), "server");
+        CHECK(complaint_of(wrong).first == 2);
+    }
+    CHECK(complaint_of({"server", "--help"}).first == 0);
+    CHECK(complaint_of({"server", "--version"}).first == 0);
+}
+
+TEST_CASE("programs: a data directory that cannot be written is explained") {
+    TempDir dir;
+    std::filesystem::path data = dir.path / "data", server = dir.path / "server";
+    std::filesystem::create_directory(data);
+    std::filesystem::copy_file(program_directory / "server", server);
+    std::vector<std::string> command{server.string(), "--port", "0", "--data", data.string()};
+    if (::geteuid() == 0) {  // root may write everywhere: become nobody
+        command.insert(command.begin(),
+                       {"/usr/bin/setpriv", "--reuid=65534", "--regid=65534", "--clear-groups"});
+        if (!std::filesystem::exists(command[0])) return;
+        std::filesystem::permissions(dir.path, std::filesystem::perms(0755));
+    }
+    std::filesystem::permissions(server, std::filesystem::perms(0755));
+    std::filesystem::permissions(data, std::filesystem::perms(0555));
+    auto [code, said] = complaint_of(command);
+    CHECK(code == 1);
+    CHECK(lines_in(said) == 1);
+    CHECK(said.find("cannot be written: Permission denied") != std::string::npos);
+    CHECK(snapshot(data).empty());
+}
+
+TEST_CASE(
+    "programs: an account is added by hand, and by users.db.example; the server warns of the "
+    "latter") {
+    DataDir data;
+    std::vector<std::string> add{"server", "--data", data.path.string(), "--add-user", "Dora"};
+    CHECK(complaint_of(add, {"CHATSECURE_PASSWORD=short"}).first == 1);
+    CHECK(complaint_of(add, {"CHATSECURE_PASSWORD=long enough"}).first == 0);
+    CHECK(complaint_of(add, {"CHATSECURE_PASSWORD=long enough"}).second.find("is taken") !=
+          std::string::npos);
+    CHECK(AuthStore(data.path / "users.db").find("dora")->verifier.iterations ==
+          default_iterations);
+
+    std::filesystem::copy_file("users.db.example", data.path / "users.db",
+                               std::filesystem::copy_options::overwrite_existing);
+    Process server({"server", "--port", "0", "--data", data.path.string()});
+    server.wait_for("WARNING: the account \"alice\" has the password that users.db.example");
+    server.wait_for("\"bob\"");
+    std::size_t at = server.output().find("127.0.0.1:") + 10;
+    std::string port = server.output().substr(at, server.output().find('\n', at) - at);
+    TempDir home;
+    give_identity(home.path, "nobody", 1);
+    for (auto [user, secret] : {std::pair{"alice", "wonderland"}, {"bob", "builder-bob"}})
+        CHECK(complaint_of({"client", "127.0.0.1:" + port, "-u", user, "--accept-new", "--home",
+                            home.path.string()},
+                           {concat("CHATSECURE_PASSWORD=", secret)})
+                  .first == 0);
+    // The comments are still there after the identities were recorded.
+    CHECK(read_text(data.path / "users.db").starts_with("# users.db: the accounts"));
+}
+
+TEST_CASE("programs: openssl reads the keys, and computes the fingerprint that is printed") {
+    Installation here({"alice"});
+    auto alice = here.client("alice");
+    alice->wait_for("your identity key is in ");
+    alice->wait_for("\n");
+    std::size_t at = alice->output().find("key is in ") + 10;
+    std::string identity = alice->output().substr(at, alice->output().find('\n', at) - at);
+    CHECK(alice->end() == 0);
+    std::string data = here.data.path.string();
+    CHECK_NOTHROW(
+        shell("openssl pkey -in " + data + "/server_private.pem -noout -check >/dev/null"));
+    CHECK_NOTHROW(shell("openssl pkey -in " + identity + " -passin 'pass:correct horse' -noout"));
+    CHECK_THROWS(
+        shell("openssl pkey -in " + identity + " -passin 'pass:wrong horse' -noout 2>/dev/null"));
+    std::string printed = shell("openssl pkey -pubin -in " + data +
+                                "/server_public.pem -outform DER | "
+                                "openssl dgst -sha256 -binary | base64");
+    printed = "SHA256:" + printed.substr(0, printed.find('='));
+    CHECK(here.server->output().find("server key " + printed) != std::string::npos);
+    CHECK(alice->output().find(", key " + printed) != std::string::npos);
+}
+
+TEST_CASE("programs: on a terminal, what is being typed survives incoming messages") {
+    Installation here({"alice", "bob"});
+    auto alice = here.client("alice", Process::Input::terminal);
+    alice->wait_for("Type a message");
+    auto bob = here.client("bob");
+    alice->wait_for("bob joined");
+    alice->write("half a li");
+    alice->wait_for("half a li");
+    bob->write("here I come\n");
+    alice->wait_for("bob: here I come");
+    if (alice->output().find("\x1b[J") != std::string::npos) {  // with libedit it is drawn again
+        alice->wait_for("half a li");
+    }
+    alice->write("ne\r");
+    bob->wait_for("alice: half a line\n");
+    alice->write("\x04");  // Ctrl-D
+    bob->wait_for("alice left");
+    CHECK(alice->end() == 0);
+    CHECK(bob->end() == 0);
+}
+
+TEST_CASE("programs: on a terminal, Ctrl-C and a closed window leave cleanly") {
+    Installation here({"alice", "bob"});
+    auto bob = here.client("bob");
+    bob->wait_for("logged in");
+    for (int number : {SIGINT, SIGHUP, SIGTERM}) {
+        auto alice = here.client("alice", Process::Input::terminal);
+        alice->wait_for("Type a message");
+        alice->signal(number);
+        bob->wait_for("alice left");
+        CHECK(alice->end() == 0);
+    }
+    here.server->wait_for("\"alice\" left: said goodbye");
+}
+
 // ---- main ---------------------------------------------------------------------------------------
 
 namespace {
@@ -3098,6 +4899,8 @@ REGISTER_LISTENER("counter", 1, Counter);
 }  // namespace
 
 int main(int argc, char** argv) {
+    ::signal(SIGPIPE, SIG_IGN);  // a program under test may end while we write to it
+    program_directory = std::filesystem::absolute(argv[0]).parent_path();
     doctest::Context context(argc, argv);
     int code = context.run();
     if (!context.shouldExit())
