@@ -56,7 +56,7 @@ else
 
 # ---- Everything else ----------------------------------------------------------------------------
 
-.PHONY: all test clean help
+.PHONY: all test demo bench clean install help
 all: $(O)/server $(O)/client
 
 ifneq ($(O),.)
@@ -93,14 +93,30 @@ $(O)/tests: tests.cpp chatsecure.hpp Makefile
 test: $(O)/tests $(O)/server $(O)/client
 	$(O)/tests
 
+demo: $(O)/tests $(O)/server $(O)/client
+	@$(O)/tests --demo
+
+bench: $(O)/tests $(O)/server $(O)/client
+	@$(O)/tests --bench
+
+install: $(O)/server $(O)/client
+	install -d $(DESTDIR)$(PREFIX)/bin $(DESTDIR)$(PREFIX)/include $(DESTDIR)$(PREFIX)/share/doc/chatsecure
+	install -m 755 $(O)/server $(DESTDIR)$(PREFIX)/bin/chatsecure-server
+	install -m 755 $(O)/client $(DESTDIR)$(PREFIX)/bin/chatsecure-client
+	install -m 644 chatsecure.hpp $(DESTDIR)$(PREFIX)/include/chatsecure.hpp
+	install -m 644 README.md users.db.example $(DESTDIR)$(PREFIX)/share/doc/chatsecure/
+
 clean:
 	rm -rf server client tests build
 
 help:
 	@echo "make           builds ./server and ./client (installs nothing)"
-	@echo "make deps      installs what is missing, with the system's package manager; 'make deps test'"
-	@echo "               works on a fresh machine"
+	@echo "make deps      installs what is missing, with the system's package manager; 'make deps demo'"
+	@echo "               and 'make deps test' work on a fresh machine"
+	@echo "make demo      shows a real conversation, and what a wire tap sees of it"
 	@echo "make test      builds and runs the tests"
+	@echo "make bench     measures logins, relaying and round trips"
+	@echo "make install   into PREFIX ($(PREFIX)), below DESTDIR; the header too"
 	@echo "make clean     removes what was built"
 	@echo "Variables: CXX, CXXFLAGS, O (where to build: 'make test O=build/asan CXXFLAGS=-fsanitize=address')"
 

@@ -3,6 +3,8 @@
 // programs as a user runs them.
 //
 //      ./tests                 runs all (./tests --help: doctest's flags, to choose some)
+//      ./tests --demo          shows a conversation, and what a wire tap sees of it
+//      ./tests --bench         measures
 //
 // Nothing here waits by sleeping, and no port is fixed. Keys are small (2048 bits) and passwords
 // are hashed a few times only: what is tested is that they are used, not that they are slow.
@@ -4870,6 +4872,241 @@ TEST_CASE("programs: on a terminal, Ctrl-C and a closed window leave cleanly") {
     here.server->wait_for("\"alice\" left: said goodbye");
 }
 
+// =================================================================================================
+//  make demo
+// =================================================================================================
+
+namespace {
+
+void show(std::string_view text) { std::cout << text << std::flush; }
+
+// `text` in lines of at most `width` characters.
+std::string wrapped(std::string text, std::string_view indent, std::size_t width) {
+    std::string out;
+    for (; !text.empty(); text.erase(0, width)) out += concat(indent, text.substr(0, width), "\n");
+    return out;
+}
+
+// The last line of a program's output that contains `text`.
+std::string line_with(const std::string& output, std::string_view text) {
+    std::size_t at = output.rfind(text);
+    if (at == output.npos) return "(not there)";
+    std::size_t begin = output.rfind('\n', at) + 1;
+    return output.substr(begin, output.find('\n', at) - begin);
+}
+
+// A real server and real clients with fresh keys; a wire tap between them. Nothing is acted: each
+// step waits for what the other side printed.
+int demo() {
+    TempDir dir;
+    show("A server starts, in an empty directory:\n");
+    Process server({"server", "--port", "0", "--data", (dir.path / "server").string(), "-v"});
+    server.wait_for("listening on 127.0.0.1:");
+    std::size_t at = server.output().find("127.0.0.1:") + 10;
+    auto server_port = static_cast<std::uint16_t>(std::stoi(server.output().substr(at)));
+    server.wait_for("server key SHA256:");
+    show(concat("  ", line_with(server.output(), "server key SHA256"), "\n"));
+    Proxy tap(server_port);
+
+    std::vector<std::string> env{concat("CHATSECURE_PASSWORD=", password)};
+    auto command = [&](const std::string& user) {
+        return std::vector<std::string>{
+            "client",       concat("127.0.0.1:", tap.port()),
+            "-u",           user,
+            "--server-key", (dir.path / "server/server_public.pem").string(),
+            "--home",       (dir.path / user).string()};
+    };
+    show(
+        "\nalice, bob and carol register. Each makes a key of her own, and proves a password that\n"
+        "the server never sees:\n");
+    std::map<std::string, std::unique_ptr<Process>> people;
+    for (const char* user : {"alice", "bob", "carol"}) {
+        std::vector<std::string> registering = command(user);
+        registering.push_back("--register");
+        auto process = std::make_unique<Process>(registering, Process::Input::pipe, env);
+        process->wait_for("logged in as");
+        process->wait_for(" online");
+        show(concat("  ", line_with(process->output(), "logged in as"), "\n"));
+        for (auto& [name, other] : people) other->wait_for(concat(user, " joined\n"));
+        people[user] = std::move(process);
+    }
+    Process &alice = *people["alice"], &bob = *people["bob"], &carol = *people["carol"];
+
+    show("\nalice writes to everybody:\n");
+    alice.write("Hello, everybody!\n");
+    for (Process* reader : {&bob, &carol}) reader->wait_for("alice: Hello, everybody!\n");
+    show(concat("  bob sees     ", line_with(bob.output(), "Hello, everybody!"),
+                "\n  carol sees   ", line_with(carol.output(), "Hello, everybody!"), "\n"));
+
+    show("\nSomebody tries to log in as alice a second time, with the right password:\n");
+    auto [code, sentence] = complaint_of(command("alice"), env);
+    show(concat("  ", line_with(sentence, "client: "), "  (exit code ", code, ")\n"));
+
+    show("\nalice writes to bob alone. The same message as three see it:\n");
+    std::size_t tapped = tap.recorded(true).size();
+    alice.write("/msg bob Meet me at the old mill at nine.\n");
+    bob.wait_for("alice -> you: Meet me at the old mill at nine.\n");
+    server.wait_for("alice -> bob: ");
+    server.wait_for("alice -> bob: ");
+    server.wait_for("\n");
+    Bytes wire = tap.recorded(true);
+    std::string hex = to_hex(ByteView(wire).subspan(tapped));
+    show(concat(
+        "  bob            ", line_with(bob.output(), "alice -> you"), "\n  the server     ",
+        line_with(server.output(), "alice -> bob: ").substr(21), "\n  a wire tap\n",
+        wrapped(hex.substr(hex.size() > 300 ? hex.size() - 300 : 0), "                 ", 60)));
+
+    show("\nbob leaves, and the others see it:\n");
+    int bob_code = bob.end();
+    alice.wait_for("* bob left\n");
+    carol.wait_for("* bob left\n");
+    show(concat("  alice sees   ", line_with(alice.output(), "bob left"), "\n  carol sees   ",
+                line_with(carol.output(), "bob left"), "\n"));
+    int codes = bob_code + alice.end() + carol.end();
+    server.signal(SIGTERM);
+    codes += server.end();
+    bool blind = server.output().find("old mill") == std::string::npos &&
+                 !holds(tap.recorded(true), "old mill") && !holds(tap.recorded(false), "old mill");
+    show(concat("\nEverybody left cleanly: ", codes == 0 ? "yes" : "NO",
+                ". The words \"old mill\" were on the wire or at the server: ",
+                blind ? "no" : "YES", ".\n"));
+    return codes == 0 && blind && code == 4 ? 0 : 1;
+}
+
+// =================================================================================================
+//  make bench
+// =================================================================================================
+
+double seconds_of(const std::function<void()>& work) {
+    auto begin = Clock::now();
+    work();
+    return std::chrono::duration<double>(Clock::now() - begin).count();
+}
+
+// The CPU time of a running process, from /proc (Linux); 0 elsewhere.
+double cpu_of_process(const std::string& pid) {
+    std::string stat = read_text("/proc/" + pid + "/stat");
+    if (stat.empty()) return 0;
+    std::vector<std::string> words = split_words(stat.substr(stat.rfind(')') + 1));
+    return (std::stod(words.at(11)) + std::stod(words.at(12))) /
+           static_cast<double>(::sysconf(_SC_CLK_TCK));
+}
+
+// Figures of one server process with its default key of 3072 bits. They mean something in
+// comparison on the same machine: with another version, or with one RSA operation, which is
+// measured first.
+int bench() {
+    raise_descriptor_limit();
+    RsaPrivateKey key = RsaPrivateKey::generate(default_rsa_bits);
+    Bytes box = key.public_key().encrypt(Secret<32>(), {});
+    constexpr int operations = 300;
+    double rsa = seconds_of([&] {
+                     for (int i = 0; i < operations; ++i) key.decrypt(box, {});
+                 }) /
+                 operations;
+    show(concat("one RSA-3072 decryption       ", rsa * 1e3, " ms\n"));
+
+    TempDir data, homes;
+    key.save(data.path / "server_private.pem", {}, 0);
+    constexpr int people = 100;
+    std::string db;
+    Bytes salt(16, 7);
+    ScramVerifier verifier = make_verifier(pbkdf2_sha256(as_bytes(password), salt, few_iterations),
+                                           salt, few_iterations);
+    auto name = [](int i) { return concat("user", i); };
+    for (int i = 0; i < people; ++i) {
+        db +=
+            Account{name(i), verifier, test_key(1).public_key().der(), rfc3339_now()}.line() + "\n";
+        give_identity(homes.path, name(i), 1, key);
+    }
+    write_text(data.path / "users.db", db);
+    Process server({"server", "--port", "0", "--data", data.path.string()});
+    server.wait_for("listening on 127.0.0.1:");
+    std::size_t at = server.output().find("127.0.0.1:") + 10;
+    auto port = static_cast<std::uint16_t>(std::stoi(server.output().substr(at)));
+    server.wait_for("server key SHA256:");
+    std::string pid = server.pid();
+
+    // Logins: as many as possible for a while, from four threads, of people who come and go.
+    constexpr int logins = 400;
+    double cpu = cpu_of_process(pid);
+    std::atomic<int> left = logins;
+    double time = seconds_of([&] {
+        std::vector<std::thread> threads;
+        for (int t = 0; t < 4; ++t)
+            threads.emplace_back([&, t] {
+                while (left-- > 0) {
+                    HandDriven visitor(port, name(t));
+                    visitor.join();
+                    visitor.send(Quit{});
+                    try {
+                        visitor.drain();
+                    } catch (const NetworkError&) {
+                        // closed
+                    }
+                }
+            });
+        for (std::thread& thread : threads) thread.join();
+    });
+    cpu = cpu_of_process(pid) - cpu;
+    show(concat("logins per second             ", logins / time, "\nserver CPU per login          ",
+                cpu / logins * 1e3, " ms = ", cpu / logins / rsa, " RSA operations\n"));
+
+    // A room: everybody hears what four say.
+    std::list<Chatter> room;
+    for (int i = 0; i < people; ++i) room.emplace_back(client_options(port, name(i), homes.path));
+    for (Chatter& chatter : room)
+        while (chatter.online.size() < people - 1) chatter.pull();
+    constexpr int speakers = 4, messages = 500;
+    std::string text(100, 'x');
+    auto say_all = [&](int count) {
+        int s = 0;
+        std::vector<std::thread> talking;
+        for (auto it = room.begin(); s < speakers; ++it, ++s)
+            talking.emplace_back([&, it, count] {
+                for (int i = 0; i < count; ++i) (*it)->post(Say{text});
+            });
+        std::vector<std::thread> listening;
+        for (int t = 0; t < 4; ++t)
+            listening.emplace_back([&, t] {
+                int i = 0;
+                for (Chatter& chatter : room)
+                    if (i++ % 4 == t)
+                        for (int heard = 0; heard < count * (speakers - (i <= speakers ? 1 : 0));
+                             ++heard)
+                            chatter.next_room();
+            });
+        for (std::thread& thread : talking) thread.join();
+        for (std::thread& thread : listening) thread.join();
+    };
+    say_all(1);  // the keys are exchanged before the clock starts
+    cpu = cpu_of_process(pid);
+    time = seconds_of([&] { say_all(messages); });
+    cpu = cpu_of_process(pid) - cpu;
+    double deliveries = static_cast<double>(messages) * speakers * (people - 1);
+    show(concat("room of ", people, ": deliveries       ", deliveries / time,
+                " /s, with all clients on the same machine\nserver CPU per delivery       ",
+                cpu / deliveries * 1e6, " us\n"));
+
+    // There and back, in private.
+    Chatter &one = room.front(), &two = room.back();
+    std::vector<double> trips;
+    for (int i = 0; i < 2000; ++i)
+        trips.push_back(seconds_of([&] {
+            one->post(Tell{two->user(), "there"});
+            two.next_private();
+            two->post(Tell{one->user(), "back"});
+            one.next_private();
+        }));
+    std::sort(trips.begin(), trips.end());
+    show(concat("private round trip            ", trips[trips.size() / 2] * 1e6, " us median, ",
+                trips[trips.size() * 99 / 100] * 1e6, " us at the 99th percentile\n"));
+    room.clear();
+    return 0;
+}
+
+}  // namespace
+
 // ---- main ---------------------------------------------------------------------------------------
 
 namespace {
@@ -4901,6 +5138,13 @@ REGISTER_LISTENER("counter", 1, Counter);
 int main(int argc, char** argv) {
     ::signal(SIGPIPE, SIG_IGN);  // a program under test may end while we write to it
     program_directory = std::filesystem::absolute(argv[0]).parent_path();
+    try {
+        if (argc == 2 && std::string_view(argv[1]) == "--demo") return demo();
+        if (argc == 2 && std::string_view(argv[1]) == "--bench") return bench();
+    } catch (const std::exception& e) {
+        std::cerr << e.what() << '\n';
+        return 1;
+    }
     doctest::Context context(argc, argv);
     int code = context.run();
     if (!context.shouldExit())
