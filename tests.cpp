@@ -2038,25 +2038,32 @@ TEST_CASE("chapter 6: a server that does not know the account cannot pretend") {
     CHECK(throws<ProtocolError>([&] { login.client.verify_server(*answer); }));
 }
 
-TEST_CASE("chapter 6: the stored form is PostgreSQL's, computed here by the openssl command") {
-    std::string password = "correct horse";
-    Bytes salt = bytes_of("0123456789abcdef");
+namespace {
+
+// What PostgreSQL would store for a password, by the rule in the documentation of pg_authid,
+// computed by the openssl command: nothing of our arithmetic has a part in it.
+std::string postgresql_entry(const std::string& secret, const Bytes& salt) {
     auto mac = [](const std::string& hex_key, const std::string& text) {
         return word_of("printf '%s' '" + text +
                        "' | openssl dgst -sha256 -r -mac HMAC -macopt hexkey:" + hex_key);
     };
     std::string salted =
-        shell("openssl kdf -keylen 32 -kdfopt digest:SHA256 -kdfopt 'pass:" + password +
+        shell("openssl kdf -keylen 32 -kdfopt digest:SHA256 -kdfopt 'pass:" + secret +
               "' -kdfopt hexsalt:" + to_hex(salt) + " -kdfopt iter:4096 PBKDF2");
     std::erase_if(salted, [](char c) { return c == ':' || c == '\n'; });
     std::string client_key = mac(salted, "Client Key"), server_key = mac(salted, "Server Key");
-    std::string stored_key = to_hex(sha256(from_hex(client_key)));
+    Digest stored_key = sha256(from_hex(client_key));
+    return "SCRAM-SHA-256$4096:" + to_base64(salt) + "$" + to_base64(stored_key) + ":" +
+           to_base64(from_hex(server_key));
+}
 
-    ScramVerifier verifier =
-        make_verifier(pbkdf2_sha256(as_bytes(password), salt, 4096), salt, 4096);
-    CHECK(verifier.text() == "SCRAM-SHA-256$4096:" + to_base64(salt) + "$" +
-                                 to_base64(from_hex(stored_key)) + ":" +
-                                 to_base64(from_hex(server_key)));
+}  // namespace
+
+TEST_CASE("chapter 6: the stored form is PostgreSQL's, computed here by the openssl command") {
+    std::string secret = "correct horse";
+    Bytes salt = bytes_of("0123456789abcdef");
+    ScramVerifier verifier = make_verifier(pbkdf2_sha256(as_bytes(secret), salt, 4096), salt, 4096);
+    CHECK(verifier.text() == postgresql_entry(secret, salt));
     CHECK(ScramVerifier::parse(verifier.text()).text() == verifier.text());
 }
 
@@ -3402,6 +3409,20 @@ TEST_CASE("chapter 11: each refused login has its own sentence, and no more than
     CHECK(attempt("dave", "short", true).find("too weak") != std::string::npos);
     CHECK_THROWS_AS(Client(client_options(1, "Ünal", "/nonexistent")), Error);
     CHECK_THROWS_AS(Client(client_options(1, "a b", "/nonexistent")), Error);
+}
+
+TEST_CASE("chapter 11: an account that PostgreSQL's rule made, and not we, logs in") {
+    DataDir data;
+    std::string entry = postgresql_entry(std::string(password), random_bytes(16));
+    write_text(data.path / "users.db",
+               "# copied from pg_authid\nalice " + entry + " - 2026-01-01T00:00:00Z\n");
+    TempDir home;
+    give_identity(home.path, "alice", 1);
+    RunningServer server(server_options(data.path));
+    Chatter alice(client_options(server->port(), "alice", home.path));
+    CHECK(alice.next<LoggedIn>().user == "alice");
+    alice.leave();
+    CHECK(read_text(data.path / "users.db").starts_with("# copied from pg_authid\nalice " + entry));
 }
 
 TEST_CASE("chapter 10: a closed server takes no registrations") {
