@@ -8,7 +8,8 @@ PKG_CONFIG ?= pkg-config
 
 # What `make deps` installs, by package manager. All of them are the distribution's own packages.
 APT    := g++ make pkg-config libssl-dev openssl libcxxopts-dev doctest-dev libedit-dev
-DNF    := gcc-c++ make pkgconf-pkg-config openssl-devel openssl cxxopts-devel doctest-devel libedit-devel
+DNF    := gcc-c++ make pkgconf-pkg-config openssl-devel openssl cxxopts-devel doctest-devel \
+          libedit-devel
 PACMAN := gcc make pkgconf openssl cxxopts doctest libedit
 APK    := g++ make pkgconf openssl-dev openssl cxxopts-dev doctest-dev libedit-dev
 BREW   := pkg-config openssl@3 cxxopts doctest
@@ -21,21 +22,23 @@ has = $(shell printf '\043include <$(1)>\n' | \
 
 # ---- make deps, alone or before other goals -----------------------------------------------------
 #
-# `make deps test` installs first and builds then, also with -j. What there is to build with is found
-# out when make starts, so the other goals go to a second make that starts after the installation.
+# `make deps test` installs first and builds then, also with -j. What there is to build with is
+# found out when make starts, so the other goals go to a second make, after the installation.
 
 ifneq ($(filter deps,$(MAKECMDGOALS)),)
 
+HEADERS := openssl/core_names.h cxxopts.hpp doctest/doctest.h histedit.h
 OTHERS := $(filter-out deps,$(MAKECMDGOALS))
 .PHONY: $(MAKECMDGOALS)
 
 deps:
-	@if [ -n "$(strip $(foreach h,openssl/core_names.h cxxopts.hpp doctest/doctest.h histedit.h,$(if $(call has,$(h)),,$(h))))" ] \
-	    || ! command -v openssl >/dev/null; then \
+	@if [ -n "$(strip $(foreach h,$(HEADERS),$(if $(call has,$(h)),,$(h))))" ] || \
+	    ! command -v openssl >/dev/null; then \
 	    if [ "$$(id -u)" = 0 ]; then sudo=; else sudo=sudo; fi; \
 	    if   command -v apt-get >/dev/null; then \
 	        $$sudo env DEBIAN_FRONTEND=noninteractive sh -c \
-	            'apt-get update -qq && apt-get install -y -qq --no-install-recommends $(APT)' >/dev/null; \
+	            'apt-get update -qq && \
+	             apt-get install -y -qq --no-install-recommends $(APT)' >/dev/null; \
 	    elif command -v dnf     >/dev/null; then $$sudo dnf install -y $(DNF); \
 	    elif command -v pacman  >/dev/null; then $$sudo pacman -S --needed --noconfirm $(PACMAN); \
 	    elif command -v apk     >/dev/null; then $$sudo apk add $(APK); \
@@ -100,7 +103,8 @@ bench: $(O)/tests $(O)/server $(O)/client
 	@$(O)/tests --bench
 
 install: $(O)/server $(O)/client
-	install -d $(DESTDIR)$(PREFIX)/bin $(DESTDIR)$(PREFIX)/include $(DESTDIR)$(PREFIX)/share/doc/chatsecure
+	install -d $(DESTDIR)$(PREFIX)/bin $(DESTDIR)$(PREFIX)/include
+	install -d $(DESTDIR)$(PREFIX)/share/doc/chatsecure
 	install -m 755 $(O)/server $(DESTDIR)$(PREFIX)/bin/chatsecure-server
 	install -m 755 $(O)/client $(DESTDIR)$(PREFIX)/bin/chatsecure-client
 	install -m 644 chatsecure.hpp $(DESTDIR)$(PREFIX)/include/chatsecure.hpp
@@ -111,13 +115,14 @@ clean:
 
 help:
 	@echo "make           builds ./server and ./client (installs nothing)"
-	@echo "make deps      installs what is missing, with the system's package manager; 'make deps demo'"
-	@echo "               and 'make deps test' work on a fresh machine"
+	@echo "make deps      installs what is missing, with the system's package manager;"
+	@echo "               'make deps demo' and 'make deps test' work on a fresh machine"
 	@echo "make demo      shows a real conversation, and what a wire tap sees of it"
 	@echo "make test      builds and runs the tests"
 	@echo "make bench     measures logins, relaying and round trips"
 	@echo "make install   into PREFIX ($(PREFIX)), below DESTDIR; the header too"
 	@echo "make clean     removes what was built"
-	@echo "Variables: CXX, CXXFLAGS, O (where to build: 'make test O=build/asan CXXFLAGS=-fsanitize=address')"
+	@echo "Variables: CXX, CXXFLAGS, O (where to build):"
+	@echo "               make test O=build/asan CXXFLAGS=-fsanitize=address"
 
 endif
