@@ -4168,6 +4168,9 @@ class Server {
         } catch (const Error& e) {
             throw Refusal(RefusalReason::bad_account, e.what());
         }
+        // Each account costs a rewrite of users.db: whoever makes hundreds is made to wait.
+        s.pause(registrations_.delay(s.host, s.host, Clock::now()));
+        registrations_.failed(s.host, s.host, Clock::now());
         bool added = false;
         try {
             if (accounts_.size() >= options_.max_accounts)
@@ -4490,6 +4493,7 @@ class Server {
     RsaPrivateKey key_;
     Secret<32> fake_salt_secret_;
     LoginThrottle throttle_;
+    LoginThrottle registrations_{{.free_tries = 100}};
     std::counting_semaphore<> handshakes_{
         static_cast<std::ptrdiff_t>(std::max(1U, std::thread::hardware_concurrency()))};
     Waker waker_;
@@ -4817,7 +4821,8 @@ struct ClientOptions {
     Milliseconds first_pause{500};        // before connecting again; then doubled
     Milliseconds longest_pause{30'000};
     int reconnect_tries = 0;                 // 0: for ever
-    std::function<void()> on_event = [] {};  // called in the engine's thread after each event
+    std::function<void()> on_event = [] {};  // called in the engine's thread after each event; it
+                                             // wakes somebody, and does nothing else
 };
 
 class Client {

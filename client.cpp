@@ -714,6 +714,37 @@ std::string ask(const std::string& question) {
     return answer;
 }
 
+// A sentence about what is wrong with an answer; empty if nothing is.
+std::string objection_to(const std::function<void()>& check) {
+    try {
+        check();
+    } catch (const chatsecure::Error& e) {
+        return e.what();
+    }
+    return "";
+}
+
+std::string ask_name() {
+    for (;;) {
+        std::string name = ask("Name: ");
+        std::string objection = objection_to([&] { name = chatsecure::fold_name(name); });
+        if (objection.empty()) return name;
+        std::cerr << objection << '\n';
+    }
+}
+
+chatsecure::SecretBytes ask_new_password(const std::string& user) {
+    for (;;) {
+        chatsecure::SecretBytes password =
+            chatsecure::ask_password(concat("A password for ", user, ": "));
+        std::string objection = objection_to([&] { chatsecure::check_new_password(password); });
+        if (objection.empty() && password != chatsecure::ask_password("The same again: "))
+            objection = "The two are not the same.";
+        if (objection.empty()) return password;
+        std::cerr << objection << '\n';
+    }
+}
+
 // Fills in what the flags left open, by asking, if there is somebody to ask.
 chatsecure::SecretBytes complete_sign_in(SignIn& sign_in) {
     if (sign_in.user.empty()) {
@@ -721,19 +752,15 @@ chatsecure::SecretBytes complete_sign_in(SignIn& sign_in) {
             std::string choice = ask("Log in, or register a new account? [L/r] ");
             sign_in.register_account = choice.starts_with('r') || choice.starts_with('R');
         }
-        sign_in.user = ask("Name: ");
+        sign_in.user = ask_name();
     }
     sign_in.user = chatsecure::fold_name(sign_in.user);
-    std::optional<chatsecure::SecretBytes> found = chatsecure::find_password(sign_in.password_file);
-    if (found) return std::move(*found);
-    chatsecure::SecretBytes password =
-        chatsecure::ask_password(concat("Password of ", sign_in.user, ": "));
-    if (sign_in.register_account) {
-        chatsecure::check_new_password(password);
-        if (password != chatsecure::ask_password("The same again: "))
-            throw chatsecure::Error("The two passwords are not the same.");
-    }
-    return password;
+    if (std::optional<chatsecure::SecretBytes> found =
+            chatsecure::find_password(sign_in.password_file))
+        return std::move(*found);
+    return sign_in.register_account
+               ? ask_new_password(sign_in.user)
+               : chatsecure::ask_password(concat("Password of ", sign_in.user, ": "));
 }
 
 // Shows what happens until the login is done, and answers the question about an unknown server.
