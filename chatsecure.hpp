@@ -816,7 +816,6 @@ inline int socket_error() { return ::WSAGetLastError(); }
 inline bool would_block(int e) { return e == WSAEWOULDBLOCK || e == WSAETIMEDOUT; }
 inline bool in_progress(int e) { return e == WSAEWOULDBLOCK; }
 inline bool interrupted(int e) { return e == WSAEINTR; }
-inline bool connection_aborted(int e) { return e == WSAECONNABORTED || e == WSAECONNRESET; }
 inline bool out_of_descriptors(int e) { return e == WSAEMFILE || e == WSAENOBUFS; }
 inline bool address_in_use(int e) { return e == WSAEADDRINUSE || e == WSAEACCES; }
 inline bool not_our_address(int e) { return e == WSAEADDRNOTAVAIL || e == WSAEAFNOSUPPORT; }
@@ -847,7 +846,6 @@ inline int socket_error() { return errno; }
 inline bool would_block(int e) { return e == EAGAIN || e == EWOULDBLOCK; }
 inline bool in_progress(int e) { return e == EINPROGRESS || e == EINTR; }
 inline bool interrupted(int e) { return e == EINTR; }
-inline bool connection_aborted(int e) { return e == ECONNABORTED || e == EPROTO; }
 inline bool out_of_descriptors(int e) {
     return e == EMFILE || e == ENFILE || e == ENOBUFS || e == ENOMEM;
 }
@@ -1399,7 +1397,7 @@ class FrameReader {
     FrameReader(Socket& socket, std::size_t largest)
         : socket_(socket),
           capacity_(2 * (frame_header_bytes + largest)),
-          buffer_(std::make_unique_for_overwrite<std::uint8_t[]>(capacity_)) {}
+          buffer_(new std::uint8_t[capacity_]) {}  // not zeroed: see below
 
     // The next frame's content: valid, and yours to change, until the next call. Nothing if the
     // stream ended between two frames. Blocks. Throws ProtocolError (longer than `limit`), TimedOut
@@ -1447,7 +1445,7 @@ class FrameReader {
 
     Socket& socket_;
     std::size_t capacity_;
-    std::unique_ptr<std::uint8_t[]> buffer_;  // untouched pages of it cost no memory
+    std::unique_ptr<std::uint8_t[]> buffer_;  // pages that were never touched cost no memory
     std::size_t begin_ = 0, end_ = 0;         // the bytes that are read and not yet handed out
     std::optional<Clock::time_point> deadline_;
 };
@@ -2877,9 +2875,8 @@ enum class RefusalReason : std::uint8_t {
     registration_closed = 4,
     already_online = 5,
     server_full = 6,
-    slow_down = 7,  // too many at once from one address
-    broke_protocol = 8,
-    server_trouble = 9,  // the server's own problem: a full disk
+    broke_protocol = 7,
+    server_trouble = 8,  // the server's own problem: a full disk
 };
 
 enum class UndeliveredReason : std::uint8_t { gone = 1, busy = 2 };
@@ -3661,7 +3658,9 @@ class PinStore {
         return found == pins_.end() ? nullptr : &found->second;
     }
 
-    // Compares a card with the pin; pins the first one, and remembers the newest.
+    // Compares a card with the pin; pins the first one, and remembers the newest. The newest card
+    // itself may come again: it belongs to a login that is still there, or to one that took its
+    // X25519 key with it, and then nobody can use the card.
     Verdict judge(const CheckedCard& card) {
         auto [entry, is_new] =
             pins_.try_emplace(card.user(), Pin{card.fingerprint(), card.issued(), false});
@@ -5181,8 +5180,7 @@ class Client {
     // Some refusals pass by themselves: worth another try for somebody who was online already.
     [[noreturn]] void refused(const Refused& refusal) {
         bool passing = refusal.reason == RefusalReason::already_online ||
-                       refusal.reason == RefusalReason::server_full ||
-                       refusal.reason == RefusalReason::slow_down;
+                       refusal.reason == RefusalReason::server_full;
         if (passing && been_online_) throw NetworkError(refusal.sentence);
         throw Halt(StopReason::login_refused, refusal.sentence);
     }

@@ -193,7 +193,7 @@ bool is_command(std::string_view line, std::string_view command) {
 
 // ---- Signals, and what wakes the main thread ----------------------------------------------------
 
-chatsecure::Waker* main_waker = nullptr;  // set before the handlers are
+chatsecure::Waker* main_waker = nullptr;  // while run() runs
 volatile std::sig_atomic_t asked_to_leave = 0, asked_to_suspend = 0, window_changed = 0;
 
 extern "C" void on_signal(int signal) {
@@ -203,7 +203,7 @@ extern "C" void on_signal(int signal) {
         window_changed = 1;
     else
         asked_to_leave = 1;
-    main_waker->wake();
+    if (main_waker != nullptr) main_waker->wake();
 }
 
 void catch_signal(int signal) {
@@ -847,6 +847,7 @@ std::optional<int> chat(const cxxopts::ParseResult& flags, SignIn& sign_in) {
 int run(const cxxopts::ParseResult& flags) {
     chatsecure::Waker waker;
     main_waker = &waker;
+    chatsecure::detail::AtExit forget_waker([] { main_waker = nullptr; });
     std::signal(SIGPIPE, SIG_IGN);
     SignIn sign_in{flags["user"].as<std::string>(), flags.count("register") > 0,
                    flags["password-file"].as<std::string>(), isatty(STDIN_FILENO) == 1};
