@@ -213,12 +213,15 @@ void catch_signal(int signal) {
 }
 
 // Waits until standard input or the waker has something, or the time is over (-1: never).
-// Returns whether standard input has something.
+// Returns whether standard input has something. Nobody reading the output any more is a reason to
+// leave, and is noticed without writing.
 bool wait_for_input(bool want_input, int timeout_ms) {
-    std::array<pollfd, 2> entries{
-        {{main_waker->handle(), POLLIN, 0}, {want_input ? STDIN_FILENO : -1, POLLIN, 0}}};
+    std::array<pollfd, 3> entries{{{main_waker->handle(), POLLIN, 0},
+                                   {want_input ? STDIN_FILENO : -1, POLLIN, 0},
+                                   {STDOUT_FILENO, 0, 0}}};
     if (poll(entries.data(), entries.size(), timeout_ms) <= 0) return false;
     if (entries[0].revents != 0) main_waker->drain();
+    if ((entries[2].revents & (POLLERR | POLLHUP)) != 0) asked_to_leave = 1;
     return entries[1].revents != 0;
 }
 
@@ -268,7 +271,8 @@ class Script {
         for (LineReader input;;) {
             while (std::optional<chatsecure::Event> event = client_.poll_event())
                 if (show(*event)) return finish(std::get<chatsecure::Stopped>(event->what));
-            std::cout << std::flush;
+            if (!std::cout.flush() || asked_to_leave != 0)
+                throw chatsecure::Error("Nobody reads the output any more.");
             if (waiting_for_ && find_waited()) waiting_for_.reset();
             if (waiting_for_ && chatsecure::Clock::now() >= deadline_) return give_up();
             if (!waiting_for_) {

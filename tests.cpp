@@ -4608,6 +4608,17 @@ TEST_CASE("programs: P12: nothing that others write drives the terminal") {
     CHECK(alice->output().find('\x1b') == std::string::npos);
 }
 
+TEST_CASE("programs: a script's client ends when nobody reads its output any more") {
+    Installation here({"alice"});
+    // Its input never ends: the shell holds the other end of the fifo open.
+    std::string fifo = (here.homes.path / "fifo").string();
+    std::string command = concat("mkfifo ", fifo, "; exec 3<>", fifo, "; CHATSECURE_PASSWORD='",
+                                 password, "' '", (program_directory / "client").string(), "'");
+    std::vector<std::string> arguments = here.command("alice");
+    for (std::size_t i = 1; i < arguments.size(); ++i) command += " '" + arguments[i] + "'";
+    CHECK(shell(command + " <&3 2>&1 | head -n 1").starts_with("* connecting to"));
+}
+
 TEST_CASE("programs: a message of 32 KiB arrives, a longer one is refused with a sentence") {
     Installation here({"alice", "bob"});
     auto bob = here.client("bob");
