@@ -1068,10 +1068,15 @@ class Socket {
     void set_write_timeout(Milliseconds t) { detail::set_timeout_option(handle_, SO_SNDTIMEO, t); }
 
     // For a chat: send small packets at once (Nagle's algorithm would hold them back up to 40 ms,
-    // hoping for more), and let the system notice when the other machine is gone.
+    // hoping for more), and let the system notice when the other machine is gone. And keep what
+    // waits to be sent in our own queue, where chat can overtake file data (chapter 7): once it is
+    // in the system's buffer, which may hold megabytes, nothing overtakes it any more.
     void set_chat_options() {
         detail::set_option(handle_, IPPROTO_TCP, TCP_NODELAY, 1);
         detail::set_option(handle_, SOL_SOCKET, SO_KEEPALIVE, 1);
+#ifdef TCP_NOTSENT_LOWAT
+        detail::set_option(handle_, IPPROTO_TCP, TCP_NOTSENT_LOWAT, 256 * 1024);
+#endif
     }
 
     Endpoint local_endpoint() const { return name_of(&::getsockname); }
@@ -1549,18 +1554,33 @@ inline Bytes random_bytes(std::size_t size) {
     return bytes;
 }
 
+// SHA-256 (FIPS 180-4) of what comes piece by piece.
+class Sha256 {
+  public:
+    Sha256() : context_(::EVP_MD_CTX_new()) {
+        require_openssl(::EVP_DigestInit_ex2(context_.get(), ::EVP_sha256(), nullptr) == 1,
+                        "SHA-256");
+    }
+    void update(ByteView bytes) {
+        require_openssl(::EVP_DigestUpdate(context_.get(), bytes.data(), bytes.size()) == 1,
+                        "SHA-256");
+    }
+    Digest finish() {  // once, at the end
+        Digest digest{};
+        require_openssl(::EVP_DigestFinal_ex(context_.get(), digest.data(), nullptr) == 1,
+                        "SHA-256");
+        return digest;
+    }
+
+  private:
+    detail::DigestContext context_;
+};
+
 template <class... Part>
 Digest sha256(const Part&... part) {  // of all parts, one after the other
-    detail::DigestContext context(::EVP_MD_CTX_new());
-    Digest digest{};
-    bool ok = ::EVP_DigestInit_ex2(context.get(), ::EVP_sha256(), nullptr) == 1;
-    auto update = [&](ByteView bytes) {
-        ok = ok && ::EVP_DigestUpdate(context.get(), bytes.data(), bytes.size()) == 1;
-    };
-    (update(ByteView(part)), ...);
-    require_openssl(ok && ::EVP_DigestFinal_ex(context.get(), digest.data(), nullptr) == 1,
-                    "SHA-256");
-    return digest;
+    Sha256 hash;
+    (hash.update(ByteView(part)), ...);
+    return hash.finish();
 }
 
 // HMAC-SHA256 (RFC 2104).
@@ -3110,7 +3130,8 @@ class MessageReader {
 // stands a queue. Whoever puts something in never waits: a member with a slow line must not hold up
 // the others. So the queue needs a bound, and a rule for what happens at the bound:
 //
-//      a payload           is refused, and its sender is told (Undelivered: busy)
+//      a payload           is refused, and its sender is told (Undelivered: busy). Each lane has
+//                          its own bound, so that file data never takes chat's place
 //      a control message   (Joined, Left, Pong ...) may go a little over the bound, because a
 //                          client that misses one would be wrong about the world for ever; and if
 //                          it goes far over, the connection is given up
@@ -3130,11 +3151,13 @@ class Outbox {
   public:
     enum class Result { queued, refused, closed };
 
-    // `bound` in bytes, for both lanes together.
-    explicit Outbox(std::size_t bound) : bound_(bound) {}
+    // The bounds in bytes, of the interactive and of the bulk lane.
+    Outbox(std::size_t bound, std::size_t bulk_bound) : bounds_{bound, bulk_bound} {}
 
     // For payloads. Does not block.
-    Result push(Lane lane, Outgoing message) { return put(lane, std::move(message), bound_); }
+    Result push(Lane lane, Outgoing message) {
+        return put(lane, std::move(message), bounds_[index(lane)]);
+    }
 
     // For control messages. Does not block. Over twice the bound, the outbox closes itself.
     template <class Control>
@@ -3142,7 +3165,7 @@ class Outbox {
         return push_control(std::make_shared<const Bytes>(to_wire(message)));
     }
     Result push_control(std::shared_ptr<const Bytes> wire) {
-        Result result = put(Lane::interactive, Outgoing{std::move(wire), {}, 0}, 2 * bound_);
+        Result result = put(Lane::interactive, Outgoing{std::move(wire), {}, 0}, 2 * bounds_[0]);
         if (result == Result::refused) close();
         return result;
     }
@@ -3152,9 +3175,17 @@ class Outbox {
     // Nothing more can be pushed or written.
     void close() { end(State::closed); }
 
+    // Whether more than `bytes` of chat wait.
     bool is_over(std::size_t bytes) const {
         std::lock_guard lock(mutex_);
-        return bytes_ > bytes;
+        return bytes_[0] > bytes;
+    }
+    // For whoever can wait, as the reader of a file can: blocks while more than `bytes` stand in
+    // the bulk lane. False if the outbox takes nothing more.
+    bool wait_for_bulk_room(std::size_t bytes) {
+        std::unique_lock lock(mutex_);
+        bulk_taken_.wait(lock, [&] { return bytes_[1] <= bytes || state_ != State::open; });
+        return state_ == State::open;
     }
     bool is_closed() const {
         std::lock_guard lock(mutex_);
@@ -3207,9 +3238,9 @@ class Outbox {
         {
             std::lock_guard lock(mutex_);
             if (state_ != State::open) return Result::closed;
-            if (bytes_ + message.size() > bound) return Result::refused;
-            bytes_ += message.size() + sizeof(Outgoing);
-            queue(lane).messages.push_back(std::move(message));
+            if (bytes_[index(lane)] + message.size() > bound) return Result::refused;
+            bytes_[index(lane)] += message.size() + sizeof(Outgoing);
+            queues_[index(lane)].messages.push_back(std::move(message));
         }
         changed_.notify_one();
         return Result::queued;
@@ -3218,16 +3249,19 @@ class Outbox {
     // Waits for messages and takes as many as fill one record. False when there will be none.
     bool take(std::vector<Outgoing>& batch) {
         std::unique_lock lock(mutex_);
-        changed_.wait(lock, [&] { return bytes_ > 0 || state_ != State::open; });
-        if (state_ == State::closed || bytes_ == 0) return false;
+        auto waiting = [&] { return bytes_[0] + bytes_[1] > 0; };
+        changed_.wait(lock, [&] { return waiting() || state_ != State::open; });
+        if (state_ == State::closed || !waiting()) return false;
         std::size_t room = max_record_bytes;
         for (Lane lane : {Lane::interactive, Lane::bulk}) {
-            Queue& from = queue(lane);
+            Queue& from = queues_[index(lane)];
+            std::size_t before = bytes_[index(lane)];
             while (!from.empty() && from.front().size() <= room) {
                 room -= from.front().size();
-                bytes_ -= from.front().size() + sizeof(Outgoing);
+                bytes_[index(lane)] -= from.front().size() + sizeof(Outgoing);
                 batch.push_back(from.pop());
             }
+            if (lane == Lane::bulk && bytes_[1] < before) bulk_taken_.notify_all();
             if (!from.empty()) break;  // the record is full: bulk waits for its turn
         }
         return true;
@@ -3239,15 +3273,17 @@ class Outbox {
             if (state_ != State::closed) state_ = state;
         }
         changed_.notify_one();
+        bulk_taken_.notify_all();
     }
 
-    Queue& queue(Lane lane) { return queues_[lane == Lane::bulk ? 1 : 0]; }
+    static std::size_t index(Lane lane) { return lane == Lane::bulk ? 1 : 0; }
 
-    const std::size_t bound_;
-    mutable std::mutex mutex_;  // guards everything below
-    std::condition_variable changed_;
+    const std::array<std::size_t, 2> bounds_;  // of each lane, like the other arrays here
+    mutable std::mutex mutex_;                 // guards everything below
+    std::condition_variable changed_;          // for the writing thread
+    std::condition_variable bulk_taken_;       // for wait_for_bulk_room
     std::array<Queue, 2> queues_;
-    std::size_t bytes_ = 0;  // queued, with what each entry itself costs
+    std::array<std::size_t, 2> bytes_{};  // queued, with what each entry itself costs
     State state_ = State::open;
 };
 
@@ -3768,9 +3804,10 @@ struct ServerOptions {
     std::size_t max_clients = 1000;            // members, and as many who are logging in
     std::size_t max_logins_per_address = 128;  // connections that are not logged in yet
     std::size_t max_accounts = 100'000;
-    std::size_t queue_bound = std::size_t{8} << 20;  // bytes that may wait for one member
-    double messages_per_second = 2000;               // from one member, in the long run
-    double message_burst = 20'000;                   // and in one go
+    std::size_t queue_bound = std::size_t{8} << 20;  // bytes of chat that may wait for one member
+    std::size_t bulk_queue_bound = std::size_t{5} << 20;  // and of file data: over 4 MiB of credit
+    double messages_per_second = 2000;                    // from one member, in the long run
+    double message_burst = 20'000;                        // and in one go
     Milliseconds handshake_timeout{10'000};
     Milliseconds login_timeout{60'000};     // the client's slow hash is part of it
     Milliseconds ping_after{30'000};        // of silence
@@ -3813,7 +3850,7 @@ struct Session {
     Session(Socket accepted, const Endpoint& from, const ServerOptions& options)
         : socket(std::move(accepted)),
           frames(socket, max_record_frame),
-          outbox(options.queue_bound),
+          outbox(options.queue_bound, options.bulk_queue_bound),
           bucket(options.messages_per_second, options.message_burst),
           host(from.host()),
           address(from.text()) {}
@@ -4925,7 +4962,8 @@ class Client {
         std::optional<RecordSealer> sealer;     // the engine's, then the writer's
         Digest channel_binding{};
         Fingerprint server_key;
-        Outbox outbox{SIZE_MAX / 4};  // bounded by `comfortable_outbox`: see may_take_command
+        // Bounded by `comfortable_outbox` (see may_take_command) and by BulkLane.
+        std::shared_ptr<Outbox> outbox = std::make_shared<Outbox>(SIZE_MAX / 4, SIZE_MAX / 4);
         std::optional<LoginKeys> keys;
         std::map<LoginId, Peer> peers;  // in ascending order, as Fanout wants it
         std::map<std::string, LoginId> by_name;
@@ -5022,7 +5060,7 @@ class Client {
     // Joins the threads of the connection and forgets it. Jobs go back to where they came from.
     void end_link() {
         if (!link_) return;
-        link_->outbox.close();
+        link_->outbox->close();
         link_->socket.shut_down();
         {
             std::lock_guard lock(mutex_);
@@ -5289,7 +5327,7 @@ class Client {
 
     void write_outbox() noexcept {
         try {
-            link_->outbox.write_to(link_->socket, *link_->sealer, [this] {
+            link_->outbox->write_to(link_->socket, *link_->sealer, [this] {
                 { std::lock_guard lock(mutex_); }  // the engine is either before its check or waits
                 changed_.notify_all();
             });
@@ -5310,7 +5348,7 @@ class Client {
                 } catch (const TimedOut&) {
                     if (asked) throw;
                     asked = true;
-                    link_->outbox.push_control(Ping{});
+                    link_->outbox->push_control(Ping{});
                 }
             }
         } catch (const std::exception& e) {
@@ -5373,7 +5411,7 @@ class Client {
 
     bool may_take_command() const {
         return !commands_.empty() && jobs_.empty() && !link_->quit_sent &&
-               !link_->outbox.is_over(comfortable_outbox);
+               !link_->outbox->is_over(comfortable_outbox);
     }
 
     void save_pins() {
@@ -5410,7 +5448,7 @@ class Client {
                     came_back(from_wire<Undelivered>(message.body));
                     break;
                 case MessageType::ping:
-                    link_->outbox.push_control(Pong{from_wire<Ping>(message.body).number});
+                    link_->outbox->push_control(Pong{from_wire<Ping>(message.body).number});
                     break;
                 case MessageType::pong:
                     break;
@@ -5459,7 +5497,8 @@ class Client {
     // True when it is known whether the peer can be trusted; else asks for the card.
     bool is_settled(Peer& peer) {
         if (peer.standing != Peer::Standing::unknown) return true;
-        if (!std::exchange(peer.card_requested, true)) link_->outbox.push_control(GetCard{peer.id});
+        if (!std::exchange(peer.card_requested, true))
+            link_->outbox->push_control(GetCard{peer.id});
         return false;
     }
 
@@ -5634,7 +5673,7 @@ class Client {
 
     template <class T>
     void push(Lane lane, const T& message) {
-        link_->outbox.push(lane, Outgoing{std::make_shared<const Bytes>(to_wire(message)), {}, 0});
+        link_->outbox->push(lane, Outgoing{std::make_shared<const Bytes>(to_wire(message)), {}, 0});
     }
 
     bool perform(const Tell& tell, const Job& job) {
@@ -5752,7 +5791,7 @@ class Client {
     bool perform(const AcceptServerKey&, const Job&) { return true; }  // nobody has asked
 
     bool perform(const Leave&, const Job&) {
-        link_->outbox.push_control(Quit{});
+        link_->outbox->push_control(Quit{});
         link_->quit_sent = true;
         return true;
     }
