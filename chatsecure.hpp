@@ -26,7 +26,7 @@
 //      6. Passwords      SCRAM: log in without ever sending the password
 //      7. Messages       what client and server say to each other, and the queue they wait in
 //      8. End to end     identities, safety numbers, sealed messages
-//      9. Files          (its place; the lanes and kinds it needs exist already)
+//      9. Files          offer, consent, credit, resume, and names that cannot do harm
 //     10. Server         the engine: one relay, many threads
 //     11. Client         the engine: one queue of commands in, one queue of events out
 //
@@ -104,7 +104,9 @@
 #include <conio.h>
 #include <io.h>
 #include <fcntl.h>
+#include <share.h>
 #include <sys/stat.h>
+#include <sys/utime.h>
 #else
 #include <cerrno>
 #include <csignal>
@@ -3355,9 +3357,16 @@ inline constexpr std::size_t max_payload_bytes = max_message_body - 16;
 
 // What is inside a sealed payload. The server never sees it.
 enum class Kind : std::uint8_t {
-    text = 1,      // a private message: UTF-8
-    room_key = 2,  // a lid: the key of a room message
-    // 10 to 19: chapter 9
+    text = 1,         // a private message: UTF-8
+    room_key = 2,     // a lid: the key of a room message
+    file_offer = 10,  // the rest: chapter 9
+    file_accept = 11,
+    file_credit = 12,
+    file_chunk = 13,
+    file_end = 14,
+    file_stored = 15,
+    file_withdraw = 16,
+    file_refuse = 17,
 };
 
 // ---- Cards --------------------------------------------------------------------------------------
@@ -3754,8 +3763,1698 @@ class PinStore {
 //  Chapter 9. Files
 // =================================================================================================
 //
-// Its place. What it builds on is here already: the bulk lane of the outbox (chapter 7) and of each
-// pair's keys (chapter 8), so that chat overtakes file data, and the numbers 10 to 19 of Kind.
+// A file is only a long message, and yet four things go wrong when it is treated as one. It does
+// not fit into memory. It takes minutes, and meanwhile people want to chat. It arrives on a disk,
+// where it can do harm. And half of it is worthless, when the connection breaks near the end.
+//
+// The prototype of this program read the whole file, sent it, and wrote it wherever its name said.
+// This chapter moves files of any size in constant memory, some at a time, only to people who said
+// yes, and goes on where it was interrupted. A transfer, all of it sealed as in chapter 8, so that
+// the server does not even see that it is one:
+//
+//         alice                                   bob
+//      1. FileOffer(id, name, size, modified) -->                   bob is asked. No byte moves
+//      yet. 2.                        <-- FileAccept(id, offset, SHA-256 of what he has, credit)
+//      3. FileChunk(id, offset, bytes)        -->                   bulk lane, about 60 KiB each
+//                                <-- FileCredit(id, credit)         as bob's disk takes them
+//         FileChunk ...                       -->
+//      4. FileEnd(id)                         -->                   bulk lane: behind the last
+//      chunk 5.                        <-- FileStored(id)                 it is on bob's disk,
+//      whole
+//
+//      FileWithdraw(id, reason) from alice, or FileRefuse(id, reason) from bob, ends it at any
+//      time.
+//
+// Each step and its reason:
+//
+//   1. The offer has a number that grows with each offer of this login; everything else refers to
+//      it. What bob sees of the name is what he would get on his disk.
+//   2. The answer says how much bob has already from an earlier attempt, and its hash. If alice's
+//      file begins with the same bytes, she goes on behind them; if not, her first chunk has
+//      offset 0. (Bob tells nothing that alice did not send: a part belongs to its sender.)
+//   3. CREDIT is the number of bytes that alice may send, counted from the beginning of this
+//      attempt. Bob raises it as his disk takes what came, so at most 4 MiB of all his transfers
+//      together are ever under way, in queues and buffers between the two disks. SSH and HTTP/2
+//      do the same and call it a window. Without it a fast sender fills the server's memory, or,
+//      if the server stops reading, her chat waits behind her file. A number that only grows needs
+//      no acknowledgement and is hard to get wrong: it is repeated or raised, never "added twice".
+//   4. Chunks come in order, and each says where it belongs. What does not fit (a gap, a repeat,
+//      more than offered, more than credited, before consent) ends this transfer and nothing else.
+//   5. Until then the file is called NAME.part. It is written, synced to the disk, and only then
+//      gets its name: NAME is whole or not there (P11).
+//
+// Where a received file may go is the other half of the chapter (P9). The name comes from another
+// person, and "../../.ssh/authorized_keys" is a name too. safe_file_name() leaves what can only be
+// a name; the file is created new (O_EXCL), never over another one and never through a link; a name
+// that is taken becomes "NAME (1)".
+//
+// Threads. Disks wait: a spun-down one for seconds, a network drive for ever. So each running
+// transfer has a thread of its own, and the engine of chapter 11 never touches a disk for it. The
+// rest, FileTransfers, is the engine's: it takes messages and commands one at a time, and looks at
+// its threads' reports when one of them has woken the engine.
+//
+// What it does not protect against: what is in the file. Being asked is not being safe.
+
+// ---- What the two sides say to each other -------------------------------------------------------
+
+inline constexpr std::size_t file_chunk_bytes = 60 * 1024;  // with everything around it: one record
+inline constexpr std::uint64_t credit_total = 4 << 20;      // of one receiver, for all transfers
+inline constexpr std::uint64_t credit_floor = 64 * 1024;    // that each transfer can count on
+inline constexpr std::size_t max_files_receiving = 16;      // at the same time
+
+// Why a transfer ended before its end.
+enum class FileReason : std::uint8_t {
+    declined = 1,
+    cancelled = 2,
+    expired = 3,       // nobody answered
+    too_many = 4,      // offers, or files at the same time
+    too_large = 5,     // for one who accepts automatically
+    file_changed = 6,  // while it was being sent
+    unreadable = 7,    // the sender's disk fails
+    disk_full = 8,     // the receiver's
+    not_writable = 9,  // likewise
+    broke_protocol = 10,
+    lost = 11,  // something did not arrive: worth another offer
+};
+
+struct FileOffer {
+    static constexpr Kind kind = Kind::file_offer;
+    std::uint32_t id = 0;
+    std::string name;
+    std::uint64_t size = 0;
+    std::uint64_t modified = 0;  // nanoseconds since 1970; 0: not known
+    static void fields(auto& self, auto& io) { io(self.id, self.name, self.size, self.modified); }
+};
+struct FileAccept {
+    static constexpr Kind kind = Kind::file_accept;
+    std::uint32_t id = 0;
+    std::uint64_t offset = 0;  // so many bytes are here from an earlier attempt
+    Digest held{};             // their SHA-256
+    std::uint64_t credit = 0;
+    static void fields(auto& self, auto& io) { io(self.id, self.offset, self.held, self.credit); }
+};
+struct FileCredit {
+    static constexpr Kind kind = Kind::file_credit;
+    std::uint32_t id = 0;
+    std::uint64_t credit = 0;
+    static void fields(auto& self, auto& io) { io(self.id, self.credit); }
+};
+struct FileChunk {
+    static constexpr Kind kind = Kind::file_chunk;
+    std::uint32_t id = 0;
+    std::uint64_t offset = 0;
+    ByteView bytes;
+    static void fields(auto& self, auto& io) { io(self.id, self.offset, self.bytes); }
+};
+struct FileEnd {
+    static constexpr Kind kind = Kind::file_end;
+    std::uint32_t id = 0;
+    static void fields(auto& self, auto& io) { io(self.id); }
+};
+struct FileStored {
+    static constexpr Kind kind = Kind::file_stored;
+    std::uint32_t id = 0;
+    static void fields(auto& self, auto& io) { io(self.id); }
+};
+struct FileWithdraw {
+    static constexpr Kind kind = Kind::file_withdraw;
+    std::uint32_t id = 0;
+    FileReason reason{};
+    static void fields(auto& self, auto& io) { io(self.id, self.reason); }
+};
+struct FileRefuse {
+    static constexpr Kind kind = Kind::file_refuse;
+    std::uint32_t id = 0;
+    FileReason reason{};
+    static void fields(auto& self, auto& io) { io(self.id, self.reason); }
+};
+
+// A transfer that cannot go on, as this side says it to its user, and the reason for the other.
+struct FileError : Error {
+    FileReason reason;
+    FileError(FileReason why, const std::string& sentence) : Error(sentence), reason(why) {}
+};
+
+// What a reason from the other side means for us: "bob ...".
+inline std::string_view meaning_of(FileReason reason) {
+    switch (reason) {
+        case FileReason::declined:
+            return "declined it";
+        case FileReason::cancelled:
+            return "cancelled it";
+        case FileReason::expired:
+            return "withdrew it, because nobody answered";
+        case FileReason::too_many:
+            return "takes no more files at the moment";
+        case FileReason::too_large:
+            return "takes no file of this size";
+        case FileReason::file_changed:
+            return "stopped: the file changed while it was being sent";
+        case FileReason::unreadable:
+            return "stopped: the file cannot be read any more";
+        case FileReason::disk_full:
+            return "stopped: the disk there is full";
+        case FileReason::not_writable:
+            return "stopped: the file cannot be written there";
+        case FileReason::broke_protocol:
+            return "stopped, because of a message from here that was out of order";
+        case FileReason::lost:
+            return "missed a part of it";
+    }
+    return "stopped";
+}
+
+// A number of bytes as people read it: "612 bytes", "4.1 kB", "1.25 GB" (powers of 1000, like a
+// disk's label).
+inline std::string readable_size(std::uint64_t bytes) {
+    if (bytes < 1000) return concat(bytes, bytes == 1 ? " byte" : " bytes");
+    double value = static_cast<double>(bytes);
+    static constexpr std::array<std::string_view, 7> units{"bytes", "kB", "MB", "GB",
+                                                           "TB",    "PB", "EB"};
+    std::size_t unit = 0;
+    for (; value >= 999.5 && unit + 1 < units.size(); ++unit) value /= 1000;
+    std::ostringstream out;
+    out.precision(value < 9.995 ? 2 : value < 99.95 ? 1 : 0);
+    out << std::fixed << value << ' ' << units[unit];
+    return out.str();
+}
+
+// The number of bytes that a text means: "4096", "500k", "2M", "1.5G" (powers of 1000, too). Throws
+// Error.
+inline std::uint64_t parse_size(std::string_view text) {
+    double value = 0;
+    std::istringstream in{std::string(text)};
+    std::string unit;
+    bool good = static_cast<bool>(in >> value) && value >= 0;
+    in >> unit;
+    if (unit.ends_with('B') || unit.ends_with('b')) unit.pop_back();
+    std::size_t power = unit.empty() ? 0 : std::string_view("kKmMgGtT").find(unit) / 2 + 1;
+    if (!good || unit.size() > 1 || power > 4)
+        throw Error(concat("\"", visible(text.substr(0, 40)),
+                           "\" is no size: give a number of bytes, like 4096, 500k, 2M or 1.5G."));
+    for (; power > 0; --power) value *= 1000;
+    return value >= 1.8e19 ? UINT64_MAX : static_cast<std::uint64_t>(value);
+}
+
+// ---- Names --------------------------------------------------------------------------------------
+
+inline constexpr std::size_t max_file_name_bytes = 200;  // file systems take 255; we add to it
+
+// The name that an offered file gets here. Whatever it is given, the result is one component of a
+// path, not hidden, valid UTF-8 without control characters, no device of any system, and not longer
+// than max_file_name_bytes.
+inline std::string safe_file_name(std::string_view offered) {
+    std::size_t slash = offered.find_last_of("/\\");  // both, wherever the sender lives
+    if (slash != offered.npos) offered.remove_prefix(slash + 1);
+    std::string name;
+    while (!offered.empty()) {
+        std::string_view before = offered;
+        char32_t point = take_code_point(offered);
+        bool special =
+            point < 0x80 &&
+            std::string_view("<>:\"|?*").find(static_cast<char>(point)) != std::string_view::npos;
+        if (point == invalid_code_point || drives_the_screen(point) || special)
+            name += '_';
+        else
+            name += before.substr(0, before.size() - offered.size());
+    }
+    auto trim = [](std::string& text) {  // a leading dot hides; Windows drops trailing ones
+        text.erase(0, std::min(text.find_first_not_of(". "), text.size()));
+        text.erase(text.find_last_not_of(". ") + 1);
+    };
+    trim(name);
+    std::string device;  // CON, com1.txt: names of devices on Windows, whatever follows the dot
+    for (char c : name.substr(0, name.find('.')))
+        device += c >= 'a' && c <= 'z' ? static_cast<char>(c - 'a' + 'A') : c;
+    device.erase(device.find_last_not_of(' ') + 1);
+    bool numbered = device.size() == 4 && device[3] >= '0' && device[3] <= '9' &&
+                    (device.starts_with("COM") || device.starts_with("LPT"));
+    if (numbered || device == "CON" || device == "PRN" || device == "AUX" || device == "NUL" ||
+        device == "CONIN$" || device == "CONOUT$" || name.starts_with('-'))  // -rf is no option
+        name.insert(0, "_");
+
+    if (name.size() > max_file_name_bytes) {  // shorten before the extension, between two letters
+        std::size_t dot = name.rfind('.');
+        std::string extension = dot != name.npos && name.size() - dot <= 16 ? name.substr(dot) : "";
+        std::size_t end = max_file_name_bytes - extension.size();
+        while ((static_cast<std::uint8_t>(name[end]) & 0xc0) == 0x80) --end;
+        name.erase(end);
+        trim(name);
+        name += extension;
+    }
+    return name.empty() ? "file" : name;
+}
+
+// "report.pdf", "report (1).pdf", "report (2).pdf" ...
+inline std::string numbered_name(const std::string& name, unsigned number) {
+    if (number == 0) return name;
+    std::size_t dot = name.rfind('.');
+    std::size_t stem = dot == name.npos || dot == 0 ? name.size() : dot;
+    return concat(name.substr(0, stem), " (", number, ")", name.substr(stem));
+}
+
+// ---- Open files ---------------------------------------------------------------------------------
+
+namespace detail {
+
+struct FileStatus {
+    bool regular = false, directory = false;
+    std::uint64_t size = 0;
+    std::uint64_t modified = 0;  // nanoseconds since 1970; 0: not known
+    friend bool operator==(const FileStatus&, const FileStatus&) = default;
+};
+
+#ifdef _WIN32
+inline int open_to_send(const std::filesystem::path& path) {
+    return ::_wopen(path.c_str(), _O_RDONLY | _O_BINARY);
+}
+inline int open_part(const std::filesystem::path& path, bool create) {
+    return ::_wsopen(path.c_str(), _O_RDWR | _O_BINARY | (create ? _O_CREAT | _O_EXCL : 0),
+                     _SH_DENYRW, _S_IREAD | _S_IWRITE);
+}
+inline bool status_of(int file, FileStatus& status) {
+    struct _stat64 raw {};
+    if (::_fstat64(file, &raw) != 0) return false;
+    status = {(raw.st_mode & _S_IFREG) != 0, (raw.st_mode & _S_IFDIR) != 0,
+              static_cast<std::uint64_t>(raw.st_size),
+              static_cast<std::uint64_t>(raw.st_mtime) * 1'000'000'000};
+    return true;
+}
+inline std::ptrdiff_t read_file_at(int file, ByteSpan into, std::uint64_t offset) {
+    if (::_lseeki64(file, static_cast<std::int64_t>(offset), SEEK_SET) < 0) return -1;
+    return read_file(file, into);
+}
+inline std::ptrdiff_t write_file_at(int file, ByteView bytes, std::uint64_t offset) {
+    if (::_lseeki64(file, static_cast<std::int64_t>(offset), SEEK_SET) < 0) return -1;
+    return write_file(file, bytes);
+}
+inline bool lock_file(int) { return true; }  // _SH_DENYRW
+inline void set_modified(int file, std::uint64_t nanoseconds) {
+    struct __utimbuf64 times {};
+    times.actime = times.modtime = static_cast<std::int64_t>(nanoseconds / 1'000'000'000);
+    ::_futime64(file, &times);
+}
+// Gives a file another name, unless something has that name (then errno is EEXIST).
+inline int rename_to_free(const std::filesystem::path& from, const std::filesystem::path& to) {
+    if (::MoveFileExW(from.c_str(), to.c_str(), 0) != 0) return 0;
+    errno = ::GetLastError() == ERROR_ALREADY_EXISTS ? EEXIST : EACCES;
+    return -1;
+}
+#else
+// Without waiting: opening a named pipe for reading would wait for somebody who writes into it.
+inline int open_to_send(const std::filesystem::path& path) {
+    return ::open(path.c_str(), O_RDONLY | O_NONBLOCK | O_NOCTTY | O_CLOEXEC);
+}
+inline int open_part(const std::filesystem::path& path, bool create) {
+    return ::open(path.c_str(),
+                  O_RDWR | O_NOFOLLOW | O_NONBLOCK | O_CLOEXEC | (create ? O_CREAT | O_EXCL : 0),
+                  0666);
+}
+inline bool status_of(int file, FileStatus& status) {
+    struct stat raw {};
+    if (::fstat(file, &raw) != 0) return false;
+#ifdef __APPLE__
+    const timespec& modified = raw.st_mtimespec;
+#else
+    const timespec& modified = raw.st_mtim;
+#endif
+    status = {S_ISREG(raw.st_mode), S_ISDIR(raw.st_mode), static_cast<std::uint64_t>(raw.st_size),
+              modified.tv_sec <= 0 ? 0
+                                   : static_cast<std::uint64_t>(modified.tv_sec) * 1'000'000'000 +
+                                         static_cast<std::uint64_t>(modified.tv_nsec)};
+    return true;
+}
+inline std::ptrdiff_t read_file_at(int file, ByteSpan into, std::uint64_t offset) {
+    return ::pread(file, into.data(), into.size(), static_cast<off_t>(offset));
+}
+inline std::ptrdiff_t write_file_at(int file, ByteView bytes, std::uint64_t offset) {
+    return ::pwrite(file, bytes.data(), bytes.size(), static_cast<off_t>(offset));
+}
+inline bool lock_file(int file) { return ::flock(file, LOCK_EX | LOCK_NB) == 0; }
+inline void set_modified(int file, std::uint64_t nanoseconds) {
+    timespec time{};
+    time.tv_sec = static_cast<decltype(time.tv_sec)>(nanoseconds / 1'000'000'000);
+    time.tv_nsec = static_cast<decltype(time.tv_nsec)>(nanoseconds % 1'000'000'000);
+    std::array<timespec, 2> accessed_and_modified{time, time};
+    ::futimens(file, accessed_and_modified.data());  // a wish: some file systems cannot
+}
+// Gives a file another name, unless something has that name (then errno is EEXIST). rename() would
+// overwrite it; link() does not, and looks and acts in one step.
+inline int rename_to_free(const std::filesystem::path& from, const std::filesystem::path& to) {
+    if (::link(from.c_str(), to.c_str()) == 0) return ::unlink(from.c_str());
+    if (errno == EEXIST) return -1;
+    struct stat there {};  // a file system without links (a memory card): look, then act
+    if (::lstat(to.c_str(), &there) == 0) {
+        errno = EEXIST;
+        return -1;
+    }
+    return ::rename(from.c_str(), to.c_str());
+}
+#endif
+
+// An open file; closes it when destroyed. One thread at a time uses it.
+class File {
+  public:
+    explicit File(int handle) : handle_(handle) {}
+    File(File&& other) noexcept : handle_(std::exchange(other.handle_, -1)) {}
+    File& operator=(File&& other) noexcept {
+        File old(std::move(*this));
+        handle_ = std::exchange(other.handle_, -1);
+        return *this;
+    }
+    ~File() {
+        if (handle_ >= 0) close_file(handle_);
+    }
+    bool is_open() const { return handle_ >= 0; }
+    int handle() const { return handle_; }
+
+    // Reads until `into` is full or the file ends; returns how much that was, or nothing if it
+    // cannot be read (errno says why).
+    std::optional<std::size_t> read_at(std::uint64_t offset, ByteSpan into) const {
+        std::size_t done = 0;
+        while (done < into.size()) {
+            std::ptrdiff_t got = read_file_at(handle_, into.subspan(done), offset + done);
+            if (got < 0 && errno == EINTR) continue;
+            if (got < 0) return std::nullopt;
+            if (got == 0) break;
+            done += static_cast<std::size_t>(got);
+        }
+        return done;
+    }
+    bool write_at(std::uint64_t offset, ByteView bytes) const {
+        while (!bytes.empty()) {
+            std::ptrdiff_t wrote = write_file_at(handle_, bytes, offset);
+            if (wrote < 0 && errno == EINTR) continue;
+            if (wrote < 0) return false;
+            offset += static_cast<std::uint64_t>(wrote);
+            bytes = bytes.subspan(static_cast<std::size_t>(wrote));
+        }
+        return true;
+    }
+
+  private:
+    int handle_;
+};
+
+// How many bytes fit on the disk of a directory, which need not exist yet.
+inline std::uint64_t free_space(std::filesystem::path directory) {
+    std::error_code failure;
+    while (!std::filesystem::exists(directory, failure) && directory.has_relative_path())
+        directory = directory.parent_path();
+    std::filesystem::space_info space = std::filesystem::space(directory, failure);
+    return failure ? UINT64_MAX : space.available;
+}
+
+// The hash of a file's first `size` bytes; nothing if it is shorter, cannot be read, or `stop`.
+// Blocks: about a second for two gigabytes.
+inline std::optional<Digest> hash_of_beginning(const File& file, std::uint64_t size,
+                                               const std::atomic<bool>& stop) {
+    Sha256 hash;
+    Bytes block(256 * 1024);
+    for (std::uint64_t offset = 0; offset < size;) {
+        auto want = static_cast<std::size_t>(std::min<std::uint64_t>(block.size(), size - offset));
+        ByteSpan part = ByteSpan(block).first(want);
+        if (stop.load() || file.read_at(offset, part) != want) return std::nullopt;
+        hash.update(part);
+        offset += want;
+    }
+    return hash.finish();
+}
+
+}  // namespace detail
+
+// A file that is offered: opened once, so that it is the same one however its name changes.
+class SourceFile {
+  public:
+    // Throws Error for what cannot be sent.
+    explicit SourceFile(const std::filesystem::path& path)
+        : path_(path), file_(detail::open_to_send(path)) {
+        if (!file_.is_open() || !detail::status_of(file_.handle(), status_))
+            throw Error(concat("Cannot read ", path.string(), ": ", system_reason(), "."));
+        if (status_.directory)
+            throw Error(concat(path.string(),
+                               " is a directory. Pack it into one file, with tar or zip, and send "
+                               "that."));
+        if (!status_.regular)
+            throw Error(concat(path.string(), " is a device or a pipe, and has no end to send."));
+    }
+    std::string name() const { return path_.filename().string(); }
+    std::uint64_t size() const { return status_.size; }
+    std::uint64_t modified() const { return status_.modified; }
+
+    // Fills `into`. Throws FileError if the file has changed or does not let itself be read.
+    void read(std::uint64_t offset, ByteSpan into) const {
+        std::optional<std::size_t> got = file_.read_at(offset, into);
+        if (!got)
+            throw FileError(FileReason::unreadable,
+                            concat("Cannot read ", path_.string(), ": ", system_reason(), "."));
+        require_unchanged();
+        if (*got != into.size()) throw changed();
+    }
+    void require_unchanged() const {
+        detail::FileStatus now;
+        if (!detail::status_of(file_.handle(), now) || now != status_) throw changed();
+    }
+    std::optional<Digest> hash_of_beginning(std::uint64_t size,
+                                            const std::atomic<bool>& stop) const {
+        return detail::hash_of_beginning(file_, size, stop);
+    }
+
+  private:
+    FileError changed() const {
+        return {FileReason::file_changed,
+                concat(path_.string(),
+                       " changed while it was being sent. Offer it again when it is finished.")};
+    }
+    std::filesystem::path path_;
+    detail::File file_;
+    detail::FileStatus status_;
+};
+
+// A file that is being received: NAME.part in a directory, later NAME. If nothing has come when it
+// is destroyed, nothing stays.
+class PartFile {
+  public:
+    // A new, empty one, under the first free name: NAME, NAME (1), ... Makes the directory when
+    // needed. Throws FileError.
+    static PartFile create(const std::filesystem::path& directory, const std::string& name) {
+        std::error_code failure;
+        std::filesystem::create_directories(directory, failure);
+        if (failure)
+            throw FileError(FileReason::not_writable,
+                            concat("Cannot create the folder ", directory.string(), ": ",
+                                   failure.message(), "."));
+        for (unsigned number = 0; number < max_numbers; ++number) {
+            std::filesystem::path target = directory / numbered_name(name, number);
+            if (is_there(target)) continue;
+            std::filesystem::path part = target;
+            part += ".part";
+            detail::File file(detail::open_part(part, true));
+            if (file.is_open() && detail::lock_file(file.handle()))
+                return PartFile(std::move(file), part, 0);
+            if (errno != EEXIST) throw cannot_write(part);
+        }
+        throw FileError(FileReason::not_writable, concat("There are too many files named ", name,
+                                                         " in ", directory.string(), "."));
+    }
+    // What an interrupted transfer has left; nothing if it is not there any more, or is something
+    // else (a link, a directory), or in use.
+    static std::optional<PartFile> reopen(const std::filesystem::path& part,
+                                          std::uint64_t largest) {
+        detail::File file(detail::open_part(part, false));
+        detail::FileStatus status;
+        if (!file.is_open() || !detail::status_of(file.handle(), status) || !status.regular ||
+            status.size > largest || !detail::lock_file(file.handle()))
+            return std::nullopt;
+        return PartFile(std::move(file), part, status.size);
+    }
+
+    PartFile(PartFile&&) = default;
+    PartFile& operator=(PartFile&&) = default;
+    ~PartFile() {
+        std::error_code ignored;  // then it stays, empty
+        if (file_.is_open() && size_ == 0 && !published_) std::filesystem::remove(part_, ignored);
+    }
+
+    std::uint64_t size() const { return size_; }
+    const std::filesystem::path& path() const { return part_; }
+    std::optional<Digest> hash(const std::atomic<bool>& stop) const {
+        return detail::hash_of_beginning(file_, size_, stop);
+    }
+
+    // Throws FileError; what is there stays.
+    void append(ByteView bytes) {
+        if (!file_.write_at(size_, bytes)) throw cannot_write(part_);
+        size_ += bytes.size();
+    }
+    void sync() const {
+        if (detail::sync_file(file_.handle()) != 0) throw cannot_write(part_);
+    }
+    // It is complete: syncs it to the disk and gives it its name, or the next free one. Returns
+    // that path. Blocks as long as the disk needs.
+    std::filesystem::path publish(std::uint64_t modified) {
+        if (modified != 0) detail::set_modified(file_.handle(), modified);
+        sync();
+        std::filesystem::path target = part_;
+        target.replace_extension();  // without ".part"
+        std::string name = target.filename().string();
+        for (unsigned number = 1; detail::rename_to_free(part_, target) != 0; ++number) {
+            if (errno != EEXIST || number == max_numbers) throw cannot_write(target);
+            target.replace_filename(numbered_name(name, number));
+        }
+        published_ = true;
+        detail::sync_directory(detail::directory_of(target));
+        return target;
+    }
+
+  private:
+    static constexpr unsigned max_numbers = 10'000;
+    PartFile(detail::File file, std::filesystem::path part, std::uint64_t size)
+        : file_(std::move(file)), part_(std::move(part)), size_(size) {}
+
+    static bool is_there(const std::filesystem::path& path) {
+        std::error_code ignored;
+        return std::filesystem::exists(std::filesystem::symlink_status(path, ignored));
+    }
+    static FileError cannot_write(const std::filesystem::path& path) {
+        bool full = errno == ENOSPC || errno == EFBIG;
+#ifdef EDQUOT
+        full = full || errno == EDQUOT;
+#endif
+        return {
+            full ? FileReason::disk_full : FileReason::not_writable,
+            concat("Cannot write ", path.string(), ": ", system_reason(), ".",
+                   full ? " What came so far is kept: make room and have it offered again." : "")};
+    }
+
+    detail::File file_;
+    std::filesystem::path part_;
+    std::uint64_t size_;
+    bool published_ = false;
+};
+
+// ---- The two ends of a running transfer: a thread each ------------------------------------------
+
+// The bulk lane to one login. The threads of several transfers share it.
+class BulkLane {
+  public:
+    BulkLane(std::shared_ptr<PairSender> pair, std::shared_ptr<Outbox> outbox, LoginId to)
+        : pair_(std::move(pair)), outbox_(std::move(outbox)), to_(to) {}
+
+    // Seals and queues one message; `tag` comes back if it cannot be delivered. Blocks while enough
+    // is queued. False if the connection is over.
+    template <class T>
+    bool send(std::uint32_t tag, const T& message) {
+        if (!outbox_->wait_for_bulk_room(comfortable)) return false;
+        Bytes body = encode(message);
+        std::lock_guard lock(mutex_);
+        Bytes payload = pair_->seal(Lane::bulk, T::kind, body);
+        Send send{to_, Lane::bulk, tag, payload};
+        auto wire = std::make_shared<const Bytes>(to_wire(send));
+        return outbox_->push(Lane::bulk, {std::move(wire), {}, 0}) == Outbox::Result::queued;
+    }
+
+  private:
+    static constexpr std::size_t comfortable = 256 * 1024;
+    std::mutex mutex_;  // what is sealed first is queued first
+    std::shared_ptr<PairSender> pair_;
+    std::shared_ptr<Outbox> outbox_;
+    LoginId to_;
+};
+
+// Reads a file and sends it, as far as the credit goes.
+class FileSender {
+  public:
+    struct Report {
+        std::optional<std::uint64_t> begun_at;  // the first chunk's offset, once that is known
+        std::uint64_t offset = 0;               // sent so far
+        std::uint64_t sent = 0;                 // in this attempt
+        bool all_sent = false;                  // FileEnd too
+        std::optional<FileError> failure;
+        bool ended = false;  // the thread does nothing more
+    };
+
+    // `wake` is called from the thread when there is something new in the report.
+    FileSender(std::shared_ptr<const SourceFile> file, FileAccept accepted,
+               std::shared_ptr<BulkLane> lane, std::uint32_t tag, std::function<void()> wake)
+        : file_(std::move(file)),
+          accepted_(accepted),
+          lane_(std::move(lane)),
+          tag_(tag),
+          wake_(std::move(wake)),
+          credit_(accepted.credit),
+          thread_([this] { run(); }) {}
+    ~FileSender() {
+        stop();
+        thread_.join();
+    }
+    FileSender(const FileSender&) = delete;
+    FileSender& operator=(const FileSender&) = delete;
+
+    Report report() const {
+        std::lock_guard lock(mutex_);
+        return report_;
+    }
+    void allow(std::uint64_t credit) {
+        {
+            std::lock_guard lock(mutex_);
+            credit_ = credit;
+        }
+        changed_.notify_one();
+    }
+    // The thread ends soon. Does not wait for it.
+    void stop() noexcept {
+        {
+            std::lock_guard lock(mutex_);
+            stopping_ = true;
+        }
+        changed_.notify_one();
+    }
+
+  private:
+    void run() noexcept {
+        std::optional<FileError> failure;
+        try {
+            send_all();
+        } catch (const FileError& e) {
+            failure = e;
+        } catch (const std::exception& e) {
+            failure.emplace(FileReason::unreadable, e.what());
+        }
+        {
+            std::lock_guard lock(mutex_);
+            report_.failure = std::move(failure);
+            report_.ended = true;
+        }
+        wake_();
+    }
+
+    void send_all() {
+        std::uint64_t offset = accepted_.offset;
+        if (offset > 0 && file_->hash_of_beginning(offset, stopping_) != accepted_.held) offset = 0;
+        note_begin(offset);
+        Bytes buffer(file_chunk_bytes);
+        while (offset < file_->size()) {
+            ByteSpan chunk = ByteSpan(buffer).first(take_credit(file_->size() - offset));
+            if (chunk.empty()) return;  // to stop
+            file_->read(offset, chunk);
+            if (!lane_->send(tag_, FileChunk{accepted_.id, offset, chunk})) return;
+            offset += chunk.size();
+            note_progress(offset);
+        }
+        file_->require_unchanged();
+        if (!lane_->send(tag_, FileEnd{accepted_.id})) return;
+        std::lock_guard lock(mutex_);
+        report_.all_sent = true;
+    }
+
+    void note_begin(std::uint64_t offset) {
+        {
+            std::lock_guard lock(mutex_);
+            report_.begun_at = report_.offset = offset;
+        }
+        wake_();
+    }
+    void note_progress(std::uint64_t offset) {
+        bool tell = false;
+        {
+            std::lock_guard lock(mutex_);
+            tell = offset / tell_every != report_.offset / tell_every;
+            report_.offset = offset;
+        }
+        if (tell) wake_();
+    }
+    // Waits for credit, and takes up to a chunk's worth of it. 0: stop.
+    std::size_t take_credit(std::uint64_t wanted) {
+        std::unique_lock lock(mutex_);
+        changed_.wait(lock, [&] { return stopping_ || report_.sent < credit_; });
+        if (stopping_) return 0;
+        std::uint64_t taken =
+            std::min({wanted, credit_ - report_.sent, std::uint64_t{file_chunk_bytes}});
+        report_.sent += taken;
+        return static_cast<std::size_t>(taken);
+    }
+
+    static constexpr std::uint64_t tell_every = 1 << 20;
+    const std::shared_ptr<const SourceFile> file_;
+    const FileAccept accepted_;
+    const std::shared_ptr<BulkLane> lane_;
+    const std::uint32_t tag_;
+    const std::function<void()> wake_;
+    std::atomic<bool> stopping_ = false;
+    mutable std::mutex mutex_;  // guards the rest
+    std::condition_variable changed_;
+    std::uint64_t credit_;
+    Report report_;
+    std::thread thread_;  // last: everything above exists when it starts; joined by ~FileSender
+};
+
+// Writes what arrives into a PartFile, and makes it a whole file at the end.
+class FileReceiver {
+  public:
+    struct Plan {
+        std::filesystem::path directory;
+        std::string name;
+        std::filesystem::path part;  // of an earlier attempt, or empty
+        std::uint64_t size = 0;
+        std::uint64_t modified = 0;
+    };
+    struct Report {
+        enum class State { preparing, ready, stored, failed, stopped } state = State::preparing;
+        std::uint64_t held = 0;      // from ready on: what is there from earlier
+        Digest held_hash{};          // of that
+        std::filesystem::path path;  // from ready on: the part; when stored: the file
+        std::uint64_t written = 0;   // in this attempt
+        FileReason reason{};         // when failed
+        std::string sentence;        // when failed
+        bool ended = false;          // the thread does nothing more
+    };
+
+    // Begins to prepare: looks at what there is from earlier, or makes a new part. `before` is the
+    // earlier attempt on the same file, which may still be writing.
+    FileReceiver(Plan plan, std::unique_ptr<FileReceiver> before, std::function<void()> wake)
+        : plan_(std::move(plan)),
+          wake_(std::move(wake)),
+          before_(std::move(before)),
+          thread_([this] { run(); }) {}
+    ~FileReceiver() {
+        stop();
+        thread_.join();
+    }
+    FileReceiver(const FileReceiver&) = delete;
+    FileReceiver& operator=(const FileReceiver&) = delete;
+
+    Report report() const {
+        std::lock_guard lock(mutex_);
+        return report_;
+    }
+    // The next chunk; `bytes` lie in `owner`. What is queued is bounded by the credit.
+    void add(std::uint64_t offset, SecretBytes owner, ByteView bytes) {
+        put({offset, std::move(owner), bytes, false});
+    }
+    void finish() { put({0, {}, {}, true}); }
+    // What has arrived is still written; then the thread ends. Does not wait for it.
+    void stop() noexcept {
+        {
+            std::lock_guard lock(mutex_);
+            stopping_ = true;
+        }
+        changed_.notify_one();
+    }
+
+  private:
+    struct Piece {
+        std::uint64_t offset = 0;
+        SecretBytes owner;
+        ByteView bytes;
+        bool last = false;
+    };
+
+    void put(Piece piece) {
+        {
+            std::lock_guard lock(mutex_);
+            pieces_.push_back(std::move(piece));
+        }
+        changed_.notify_one();
+    }
+
+    void run() noexcept {
+        Report end;
+        try {
+            end = receive();
+        } catch (const FileError& e) {
+            end.state = Report::State::failed;
+            end.reason = e.reason;
+            end.sentence = e.what();
+        } catch (const std::exception& e) {
+            end.state = Report::State::failed;
+            end.reason = FileReason::not_writable;
+            end.sentence = e.what();
+        }
+        {
+            std::lock_guard lock(mutex_);
+            if (end.path.empty()) end.path = report_.path;
+            end.written = report_.written;
+            end.held = report_.held;
+            end.ended = true;
+            report_ = std::move(end);
+        }
+        wake_();
+    }
+
+    Report receive() {
+        before_.reset();  // waits for its end
+        Report end;
+        PartFile part = prepare();
+        for (bool first = true; std::optional<Piece> piece = next(); first = false) {
+            if (piece->last) {
+                end.path = part.publish(plan_.modified);
+                end.state = Report::State::stored;
+                return end;
+            }
+            if (first && piece->offset == 0 && part.size() > 0) {  // another file of this name
+                part = PartFile::create(plan_.directory, plan_.name);
+                note_part(part.path());
+            }
+            part.append(piece->bytes);
+            note_written(piece->bytes.size());
+        }
+        part.sync();
+        end.state = Report::State::stopped;
+        return end;
+    }
+
+    PartFile prepare() {
+        std::optional<PartFile> earlier;
+        std::optional<Digest> hash;
+        if (!plan_.part.empty()) earlier = PartFile::reopen(plan_.part, plan_.size);
+        if (earlier) hash = earlier->hash(stopping_);
+        PartFile part = hash ? std::move(*earlier) : PartFile::create(plan_.directory, plan_.name);
+        {
+            std::lock_guard lock(mutex_);
+            report_.held = part.size();
+            report_.held_hash = hash ? *hash : sha256();
+            report_.path = part.path();
+            report_.state = Report::State::ready;
+        }
+        wake_();
+        return part;
+    }
+
+    // Waits. Nothing: stop, and everything that arrived was handed out.
+    std::optional<Piece> next() {
+        std::unique_lock lock(mutex_);
+        changed_.wait(lock, [&] { return stopping_ || !pieces_.empty(); });
+        if (pieces_.empty()) return std::nullopt;
+        Piece piece = std::move(pieces_.front());
+        pieces_.pop_front();
+        return piece;
+    }
+    void note_part(const std::filesystem::path& path) {
+        std::lock_guard lock(mutex_);
+        report_.path = path;
+    }
+    void note_written(std::size_t bytes) {
+        bool tell = false;
+        {
+            std::lock_guard lock(mutex_);
+            std::uint64_t before = report_.written;
+            report_.written += bytes;
+            tell = pieces_.empty() || report_.written / tell_every != before / tell_every;
+        }
+        if (tell) wake_();
+    }
+
+    static constexpr std::uint64_t tell_every = 256 * 1024;
+    const Plan plan_;
+    const std::function<void()> wake_;
+    std::unique_ptr<FileReceiver> before_;  // the thread's
+    std::atomic<bool> stopping_ = false;
+    mutable std::mutex mutex_;  // guards the rest
+    std::condition_variable changed_;
+    std::deque<Piece> pieces_;
+    Report report_;
+    std::thread thread_;  // last: everything above exists when it starts; joined by ~FileReceiver
+};
+
+// ---- Credit -------------------------------------------------------------------------------------
+
+// The receiver's account of one transfer.
+struct CreditAccount {
+    std::uint64_t granted = 0;   // what the sender may send, from the beginning of this attempt
+    std::uint64_t consumed = 0;  // of that, what the disk has taken
+
+    std::uint64_t outstanding() const { return granted - consumed; }
+
+    // How much more to grant now; 0 if it is not worth a message yet. `active` transfers share
+    // credit_total, and have `others` outstanding besides this one. Each can always have
+    // credit_floor, so that a transfer whose disk hangs cannot keep the rest from all others.
+    std::uint64_t due(std::uint64_t others, std::size_t active) const {
+        constexpr std::uint64_t kept_free = (max_files_receiving - 1) * credit_floor;
+        std::uint64_t free = credit_total - std::min(credit_total, others + kept_free);
+        std::uint64_t window = std::max(credit_floor, std::min(credit_total / active, free));
+        if (outstanding() >= window) return 0;
+        std::uint64_t more = window - outstanding();
+        return more >= window / 4 ? more : 0;
+    }
+};
+
+// ---- What is half received ----------------------------------------------------------------------
+
+// The file partial_files: one line for each NAME.part of an accepted file that was not finished,
+//
+//      alice 104857600 <offered name, base64> <path of the part, base64>
+//
+// so that an interrupted transfer goes on after a restart, and so that nobody but alice is ever
+// told the size and hash of what alice has sent. One thread uses it.
+class PartialFiles {
+  public:
+    struct Entry {
+        std::string user;
+        std::uint64_t size = 0;
+        std::string name;
+        std::filesystem::path part;
+    };
+
+    // No file means none. Throws Error, with the line number, for a damaged line.
+    explicit PartialFiles(std::filesystem::path path) : path_(std::move(path)) {
+        std::optional<SecretBytes> content = read_file(path_, std::size_t{16} << 20);
+        if (!content) return;
+        std::istringstream in{to_string(*content)};
+        std::string line;
+        for (std::size_t number = 1; std::getline(in, line); ++number) {
+            std::vector<std::string> words = split_words(line);
+            if (words.empty() || words[0].starts_with('#')) continue;
+            try {
+                if (words.size() != 4 || !is_valid_name(words[0])) throw Error("it is damaged.");
+                Entry entry{words[0], 0, to_string(from_base64(words[2])),
+                            path_of(to_string(from_base64(words[3])))};
+                auto [end, failure] =
+                    std::from_chars(words[1].data(), words[1].data() + words[1].size(), entry.size);
+                if (failure != std::errc{} || *end != '\0') throw Error("its number is damaged.");
+                std::error_code ignored;
+                if (std::filesystem::exists(entry.part, ignored)) entries_.push_back(entry);
+            } catch (const Error& e) {
+                throw Error(concat(path_.string(), ", line ", number, ": ", e.what(),
+                                   " Correct or remove the line."));
+            }
+        }
+    }
+
+    // The part of what looks like the same file; empty if there is none.
+    std::filesystem::path find(const std::string& user, const std::string& name,
+                               std::uint64_t size) const {
+        for (const Entry& entry : entries_)
+            if (entry.user == user && entry.name == name && entry.size == size) return entry.part;
+        return {};
+    }
+    // Both write the file, durably: block, and throw Error if that fails.
+    void add(Entry entry) {
+        std::erase_if(entries_, [&](const Entry& e) { return e.part == entry.part; });
+        entries_.insert(entries_.begin(), std::move(entry));  // the newest is found first
+        if (entries_.size() > max_entries) entries_.pop_back();
+        save();
+    }
+    void remove(const std::filesystem::path& part) {
+        if (std::erase_if(entries_, [&](const Entry& e) { return e.part == part; }) > 0) save();
+    }
+
+  private:
+    static constexpr std::size_t max_entries = 1000;
+    static std::filesystem::path path_of(const std::string& text) { return text; }
+    void save() const {
+        std::string content;
+        for (const Entry& e : entries_)
+            content += concat(e.user, " ", e.size, " ", to_base64(as_bytes(e.name)), " ",
+                              to_base64(as_bytes(e.part.string())), "\n");
+        write_file(path_, as_bytes(content), FileMode::owner_only);
+    }
+    std::filesystem::path path_;
+    std::vector<Entry> entries_;
+};
+
+// ---- Events: from the transfers to a face (chapter 11) ------------------------------------------
+//
+// Names and sentences contain what other people chose: a face passes them through visible().
+
+struct FileInfo {
+    unsigned number = 0;  // ours, counting from 1: what /accept and /cancel take
+    bool sending = false;
+    std::string user;  // the other side
+    std::string name;  // a safe one
+    std::uint64_t size = 0;
+};
+struct FileOffered {  // by somebody: accept or decline
+    FileInfo file;
+    std::uint64_t held = 0;  // bytes that are here from an earlier attempt
+};
+struct FileOfferSent {
+    FileInfo file;
+};
+struct FileStarted {
+    FileInfo file;
+    std::uint64_t offset = 0;  // what is before it was there already
+};
+struct FileProgress {  // some times a second
+    FileInfo file;
+    std::uint64_t done = 0;  // bytes from the file's beginning
+    double bytes_per_second = 0;
+};
+struct FileFinished {
+    FileInfo file;
+    std::filesystem::path path;  // received: where it is
+    std::uint64_t moved = 0;     // bytes of the last attempt
+};
+struct FileStopped {
+    FileInfo file;
+    std::string sentence;
+    bool interrupted = false;  // it goes on by itself when the other side is back
+    bool failed = false;       // something that the user here wanted did not happen
+};
+struct FileStatus {
+    enum class State { offered, running, interrupted };
+    FileInfo file;
+    State state{};
+    std::uint64_t done = 0;
+};
+struct FileList {
+    std::vector<FileStatus> files;
+};
+
+// ---- All transfers of one client ----------------------------------------------------------------
+
+// What the transfers need from the client. All but wake() is called in the engine's thread.
+class FileHost {
+  public:
+    virtual void tell(FileOffered) = 0;
+    virtual void tell(FileOfferSent) = 0;
+    virtual void tell(FileStarted) = 0;
+    virtual void tell(FileProgress) = 0;
+    virtual void tell(FileFinished) = 0;
+    virtual void tell(FileStopped) = 0;
+    virtual void complain(const std::string& sentence) = 0;
+    // The login of a user to whom messages can be sealed now, if there is one.
+    virtual std::optional<LoginId> reach(const std::string& user) = 0;
+    // Seals and queues a message, interactive. `tag` comes back if it cannot be delivered.
+    virtual void send(LoginId to, std::uint32_t tag, Kind kind, ByteView body) = 0;
+    virtual std::shared_ptr<BulkLane> bulk_lane(LoginId to) = 0;
+    // Makes the engine call tend() soon. Any thread.
+    virtual void wake() noexcept = 0;
+
+  protected:
+    ~FileHost() = default;
+};
+
+// The engine's thread uses it. Nothing in it waits for a disk for long, or for another person.
+class FileTransfers {
+  public:
+    struct Options {
+        std::filesystem::path downloads;
+        bool auto_accept = false;
+        std::uint64_t max_size = UINT64_MAX;  // of what is accepted automatically
+        Milliseconds patience{600'000};       // for an answer, and for somebody who left to return
+    };
+
+    // Throws Error if `partial_files` is there and damaged. `host` must outlive this.
+    FileTransfers(FileHost& host, Options options, std::filesystem::path partial_files)
+        : host_(host), options_(std::move(options)), partial_files_(std::move(partial_files)) {
+        options_.downloads = std::filesystem::absolute(options_.downloads);
+    }
+
+    // Tags of Undelivered that are ours.
+    static bool is_file_tag(std::uint32_t tag) { return (tag & file_tag) != 0; }
+
+    // ---- Commands: all throw Error with a sentence for the user ---------------------------------
+
+    void offer(const std::string& user, LoginId to, const std::filesystem::path& path) {
+        if (outgoing_.size() >= max_offers)
+            throw Error("Too many files are offered already: wait for some, or /cancel them.");
+        Outgoing t;
+        t.file = std::make_shared<SourceFile>(path);
+        t.info = {++last_number_, true, user, safe_file_name(t.file->name()), t.file->size()};
+        t.offered_name = t.file->name();
+        Outgoing& kept = outgoing_.emplace(t.info.number, std::move(t)).first->second;
+        send_offer(kept, to);
+        host_.tell(FileOfferSent{kept.info});
+    }
+
+    // `number` 0: the only one there is. `name`: another than the offered one, or empty.
+    void accept(unsigned number, const std::string& name) {
+        Incoming& t = waiting_offer(number);
+        if (running_incoming() >= max_files_receiving)
+            throw Error(concat(max_files_receiving,
+                               " files are being received already: accept it when one is done."));
+        if (name.find_first_of("/\\") != name.npos)
+            throw Error(concat("Give a name, without a folder: files are saved in ",
+                               options_.downloads.string(), "."));
+        std::uint64_t room = detail::free_space(options_.downloads);
+        if (room < t.info.size - std::min(t.info.size, held(t)))
+            throw Error(concat("The disk of ", options_.downloads.string(), " has room for ",
+                               readable_size(room), ", and ", t.info.name, " has ",
+                               readable_size(t.info.size), ". The offer still stands."));
+        if (!name.empty()) t.save_as = safe_file_name(name);
+        prepare(t);
+    }
+    void decline(unsigned number) { drop(waiting_offer(number), FileReason::declined, "declined"); }
+    // Ends a transfer in any state, of either direction.
+    void cancel(unsigned number) {
+        if (number == 0 && outgoing_.size() + incoming_.size() == 1)
+            number = outgoing_.empty() ? incoming_.begin()->first : outgoing_.begin()->first;
+        if (auto out = outgoing_.find(number); out != outgoing_.end())
+            return drop(out->second, FileReason::cancelled, "cancelled");
+        if (auto in = incoming_.find(number); in != incoming_.end())
+            return drop(in->second, FileReason::cancelled, "cancelled");
+        throw Error(number == 0 ? "Which one? /files lists them." : no_such(number));
+    }
+    FileList list() const {
+        FileList list;
+        for (const auto& [number, t] : outgoing_)
+            list.files.push_back({t.info, t.state, t.progress.done});
+        for (const auto& [number, t] : incoming_)
+            list.files.push_back({t.info, t.state, t.progress.done});
+        std::sort(list.files.begin(), list.files.end(),
+                  [](const auto& a, const auto& b) { return a.file.number < b.file.number; });
+        return list;
+    }
+
+    // Whether something is under way that one would not want to cut off by leaving.
+    bool is_busy() const { return !outgoing_.empty() || running_incoming() > 0; }
+
+    // ---- From the network -----------------------------------------------------------------------
+
+    // A message of one of our kinds. What is wrong with it ends the transfer that it belongs to,
+    // and nothing else.
+    void receive(LoginId from, const std::string& user, Kind kind, SecretBytes body) {
+        constexpr std::string_view what = "a message about a file";
+        try {
+            switch (kind) {
+                case Kind::file_offer:
+                    return receive_offer(from, user, decode<FileOffer>(body, what));
+                case Kind::file_accept:
+                    return receive_accept(from, user, decode<FileAccept>(body, what));
+                case Kind::file_credit:
+                    return receive_credit(from, user, decode<FileCredit>(body, what));
+                case Kind::file_chunk: {
+                    FileChunk chunk = decode<FileChunk>(body, what);
+                    return receive_chunk(from, user, chunk, std::move(body));
+                }
+                case Kind::file_end:
+                    return receive_end(from, user, decode<FileEnd>(body, what));
+                case Kind::file_stored:
+                    return receive_stored(from, user, decode<FileStored>(body, what));
+                case Kind::file_withdraw:
+                    return receive_withdraw(from, user, decode<FileWithdraw>(body, what));
+                case Kind::file_refuse:
+                    return receive_refuse(from, user, decode<FileRefuse>(body, what));
+                default:
+                    return;
+            }
+        } catch (const ProtocolError& e) {
+            out_of_order(from, user, e.what());
+        }
+    }
+
+    // The server could not deliver what we sent with this tag.
+    void came_back(std::uint32_t tag, UndeliveredReason reason) {
+        if (reason == UndeliveredReason::gone) return;  // a Left says so too
+        const std::string sentence =
+            " cannot keep up at the moment. Offered again later, it goes "
+            "on where it stopped.";
+        unsigned number = tag & ~file_tag;
+        if (auto out = outgoing_.find(number); out != outgoing_.end())
+            stop(out->second, FileReason::lost, out->second.info.user + sentence);
+        else if (auto in = incoming_.find(number); in != incoming_.end())
+            stop(in->second, FileReason::lost, in->second.info.user + sentence);
+    }
+
+    void person_left(LoginId id, const std::string& user) {
+        interrupt(id, concat(user, " left"));
+        peers_.erase(id);
+    }
+    void connection_lost() {
+        interrupt(std::nullopt, "the connection was lost");
+        peers_.clear();
+    }
+
+    // ---- From time to time ----------------------------------------------------------------------
+
+    // Looks at what the threads have to report, and at the clock.
+    void tend() {
+        Clock::time_point now = Clock::now();
+        tend_all(outgoing_, now);
+        tend_all(incoming_, now);
+        std::erase_if(retired_senders_, [](const auto& s) { return s->report().ended; });
+        std::erase_if(retired_receivers_, [](const auto& r) { return r->report().ended; });
+    }
+    // When tend() has something to do although nobody wakes it.
+    Clock::time_point next_deadline() const {
+        Clock::time_point next = Clock::time_point::max();
+        for (const auto& [number, t] : outgoing_)
+            if (t.state != State::running) next = std::min(next, t.expires);
+        return next;
+    }
+
+  private:
+    using State = FileStatus::State;
+    static constexpr std::uint32_t file_tag = 0x8000'0000;
+    static constexpr std::size_t max_offers = 64;
+    static constexpr std::size_t max_offers_of_one = 16;
+    static constexpr Milliseconds progress_every{250};
+
+    struct Progress {
+        std::uint64_t done = 0;
+        double bytes_per_second = 0;
+        Clock::time_point told = Clock::now();
+        std::uint64_t told_done = 0;
+    };
+    struct Outgoing {
+        FileInfo info;
+        State state = State::offered;
+        std::string offered_name;  // as it is called here
+        std::shared_ptr<const SourceFile> file;
+        LoginId to{};
+        std::uint32_t id = 0;                // of the offer, on the wire
+        Clock::time_point expires;           // while offered or interrupted
+        std::unique_ptr<FileSender> sender;  // while running
+        std::uint64_t credit = 0;
+        bool begun = false;  // FileStarted was told
+        Progress progress;
+    };
+    struct Incoming {
+        FileInfo info;
+        State state = State::offered;
+        std::uint64_t modified = 0;
+        std::string save_as;
+        LoginId from{};
+        std::uint32_t id = 0;
+        std::unique_ptr<FileReceiver> receiver;  // running; interrupted: may still be writing
+        bool ready = false;                      // FileAccept was sent
+        bool begun = false;                      // a chunk has come, or the end
+        bool ending = false;                     // FileEnd has come
+        std::filesystem::path part;              // where it is written, once that is known
+        std::uint64_t next = 0;                  // offset of the next chunk
+        std::uint64_t received = 0;              // bytes of this attempt
+        CreditAccount credit;
+        Progress progress;
+    };
+    struct PeerState {
+        std::uint32_t last_offer = 0;  // the largest id that came
+        bool complained = false;       // about what belongs to no transfer: once
+    };
+
+    // ---- Finding --------------------------------------------------------------------------------
+
+    static std::string no_such(unsigned number) {
+        return concat("There is no file number ", number, ". /files lists them.");
+    }
+    Incoming& waiting_offer(unsigned number) {
+        std::vector<Incoming*> waiting;
+        for (auto& [n, t] : incoming_)
+            if (t.state == State::offered && (number == 0 || n == number)) waiting.push_back(&t);
+        if (waiting.size() == 1) return *waiting[0];
+        if (waiting.size() > 1) throw Error("Several offers wait: which one? /files lists them.");
+        if (number == 0) throw Error("There is no offer that waits for an answer.");
+        if (incoming_.contains(number)) throw Error("That one is accepted already.");
+        throw Error(no_such(number));
+    }
+    // The transfer that a message means. Null for one that is over: its messages may still be on
+    // the way. Throws ProtocolError for one that never was.
+    Outgoing* find_outgoing(LoginId to, std::uint32_t id) {
+        for (auto& [number, t] : outgoing_)
+            if (t.to == to && t.id == id && t.state != State::interrupted) return &t;
+        if (id > last_offer_) throw ProtocolError("It is about a file that was never offered.");
+        return nullptr;
+    }
+    Incoming* find_incoming(LoginId from, std::uint32_t id) {
+        for (auto& [number, t] : incoming_)
+            if (t.from == from && t.id == id && t.state != State::interrupted) return &t;
+        if (id > peers_[from].last_offer)
+            throw ProtocolError("It is about a file that was never offered.");
+        return nullptr;
+    }
+    std::size_t running_incoming() const {
+        return static_cast<std::size_t>(
+            std::count_if(incoming_.begin(), incoming_.end(),
+                          [](const auto& entry) { return entry.second.state == State::running; }));
+    }
+    // What is here from an earlier attempt.
+    std::uint64_t held(const Incoming& t) const {
+        std::filesystem::path part = partial_files_.find(t.info.user, t.info.name, t.info.size);
+        std::error_code failure;
+        std::uint64_t size = part.empty() ? 0 : std::filesystem::file_size(part, failure);
+        return failure ? 0 : size;
+    }
+
+    // ---- Sending messages -----------------------------------------------------------------------
+
+    template <class T>
+    void send(LoginId to, unsigned number, const T& message) {
+        host_.send(to, file_tag | number, T::kind, encode(message));
+    }
+    void send_offer(Outgoing& t, LoginId to) {
+        t.state = State::offered;
+        t.to = to;
+        t.id = ++last_offer_;
+        t.begun = false;
+        t.expires = Clock::now() + options_.patience;
+        send(to, t.info.number, FileOffer{t.id, t.offered_name, t.info.size, t.file->modified()});
+    }
+    void send_end(const Outgoing& t, FileReason reason) {
+        if (t.state != State::interrupted) send(t.to, t.info.number, FileWithdraw{t.id, reason});
+    }
+    void send_end(const Incoming& t, FileReason reason) {
+        if (t.state != State::interrupted) send(t.from, t.info.number, FileRefuse{t.id, reason});
+    }
+
+    // ---- The end of a transfer ------------------------------------------------------------------
+
+    // Forgets a transfer; its thread, if it has one, ends in its own time.
+    void forget(Outgoing& t) {
+        retire(retired_senders_, std::move(t.sender));
+        outgoing_.erase(t.info.number);
+    }
+    void forget(Incoming& t) {
+        retire(retired_receivers_, std::move(t.receiver));
+        incoming_.erase(t.info.number);
+    }
+    template <class Worker>
+    static void retire(std::vector<std::unique_ptr<Worker>>& retired,
+                       std::unique_ptr<Worker> worker) {
+        if (!worker) return;
+        worker->stop();
+        retired.push_back(std::move(worker));
+    }
+    // Whether the user here has asked for it: offered or accepted it.
+    static bool is_wanted(const Outgoing&) { return true; }
+    static bool is_wanted(const Incoming& t) { return t.state != State::offered; }
+    // Ends a transfer and tells both sides.
+    template <class Transfer>
+    void stop(Transfer& t, FileReason reason, const std::string& sentence) {
+        send_end(t, reason);
+        host_.tell(FileStopped{t.info, sentence, false, is_wanted(t)});
+        forget(t);
+    }
+    // The same, as our own user wished.
+    template <class Transfer>
+    void drop(Transfer& t, FileReason reason, std::string_view what) {
+        send_end(t, reason);
+        host_.tell(FileStopped{t.info, concat("you ", what, " it"), false, false});
+        forget(t);
+    }
+    // The other side has ended it.
+    template <class Transfer>
+    void ended_there(Transfer& t, FileReason reason) {
+        host_.tell(
+            FileStopped{t.info, concat(t.info.user, " ", meaning_of(reason)), false, is_wanted(t)});
+        forget(t);
+    }
+    // The other side has sent what it must not send.
+    template <class Transfer>
+    void break_off(Transfer& t, std::string_view fault) {
+        stop(t, FileReason::broke_protocol,
+             concat("stopped, because ", t.info.user, "'s client ", fault));
+    }
+    // Likewise, and it belongs to no transfer.
+    void out_of_order(LoginId from, const std::string& user, std::string_view reason) {
+        if (!std::exchange(peers_[from].complained, true))
+            host_.complain(concat("A message about a file from ", user,
+                                  " is out of order, and was ignored. ", reason));
+    }
+
+    // Somebody (or everybody: no id) is out of reach.
+    void interrupt(std::optional<LoginId> who, const std::string& reason) {
+        std::vector<unsigned> over;
+        for (auto& [number, t] : outgoing_)
+            if (t.state != State::interrupted && t.to == who.value_or(t.to) &&
+                !interrupt(t, reason))
+                over.push_back(number);
+        for (auto& [number, t] : incoming_)
+            if (t.state != State::interrupted && t.from == who.value_or(t.from) &&
+                !interrupt(t, reason))
+                over.push_back(number);
+        for (unsigned number : over) {
+            outgoing_.erase(number);
+            incoming_.erase(number);
+        }
+    }
+    // False if that is the end of it: nothing had begun.
+    bool interrupt(Outgoing& t, const std::string& reason) {
+        bool had_begun = t.state == State::running;
+        host_.tell(FileStopped{t.info,
+                               had_begun ? concat("interrupted: ", reason, "; it goes on when ",
+                                                  t.info.user, " is back")
+                                         : concat(reason, " before it was accepted"),
+                               had_begun, !had_begun});
+        retire(retired_senders_, std::move(t.sender));
+        t.state = State::interrupted;
+        t.to = {};
+        t.expires = Clock::now() + options_.patience;
+        return had_begun;
+    }
+    bool interrupt(Incoming& t, const std::string& reason) {
+        if (t.ending) {  // it is all here: only our disk is not done yet
+            t.from = {};
+            return true;
+        }
+        bool had_begun = t.state == State::running;
+        host_.tell(FileStopped{t.info,
+                               had_begun ? concat("interrupted: ", reason,
+                                                  "; what has come is kept, and it goes on when ",
+                                                  t.info.user, " offers it again")
+                                         : concat(reason, ": the offer is gone"),
+                               had_begun, false});
+        if (t.receiver) t.receiver->stop();
+        t.state = State::interrupted;
+        t.from = {};
+        return had_begun;
+    }
+
+    // ---- The sender's side ----------------------------------------------------------------------
+
+    void receive_accept(LoginId from, const std::string&, const FileAccept& accepted) {
+        Outgoing* t = find_outgoing(from, accepted.id);
+        if (t == nullptr) return;
+        if (t->state != State::offered) return break_off(*t, "accepted it twice");
+        if (accepted.offset > t->info.size || accepted.credit > credit_total)
+            return break_off(*t, "accepted more than there is");
+        std::shared_ptr<BulkLane> lane = host_.bulk_lane(from);
+        if (!lane) return;
+        try {
+            t->sender =
+                std::make_unique<FileSender>(t->file, accepted, std::move(lane),
+                                             file_tag | t->info.number, [this] { host_.wake(); });
+        } catch (const std::system_error& e) {
+            return stop(*t, FileReason::unreadable, concat("no thread for it: ", e.what()));
+        }
+        t->state = State::running;
+        t->credit = accepted.credit;
+    }
+
+    void receive_credit(LoginId from, const std::string&, const FileCredit& credit) {
+        Outgoing* t = find_outgoing(from, credit.id);
+        if (t == nullptr) return;
+        if (t->state != State::running) return break_off(*t, "gave credit without accepting it");
+        if (credit.credit <= t->credit) return break_off(*t, "took credit back");
+        if (credit.credit > t->sender->report().sent + credit_total)
+            return break_off(*t, "gave more credit than there is");
+        t->credit = credit.credit;
+        t->sender->allow(credit.credit);
+    }
+
+    void receive_stored(LoginId from, const std::string&, const FileStored& stored) {
+        Outgoing* t = find_outgoing(from, stored.id);
+        if (t == nullptr) return;
+        if (t->state != State::running || !t->sender->report().all_sent)
+            return break_off(*t, "says that it has it, before all of it was sent");
+        FileSender::Report report = t->sender->report();
+        tell_begin(*t, report.begun_at.value_or(0));
+        host_.tell(FileFinished{t->info, {}, report.sent});
+        forget(*t);
+    }
+
+    void receive_refuse(LoginId from, const std::string&, const FileRefuse& refuse) {
+        if (Outgoing* t = find_outgoing(from, refuse.id)) ended_there(*t, refuse.reason);
+    }
+
+    template <class Transfer>
+    void tell_begin(Transfer& t, std::uint64_t offset) {
+        if (std::exchange(t.begun, true)) return;
+        t.progress = {offset, 0, Clock::now(), offset};
+        host_.tell(FileStarted{t.info, offset});
+    }
+    template <class Transfer>
+    void tell_progress(Transfer& t, std::uint64_t done, Clock::time_point now) {
+        Progress& p = t.progress;
+        p.done = done;
+        std::chrono::duration<double> passed = now - p.told;
+        if (passed < progress_every || done <= p.told_done) return;
+        double rate = static_cast<double>(done - p.told_done) / passed.count();
+        p.bytes_per_second = p.bytes_per_second == 0 ? rate : 0.8 * p.bytes_per_second + 0.2 * rate;
+        p.told = now;
+        p.told_done = done;
+        host_.tell(FileProgress{t.info, done, p.bytes_per_second});
+    }
+
+    // One for each kind of transfer; they may forget the transfer.
+    void tend(Outgoing& t, Clock::time_point now) {
+        if (t.state == State::running) {
+            FileSender::Report report = t.sender->report();
+            if (report.begun_at) tell_begin(t, *report.begun_at);
+            if (t.begun) tell_progress(t, report.offset, now);
+            if (report.failure) stop(t, report.failure->reason, report.failure->what());
+            return;
+        }
+        if (t.state == State::interrupted) {
+            if (std::optional<LoginId> to = host_.reach(t.info.user)) return send_offer(t, *to);
+            if (now >= t.expires)
+                stop(t, FileReason::expired, concat(t.info.user, " did not come back"));
+        } else if (now >= t.expires) {
+            stop(t, FileReason::expired, concat(t.info.user, " did not answer"));
+        }
+    }
+    template <class Transfers>
+    void tend_all(Transfers& transfers, Clock::time_point now) {
+        for (auto it = transfers.begin(); it != transfers.end();) {
+            auto here = it++;  // `here` may be forgotten
+            tend(here->second, now);
+        }
+    }
+
+    // ---- The receiver's side --------------------------------------------------------------------
+
+    void receive_offer(LoginId from, const std::string& user, const FileOffer& offer) {
+        PeerState& peer = peers_[from];
+        if (offer.id <= peer.last_offer) throw ProtocolError("Its number is not a new one.");
+        peer.last_offer = offer.id;
+        FileInfo info{0, false, user, safe_file_name(offer.name), offer.size};
+        for (auto& [number, t] : incoming_)  // accepted before, and interrupted
+            if (t.state == State::interrupted && t.info.user == user && t.info.name == info.name &&
+                t.info.size == offer.size && t.modified == offer.modified) {
+                t.from = from;
+                t.id = offer.id;
+                return prepare(t);
+            }
+        auto of_this_one =
+            std::count_if(incoming_.begin(), incoming_.end(),
+                          [&](const auto& entry) { return entry.second.info.user == user; });
+        if (incoming_.size() >= max_offers ||
+            static_cast<std::size_t>(of_this_one) >= max_offers_of_one) {
+            host_.send(from, file_tag, FileRefuse::kind,
+                       encode(FileRefuse{offer.id, FileReason::too_many}));
+            return;
+        }
+        info.number = ++last_number_;
+        Incoming& t = incoming_[info.number];
+        t.info = info;
+        t.modified = offer.modified;
+        t.save_as = info.name;
+        t.from = from;
+        t.id = offer.id;
+        host_.tell(FileOffered{info, held(t)});
+        if (options_.auto_accept) host_.wake();
+    }
+
+    // For those who accept automatically: nobody is there to decide otherwise.
+    void accept_or_refuse(Incoming& t) {
+        if (t.info.size > options_.max_size)
+            return stop(t, FileReason::too_large,
+                        concat("declined: it is larger than ", readable_size(options_.max_size)));
+        if (running_incoming() >= max_files_receiving) return;  // later
+        try {
+            accept(t.info.number, "");
+        } catch (const Error& e) {
+            stop(t, FileReason::disk_full, e.what());
+        }
+    }
+
+    // The user has said yes, now or before. The answer goes when the thread has looked at the disk.
+    void prepare(Incoming& t) {
+        FileReceiver::Plan plan{options_.downloads, t.save_as, t.part, t.info.size, t.modified};
+        if (t.part.empty() && t.save_as == t.info.name)
+            plan.part = partial_files_.find(t.info.user, t.info.name, t.info.size);
+        try {
+            t.receiver = std::make_unique<FileReceiver>(std::move(plan), std::move(t.receiver),
+                                                        [this] { host_.wake(); });
+        } catch (const std::system_error& e) {
+            return stop(t, FileReason::not_writable, concat("no thread for it: ", e.what()));
+        }
+        t.state = State::running;
+        t.ready = t.begun = false;
+        t.received = 0;
+        t.credit = {};
+    }
+
+    void receive_chunk(LoginId from, const std::string&, const FileChunk& chunk, SecretBytes body) {
+        Incoming* t = find_incoming(from, chunk.id);
+        if (t == nullptr) return;
+        if (!t->ready) return break_off(*t, "sent some of it before it was accepted");
+        if (!t->begun && chunk.offset == 0) t->next = 0;  // it does not go on: it begins anew
+        if (chunk.offset > t->next)
+            return stop(*t, FileReason::lost,
+                        concat("a part of it was lost on the way. What came before is kept: it "
+                               "goes on there when ",
+                               t->info.user, " offers it again"));
+        if (chunk.offset < t->next || t->ending) return break_off(*t, "sent a part of it twice");
+        if (chunk.bytes.empty()) return break_off(*t, "sent an empty part of it");
+        if (chunk.bytes.size() > t->info.size - t->next)
+            return break_off(*t, "sent more than was offered");
+        if (chunk.bytes.size() > t->credit.granted - t->received)
+            return break_off(*t, "sent more than it had credit for");
+        tell_begin(*t, t->next);
+        t->next += chunk.bytes.size();
+        t->received += chunk.bytes.size();
+        t->receiver->add(chunk.offset, std::move(body), chunk.bytes);
+    }
+
+    void receive_end(LoginId from, const std::string&, const FileEnd& end) {
+        Incoming* t = find_incoming(from, end.id);
+        if (t == nullptr) return;
+        if (!t->ready) return break_off(*t, "ended it before it was accepted");
+        if (t->ending) return break_off(*t, "ended it twice");
+        if (t->next != t->info.size) return break_off(*t, "ended it before all of it was sent");
+        tell_begin(*t, t->next);
+        t->ending = true;
+        t->receiver->finish();
+    }
+
+    void receive_withdraw(LoginId from, const std::string&, const FileWithdraw& withdraw) {
+        if (Incoming* t = find_incoming(from, withdraw.id)) ended_there(*t, withdraw.reason);
+    }
+
+    void tend(Incoming& t, Clock::time_point now) {
+        if (t.state == State::offered && options_.auto_accept) return accept_or_refuse(t);
+        if (t.state != State::running) return;
+        FileReceiver::Report report = t.receiver->report();
+        switch (report.state) {
+            case FileReceiver::Report::State::preparing:
+            case FileReceiver::Report::State::stopped:
+                return;
+            case FileReceiver::Report::State::failed:
+                return stop(t, report.reason, report.sentence);
+            case FileReceiver::Report::State::stored:
+                if (t.from != LoginId{}) send(t.from, t.info.number, FileStored{t.id});
+                forget_part(t);
+                host_.tell(FileFinished{t.info, report.path, report.written});
+                return forget(t);
+            case FileReceiver::Report::State::ready:
+                break;
+        }
+        if (report.path != t.part) remember_part(t, report.path);
+        if (!t.ready) send_accept(t, report);
+        t.credit.consumed = report.written;
+        grant(t);
+        if (t.begun) tell_progress(t, t.next - t.received + report.written, now);
+    }
+
+    void send_accept(Incoming& t, const FileReceiver::Report& report) {
+        t.ready = true;
+        t.next = report.held;
+        t.credit.granted = due(t);
+        send(t.from, t.info.number,
+             FileAccept{t.id, report.held, report.held_hash, t.credit.granted});
+    }
+    void grant(Incoming& t) {
+        std::uint64_t needed = t.info.size - (t.next - t.received);  // in this attempt
+        std::uint64_t more = t.credit.granted < needed ? due(t) : 0;
+        if (more == 0) return;
+        t.credit.granted += more;
+        send(t.from, t.info.number, FileCredit{t.id, t.credit.granted});
+    }
+    std::uint64_t due(const Incoming& t) const {
+        std::uint64_t others = 0;
+        for (const auto& [number, other] : incoming_)
+            if (other.state == State::running && &other != &t) others += other.credit.outstanding();
+        return t.credit.due(others, running_incoming());
+    }
+
+    // So that it can go on after a restart. If that fails, it is only less comfortable.
+    void remember_part(Incoming& t, const std::filesystem::path& part) {
+        t.part = part;
+        try {
+            partial_files_.add({t.info.user, t.info.size, t.info.name, part});
+        } catch (const Error& e) {
+            host_.complain(e.what());
+        }
+    }
+    void forget_part(const Incoming& t) {
+        try {
+            partial_files_.remove(t.part);
+        } catch (const Error& e) {
+            host_.complain(e.what());
+        }
+    }
+
+    FileHost& host_;
+    Options options_;
+    PartialFiles partial_files_;
+    unsigned last_number_ = 0;
+    std::uint32_t last_offer_ = 0;
+    std::map<unsigned, Outgoing> outgoing_;
+    std::map<unsigned, Incoming> incoming_;
+    std::map<LoginId, PeerState> peers_;
+    std::vector<std::unique_ptr<FileSender>> retired_senders_;      // threads that are about to end
+    std::vector<std::unique_ptr<FileReceiver>> retired_receivers_;  // likewise
+};
 
 // =================================================================================================
 //  Chapter 10. The server
@@ -4575,6 +6274,7 @@ class Server {
 //      known_servers                        HOST:PORT SHA256:<fingerprint>     one line a server
 //      servers/<server>/<user>/identity.pem the user's identity key, encrypted with the password
 //      servers/<server>/<user>/known_users  the pins of chapter 8
+//      servers/<server>/<user>/partial_files  what is half received: chapter 9
 //
 // <server> is the beginning of the server key's fingerprint, in hexadecimal: the same server under
 // two addresses is one server, and two servers that have the same address in turn are two.
@@ -4601,8 +6301,26 @@ struct Ignore {  // hide what `user` writes, or show it again
 struct AcceptServerKey {  // the answer to ServerKeyUnknown
     bool accept = false;
 };
-struct Leave {};  // say goodbye when everything before it has been sent
-using Command = std::variant<Say, Tell, ListPeople, Verify, Trust, Ignore, AcceptServerKey, Leave>;
+struct SendFile {  // offer it; chapter 9 has the events that follow
+    std::string user;
+    std::filesystem::path path;
+};
+struct AcceptFile {
+    unsigned number = 0;  // 0: the only one that waits
+    std::string name{};   // other than the offered one, or empty
+};
+struct DeclineFile {
+    unsigned number = 0;
+};
+struct CancelFile {  // in any state, of either direction
+    unsigned number = 0;
+};
+struct ListFiles {};           // answered by FileList
+struct Leave {                 // say goodbye when everything before it has been sent
+    bool after_files = false;  // and also every file moved that is on its way
+};
+using Command = std::variant<Say, Tell, ListPeople, Verify, Trust, Ignore, SendFile, AcceptFile,
+                             DeclineFile, CancelFile, ListFiles, AcceptServerKey, Leave>;
 
 // ---- Events: from the engine to a face ----------------------------------------------------------
 //
@@ -4695,7 +6413,9 @@ struct Event {
     std::chrono::system_clock::time_point time;
     std::variant<Connecting, ServerKeyUnknown, MakingIdentity, LoggedIn, ConnectionLost,
                  PersonJoined, PersonLeft, RoomMessage, PrivateMessage, MessagesLost, NotDelivered,
-                 IdentityPinned, IdentityChanged, SafetyNumber, People, Notice, Problem, Stopped>
+                 IdentityPinned, IdentityChanged, SafetyNumber, People, FileOffered, FileOfferSent,
+                 FileStarted, FileProgress, FileFinished, FileStopped, FileList, Notice, Problem,
+                 Stopped>
         what;
 };
 
@@ -4704,7 +6424,7 @@ struct Event {
 struct CommandHelp {
     std::string_view usage, meaning;
 };
-inline constexpr std::array<CommandHelp, 9> command_help{{
+inline constexpr std::array<CommandHelp, 14> command_help{{
     {"TEXT", "to everybody (begin with // for a text that begins with /)"},
     {"/msg USER TEXT", "to one person"},
     {"/reply TEXT", "to whom you last exchanged private messages with"},
@@ -4712,9 +6432,25 @@ inline constexpr std::array<CommandHelp, 9> command_help{{
     {"/verify USER", "the safety number to compare; \"/verify USER ok\" when it agrees"},
     {"/trust USER", "accept the new identity of somebody whose identity has changed"},
     {"/ignore USER", "hide what somebody writes; again to show it"},
+    {"/file USER PATH", "offer a file to somebody"},
+    {"/accept [N] [NAME]", "take an offered file, under another name if one is given"},
+    {"/decline [N]", "do not take it"},
+    {"/cancel [N]", "withdraw an offer, or stop a file that is on its way"},
+    {"/files", "the files that are offered and on their way, with their numbers"},
     {"/help", "this list"},
     {"/quit", "leave"},
 }};
+
+// A path as people type it, or drop it on a terminal: perhaps in quotes, perhaps with ~ for home.
+inline std::filesystem::path path_from(std::string_view text) {
+    while (text.ends_with(' ')) text.remove_suffix(1);
+    if (text.size() >= 2 && (text[0] == '"' || text[0] == '\'') && text.back() == text[0])
+        return text.substr(1, text.size() - 2);
+    const char* home = std::getenv("HOME");
+    if (text.starts_with("~/") && home != nullptr)
+        return std::filesystem::path(home) / text.substr(2);
+    return text;
+}
 
 // What a line means. Nothing for an empty line; throws Error with the sentence to show for a line
 // that cannot be done. `reply_to` is the last private partner, or empty. Commands that concern the
@@ -4752,6 +6488,22 @@ inline std::optional<Command> parse_command(std::string_view line, std::string_v
     }
     if (command == "/who") return ListPeople{};
     if (command == "/quit") return Leave{};
+    if (command == "/files") return ListFiles{};
+    if (command == "/file") {
+        std::string_view user = take_word();
+        need(!user.empty() && !line.empty(), "/file USER PATH");
+        return SendFile{fold_name(user), path_from(line)};
+    }
+    if (command == "/accept" || command == "/decline" || command == "/cancel") {
+        std::string_view rest = line, word = take_word();
+        unsigned number = 0;
+        auto [end, failure] = std::from_chars(word.data(), word.data() + word.size(), number);
+        bool is_number = failure == std::errc{} && end == word.data() + word.size() && number > 0;
+        if (command == "/accept") return AcceptFile{number, std::string(is_number ? line : rest)};
+        need(word.empty() || (is_number && line.empty()), concat(command, " [NUMBER]"));
+        if (command == "/decline") return DeclineFile{number};
+        return CancelFile{number};
+    }
     if (command == "/verify" || command == "/trust" || command == "/ignore") {
         std::string_view user = take_word();
         bool ok = command == "/verify" && line == "ok";
@@ -4856,12 +6608,13 @@ struct ClientOptions {
     Milliseconds ping_after{45'000};      // of silence
     Milliseconds first_pause{500};        // before connecting again; then doubled
     Milliseconds longest_pause{30'000};
-    int reconnect_tries = 0;                 // 0: for ever
+    int reconnect_tries = 0;                    // 0: for ever
+    FileTransfers::Options files{"downloads"};  // where received files go, and more
     std::function<void()> on_event = [] {};  // called in the engine's thread after each event; it
                                              // wakes somebody, and does nothing else
 };
 
-class Client {
+class Client : private FileHost {
   public:
     // Starts the engine, which connects and logs in; everything else is told in events. Throws
     // Error for a user name that cannot be one.
@@ -4939,7 +6692,8 @@ class Client {
         bool card_requested = false;
         std::optional<CheckedCard> card;
         enum class Standing { unknown, trusted, changed, refused } standing = Standing::unknown;
-        std::optional<PairSender> sender;      // once we have opened to them
+        std::shared_ptr<PairSender> sender;    // once we have opened to them
+        std::shared_ptr<BulkLane> bulk;        // once a file goes to them
         std::optional<PairReceiver> receiver;  // once they have opened to us
     };
 
@@ -5007,6 +6761,7 @@ class Client {
             end = {StopReason::local_trouble, e.what()};
         }
         end_link();
+        files_.reset();  // joins the transfers' threads, which may still be writing
         {
             std::lock_guard lock(mutex_);
             commands_.clear();
@@ -5069,6 +6824,7 @@ class Client {
         changed_.notify_all();
         if (link_->reader.joinable()) link_->reader.join();
         if (link_->writer.joinable()) link_->writer.join();
+        if (files_) files_->connection_lost();
         std::lock_guard lock(mutex_);
         for (; !jobs_.empty(); jobs_.pop_back())
             commands_.push_front(std::move(jobs_.back().command));
@@ -5299,6 +7055,9 @@ class Client {
             identity_saved_ = true;
         }
         if (!pins_) pins_.emplace(account_directory() / "known_users");
+        if (!files_)
+            files_.emplace(static_cast<FileHost&>(*this), options_.files,
+                           account_directory() / "partial_files");
     }
 
     void publish_card() {
@@ -5384,19 +7143,19 @@ class Client {
     void converse() {
         for (;;) {
             std::optional<Bytes> record;
+            bool tend_files = false;
             {
                 std::unique_lock lock(mutex_);
-                changed_.wait(lock, [&] {
-                    return stopping_ || lost_ || !records_.empty() || may_take_command();
-                });
+                wait_for_work(lock);
                 if (stopping_) return;
+                tend_files = std::exchange(files_woken_, false);
                 if (!records_.empty()) {
                     record = std::move(records_.front());
                     records_.pop_front();
                 } else if (lost_) {
                     if (link_->quit_sent) return;
                     throw NetworkError(lost_reason_);
-                } else {
+                } else if (may_take_command()) {
                     jobs_.push_back({std::move(commands_.front()), false});
                     commands_.pop_front();
                 }
@@ -5404,9 +7163,21 @@ class Client {
             changed_.notify_all();
             changed_for_faces_.notify_all();
             if (record && !handle_record(*record)) return;
+            if (tend_files || Clock::now() >= files_->next_deadline()) files_->tend();
             run_jobs();
             save_pins();
         }
+    }
+
+    void wait_for_work(std::unique_lock<std::mutex>& lock) {
+        auto there_is_work = [&] {
+            return stopping_ || lost_ || files_woken_ || !records_.empty() || may_take_command();
+        };
+        Clock::time_point deadline = files_->next_deadline();
+        if (deadline == Clock::time_point::max())
+            changed_.wait(lock, there_is_work);
+        else
+            changed_.wait_until(lock, deadline, there_is_work);
     }
 
     bool may_take_command() const {
@@ -5475,6 +7246,7 @@ class Client {
         Peer& peer = link_->peers[joined.id];
         peer.id = joined.id;
         peer.user = joined.user;
+        wake();  // perhaps a file waits for them
         return peer;
     }
     void remove_peer(LoginId id) {
@@ -5483,6 +7255,7 @@ class Client {
         std::string user = found->second.user;
         if (link_->by_name[user] == id) link_->by_name.erase(user);
         link_->peers.erase(found);
+        files_->person_left(id, user);
         emit(PersonLeft{user});
     }
     Peer* peer_by_id(LoginId id) {
@@ -5509,6 +7282,7 @@ class Client {
     // The first card of a login settles who it is; a different one later is ignored.
     void accept_card(Peer& peer, ByteView bytes) {
         if (peer.standing != Peer::Standing::unknown) return;
+        wake();
         try {
             peer.card.emplace(bytes, peer.user);
         } catch (const ProtocolError& e) {
@@ -5582,14 +7356,32 @@ class Client {
             emit(Problem{concat("A message from ", peer.user, " came twice; once is shown.")});
         if (opened.state != OpenedPayload::State::good) return false;
         if (opened.lost > 0) emit(MessagesLost{peer.user, opened.lost});
-        return peer.standing == Peer::Standing::trusted && !ignored_.contains(peer.user);
+        return peer.standing == Peer::Standing::trusted;
     }
 
-    void receive_sealed(const Peer& peer, const OpenedPayload& opened) {
+    void receive_sealed(const Peer& peer, OpenedPayload opened) {
         if (!check_opened(peer, opened)) return;
-        if (opened.kind == Kind::text)
-            emit(PrivateMessage{peer.user, to_string(opened.body), false});
-        // other kinds: from a newer program
+        bool ignored = ignored_.contains(peer.user);
+        switch (opened.kind) {
+            case Kind::text:
+                if (!ignored) emit(PrivateMessage{peer.user, to_string(opened.body), false});
+                return;
+            case Kind::file_offer:
+                if (ignored) return;
+                [[fallthrough]];
+            case Kind::file_accept:
+            case Kind::file_credit:
+            case Kind::file_chunk:
+            case Kind::file_end:
+            case Kind::file_stored:
+            case Kind::file_withdraw:
+            case Kind::file_refuse:
+                files_->receive(peer.id, peer.user, opened.kind, std::move(opened.body));
+                return;
+            case Kind::room_key:  // belongs into a lid
+                return;
+        }
+        // any other: from a newer program
     }
 
     void receive_room(const RoomDelivered& message) {
@@ -5597,7 +7389,8 @@ class Client {
         if (peer == nullptr) return;
         if (!peer->receiver) return tell_unopenable(*peer);
         OpenedPayload lid = peer->receiver->open_lid(message.lid, sha256(message.text));
-        if (!check_opened(*peer, lid) || lid.kind != Kind::room_key || lid.body.size() != 32)
+        if (!check_opened(*peer, lid) || ignored_.contains(peer->user) ||
+            lid.kind != Kind::room_key || lid.body.size() != 32)
             return;
         if (std::optional<std::string> text = open_room_text(message.text, Secret<32>(lid.body)))
             emit(RoomMessage{peer->user, std::move(*text), false});
@@ -5661,7 +7454,7 @@ class Client {
         if (peer.sender) return true;
         try {
             Bytes open;
-            peer.sender.emplace(*link_->keys, *peer.card, open);
+            peer.sender = std::make_shared<PairSender>(*link_->keys, *peer.card, open);
             push(Lane::interactive, Send{peer.id, Lane::interactive, 0, open});  // 0: not a message
             return true;
         } catch (const ProtocolError& e) {
@@ -5669,6 +7462,17 @@ class Client {
             emit(Problem{e.what()});
             return false;
         }
+    }
+
+    // Throws Error, with what to do, if we must not send to a peer.
+    void require_open(Peer& peer) {
+        if (open_to(peer)) return;
+        throw Error(concat("Nothing is sent to ", peer.user, ": ",
+                           peer.standing == Peer::Standing::changed
+                               ? concat("this is another identity than before. Compare safety "
+                                        "numbers (/verify ",
+                                        peer.user, "), then /trust ", peer.user, ".")
+                               : std::string("the key card is not valid.")));
     }
 
     template <class T>
@@ -5685,13 +7489,7 @@ class Client {
             return true;
         }
         if (!is_settled(*peer)) return false;
-        if (!open_to(*peer))
-            throw Error(concat("Nothing is sent to ", tell.user, ": ",
-                               peer->standing == Peer::Standing::changed
-                                   ? concat("this is another identity than before. Compare safety "
-                                            "numbers (/verify ",
-                                            tell.user, "), then /trust ", tell.user, ".")
-                                   : std::string("the key card is not valid.")));
+        require_open(*peer);
         std::uint32_t tag = ++link_->last_tag;
         push(Lane::interactive,
              Send{peer->id, Lane::interactive, tag,
@@ -5704,15 +7502,18 @@ class Client {
 
     // The server could not deliver. If the person is back already, as a new login, try once more.
     void came_back(const Undelivered& message) {
+        if (FileTransfers::is_file_tag(message.tag))
+            return files_->came_back(message.tag, message.reason);
         bool busy = message.reason == UndeliveredReason::busy;
         auto found = std::find_if(link_->sent.begin(), link_->sent.end(),
                                   [&](const SentPrivate& s) { return s.tag == message.tag; });
         if (found == link_->sent.end()) {
             Peer* peer = peer_by_id(message.to);
             if (!busy || peer == nullptr) return;
-            if (message.tag == 0)
+            if (message.tag == 0) {
                 peer->sender.reset();  // our keys did not arrive: open again next time
-            else
+                peer->bulk.reset();
+            } else
                 emit(NotDelivered{peer->user, "", "cannot keep up at the moment"});
             return;
         }
@@ -5790,10 +7591,74 @@ class Client {
 
     bool perform(const AcceptServerKey&, const Job&) { return true; }  // nobody has asked
 
-    bool perform(const Leave&, const Job&) {
+    bool perform(const SendFile& file, const Job&) {
+        if (file.user == user_) throw Error("That is you.");
+        Peer* peer = peer_by_name(file.user);
+        if (peer == nullptr)
+            throw Error(concat(file.user, " is not online. Files go from hand to hand: both sides ",
+                               "have to be there."));
+        if (!is_settled(*peer)) return false;
+        require_open(*peer);
+        files_->offer(file.user, peer->id, file.path);
+        return true;
+    }
+    bool perform(const AcceptFile& file, const Job&) {
+        files_->accept(file.number, file.name);
+        return true;
+    }
+    bool perform(const DeclineFile& file, const Job&) {
+        files_->decline(file.number);
+        return true;
+    }
+    bool perform(const CancelFile& file, const Job&) {
+        files_->cancel(file.number);
+        return true;
+    }
+    bool perform(const ListFiles&, const Job&) {
+        emit(files_->list());
+        return true;
+    }
+
+    bool perform(const Leave& leave, const Job&) {
+        if (leave.after_files && files_->is_busy()) return false;
         link_->outbox->push_control(Quit{});
         link_->quit_sent = true;
         return true;
+    }
+
+    // ---- What the transfers of chapter 9 need ---------------------------------------------------
+
+    void tell(FileOffered event) override { emit(std::move(event)); }
+    void tell(FileOfferSent event) override { emit(std::move(event)); }
+    void tell(FileStarted event) override { emit(std::move(event)); }
+    void tell(FileProgress event) override { emit(std::move(event)); }
+    void tell(FileFinished event) override { emit(std::move(event)); }
+    void tell(FileStopped event) override { emit(std::move(event)); }
+    void complain(const std::string& sentence) override { emit(Problem{sentence}); }
+
+    std::optional<LoginId> reach(const std::string& user) override {
+        Peer* peer = link_ ? peer_by_name(user) : nullptr;
+        if (peer == nullptr || !is_settled(*peer) || !open_to(*peer)) return std::nullopt;
+        return peer->id;
+    }
+    void send(LoginId to, std::uint32_t tag, Kind kind, ByteView body) override {
+        Peer* peer = link_ ? peer_by_id(to) : nullptr;
+        if (peer == nullptr || !open_to(*peer)) return;
+        push(Lane::interactive,
+             Send{to, Lane::interactive, tag, peer->sender->seal(Lane::interactive, kind, body)});
+    }
+    std::shared_ptr<BulkLane> bulk_lane(LoginId to) override {
+        Peer* peer = link_ ? peer_by_id(to) : nullptr;
+        if (peer == nullptr || !open_to(*peer)) return nullptr;
+        if (!peer->bulk) peer->bulk = std::make_shared<BulkLane>(peer->sender, link_->outbox, to);
+        return peer->bulk;
+    }
+    void wake() noexcept override {
+        {
+            std::lock_guard lock(mutex_);
+            files_woken_ = true;
+        }
+        changed_.notify_all();
     }
 
     ClientOptions options_;
@@ -5815,6 +7680,7 @@ class Client {
     std::set<std::string> ignored_;
     std::deque<Job> jobs_;
     std::unique_ptr<Link> link_;
+    std::optional<FileTransfers> files_;  // from the first login on; its threads call wake()
 
     Waker cancel_;
     mutable std::mutex mutex_;                   // guards the rest
@@ -5826,6 +7692,7 @@ class Client {
     Socket* socket_ = nullptr;  // the connection's, while there is one: to shut it down
     bool lost_ = false;
     std::string lost_reason_;
+    bool files_woken_ = false;  // tend() has something to do
     bool stopping_ = false;
     bool ended_ = false;
 

@@ -147,6 +147,48 @@ struct Describe {
                 person.trusted ? "" : " (not trusted)", person.ignored ? " (ignored)" : ""));
         return {{Tone::quiet, concat("* online: ", listed(names))}};
     }
+    Lines operator()(const chatsecure::FileOffered& e) const {
+        const auto& [file, held] = e;
+        return {{Tone::personal,
+                 concat("* ", file.user, " offers file ", file.number, ": ", visible(file.name),
+                        " (", chatsecure::readable_size(file.size),
+                        held > 0 ? concat(", ", chatsecure::readable_size(held), " of it are here")
+                                 : "",
+                        "). /accept ", file.number, " or /decline ", file.number)}};
+    }
+    Lines operator()(const chatsecure::FileOfferSent& e) const {
+        return {{Tone::quiet, concat("* offered ", title(e.file), ", ",
+                                     chatsecure::readable_size(e.file.size))}};
+    }
+    Lines operator()(const chatsecure::FileStarted& e) const {
+        return {{Tone::quiet, concat("* ", title(e.file),
+                                     e.offset == 0 ? ": begins"
+                                                   : concat(": goes on at ",
+                                                            chatsecure::readable_size(e.offset)))}};
+    }
+    Lines operator()(const chatsecure::FileProgress& e) const {
+        return {{Tone::quiet, concat("* ", title(e.file), ": ", progress(e))}};
+    }
+    Lines operator()(const chatsecure::FileFinished& e) const {
+        std::string size = chatsecure::readable_size(e.file.size);
+        if (e.moved < e.file.size)
+            size += concat(", ", chatsecure::readable_size(e.moved), " of it now");
+        return {{Tone::own, concat("* ", title(e.file), ": ",
+                                   e.file.sending ? std::string("has arrived")
+                                                  : "saved as " + visible(e.path.string()),
+                                   " (", size, ")")}};
+    }
+    Lines operator()(const chatsecure::FileStopped& e) const {
+        return {{e.failed ? Tone::warning : Tone::quiet,
+                 concat("* ", title(e.file), ": ", visible(e.sentence))}};
+    }
+    Lines operator()(const chatsecure::FileList& e) const {
+        Lines lines;
+        for (const chatsecure::FileStatus& f : e.files)
+            lines.push_back({Tone::quiet, concat("* ", title(f.file), ": ", state(f))});
+        if (lines.empty()) lines.push_back({Tone::quiet, "* no files are offered or on their way"});
+        return lines;
+    }
     Lines operator()(const chatsecure::Notice& e) const {
         return {{Tone::quiet, concat("* ", visible(e.text))}};
     }
@@ -155,6 +197,39 @@ struct Describe {
     }
     Lines operator()(const chatsecure::Stopped&) const { return {}; }  // see say_why
 
+    static std::string title(const chatsecure::FileInfo& file) {
+        return concat("file ", file.number, ", ", visible(file.name),
+                      file.sending ? " to " : " from ", file.user);
+    }
+    // How many of `parts` parts of a file are done.
+    static std::size_t share(const chatsecure::FileInfo& file, std::uint64_t done, double parts) {
+        double whole = static_cast<double>(std::max<std::uint64_t>(file.size, 1));
+        return static_cast<std::size_t>(static_cast<double>(done) / whole * parts);
+    }
+    static std::string percent(const chatsecure::FileInfo& file, std::uint64_t done) {
+        return concat(share(file, done, 100), " %");
+    }
+    static std::string state(const chatsecure::FileStatus& f) {
+        using enum chatsecure::FileStatus::State;
+        std::string size = chatsecure::readable_size(f.file.size);
+        if (f.state == offered)
+            return concat(size,
+                          f.file.sending ? ", waits for an answer" : ", waits for your answer");
+        return concat(percent(f.file, f.done), " of ", size,
+                      f.state == interrupted ? ", interrupted" : "");
+    }
+    // "43 % of 12.3 MB, 1.2 MB/s, 6 s left"
+    static std::string progress(const chatsecure::FileProgress& e) {
+        std::string text =
+            concat(percent(e.file, e.done), " of ", chatsecure::readable_size(e.file.size), ", ",
+                   chatsecure::readable_size(static_cast<std::uint64_t>(e.bytes_per_second)), "/s");
+        if (e.bytes_per_second < 1) return text;
+        double left = static_cast<double>(e.file.size - e.done) / e.bytes_per_second;
+        auto seconds = static_cast<std::uint64_t>(std::min(left, 1e9)) + 1;
+        if (seconds < 100) return concat(text, ", ", seconds, " s left");
+        if (seconds < 6000) return concat(text, ", ", seconds / 60, " min left");
+        return concat(text, ", ", seconds / 3600, " h left");
+    }
     static std::string listed(const std::vector<std::string>& names) {
         std::string text;
         for (const std::string& name : names) text += (text.empty() ? "" : ", ") + name;
@@ -182,9 +257,26 @@ void say_why(const chatsecure::Stopped& stopped) {
 
 // Whatever keeps the user's attention on what was asked: it decides the exit code of a script.
 bool is_failure(const chatsecure::Event& event) {
+    if (const auto* stopped = std::get_if<chatsecure::FileStopped>(&event.what))
+        return stopped->failed;
     return std::holds_alternative<chatsecure::NotDelivered>(event.what) ||
            std::holds_alternative<chatsecure::Problem>(event.what);
 }
+
+// Lets one progress event of each file through every few seconds, for faces that print lines.
+class NowAndThen {
+  public:
+    bool is_due(const chatsecure::FileProgress& e) {
+        chatsecure::Clock::time_point now = chatsecure::Clock::now();
+        auto [last, first] = last_.try_emplace(e.file.number, now);
+        if (first || now - last->second < std::chrono::seconds(5)) return false;
+        last->second = now;
+        return true;
+    }
+
+  private:
+    std::map<unsigned, chatsecure::Clock::time_point> last_;
+};
 
 // True for "/help", and for "/help " as completion leaves it.
 bool is_command(std::string_view line, std::string_view command) {
@@ -281,7 +373,7 @@ class Script {
                     continue;
                 }
                 if (input.ended() && !std::exchange(leaving_, true))
-                    client_.post(chatsecure::Leave{});
+                    client_.post(chatsecure::Leave{.after_files = true});
             }
             if (wait_for_input(!waiting_for_ && input.wants_more(), milliseconds_left()))
                 input.read_more();
@@ -291,6 +383,8 @@ class Script {
   private:
     // True for the last event.
     bool show(const chatsecure::Event& event) {
+        const auto* progress = std::get_if<chatsecure::FileProgress>(&event.what);
+        if (progress != nullptr && !now_and_then_.is_due(*progress)) return false;
         for (const Line& line : describe(event)) {
             std::cout << line.text << '\n';
             unmatched_.push_back(line.text);
@@ -357,6 +451,7 @@ class Script {
     std::optional<std::string> waiting_for_;
     chatsecure::Clock::time_point deadline_;
     std::string reply_to_;
+    NowAndThen now_and_then_;
     bool leaving_ = false, failed_ = false;
 };
 
@@ -409,6 +504,8 @@ struct TerminalUser {
 // print, and have libedit draw it again below.
 class Terminal {
   public:
+    static constexpr bool has_status = true;
+
     explicit Terminal(TerminalUser user) : user_(std::move(user)) {
         editor_ = el_init("client", stdin, stdout, stderr);
         history_ = history_init();
@@ -449,20 +546,33 @@ class Terminal {
         std::string line(typed);
         if (line.ends_with('\n')) line.pop_back();
         // The line stands on the screen as it was typed; it will come back as a message.
-        std::cout << concat("\x1b[", rows_of(prompt_text + line) + 1, "A\r\x1b[J") << std::flush;
+        std::size_t rows = rows_of(prompt_text + line) + 1 + std::exchange(status_shown_, 0);
+        std::cout << concat("\x1b[", rows, "A\r\x1b[J") << std::flush;
         HistEvent ignored;
         if (!line.empty()) history(history_, &ignored, H_ENTER, line.c_str());
         return line;
     }
 
-    // Prints above the line that is being typed.
+    // Prints above the line that is being typed, and above the status.
     void print(const std::string& text) {
         const LineInfo* line = el_line(editor_);
         std::string before(line->buffer, static_cast<std::size_t>(line->cursor - line->buffer));
-        std::size_t up = editing_ ? rows_of(prompt_text + before) : 0;
+        std::size_t up = status_shown_ + (editing_ ? rows_of(prompt_text + before) : 0);
         if (up > 0) std::cout << concat("\x1b[", up, "A");
-        std::cout << "\r\x1b[J" << text << std::flush;
+        std::cout << "\r\x1b[J" << text;
+        status_shown_ = 0;
+        if (editing_) {
+            for (const std::string& row : status_) std::cout << fitting(row) << '\n';
+            status_shown_ = status_.size();
+        }
+        std::cout << std::flush;
         if (editing_) el_set(editor_, EL_REFRESH);
+    }
+    // Rows that stand between the lines above and the line that is being typed.
+    void set_status(std::vector<std::string> rows) {
+        if (rows == status_) return;
+        status_ = std::move(rows);
+        if (editing_) print("");
     }
 
   private:
@@ -477,27 +587,46 @@ class Terminal {
         return self;
     }
 
-    // How many rows below its first the cursor stands after `text`.
-    static std::size_t rows_of(const std::string& text) {
+    static std::size_t columns() {
         winsize size{};
-        std::size_t columns = 80;
-        if (ioctl(STDOUT_FILENO, TIOCGWINSZ, &size) == 0 && size.ws_col > 0) columns = size.ws_col;
+        bool known = ioctl(STDOUT_FILENO, TIOCGWINSZ, &size) == 0 && size.ws_col > 0;
+        return known ? size.ws_col : 80;
+    }
+    // Calls `use` with the bytes of each letter of `text`, and the columns that it takes.
+    static void for_each_letter(std::string_view text,
+                                const std::function<void(std::string_view, std::size_t)>& use) {
         std::mbstate_t state{};
-        std::size_t row = 0, column = 0;
-        for (std::size_t at = 0; at < text.size();) {
+        while (!text.empty()) {
             wchar_t letter = 0;
-            std::size_t used = std::mbrtowc(&letter, text.data() + at, text.size() - at, &state);
+            std::size_t used = std::mbrtowc(&letter, text.data(), text.size(), &state);
             if (used == 0 || used > text.size()) used = 1;
             int cells = letter < 0x20 ? 2 : wcwidth(letter);  // control characters show as ^X
-            std::size_t width = cells > 0 ? static_cast<std::size_t>(cells) : 0;
-            if (column + width > columns) {  // a wide one does not fit: it goes below
+            use(text.substr(0, used), cells > 0 ? static_cast<std::size_t>(cells) : 0);
+            text.remove_prefix(used);
+        }
+    }
+    // How many rows below its first the cursor stands after `text`.
+    static std::size_t rows_of(const std::string& text) {
+        const std::size_t width = columns();
+        std::size_t row = 0, column = 0;
+        for_each_letter(text, [&](std::string_view, std::size_t cells) {
+            if (column + cells > width) {  // a wide one does not fit: it goes below
                 ++row;
                 column = 0;
             }
-            column += width;
-            at += used;
-        }
-        return row + (column == columns ? 1 : 0);
+            column += cells;
+        });
+        return row + (column == width ? 1 : 0);
+    }
+    // As much of `text` as fits into one row.
+    static std::string fitting(const std::string& text) {
+        std::string part;
+        std::size_t room = columns() - 1;
+        for_each_letter(text, [&](std::string_view letter, std::size_t cells) {
+            if (cells <= room) part += letter;
+            room -= std::min(cells, room);
+        });
+        return part;
     }
 
     // Called by libedit for each key. 1: here it is; 0: no more.
@@ -552,7 +681,7 @@ class Terminal {
                 std::mismatch(common.begin(), common.end(), candidate.begin(), candidate.end());
             common.erase(end, common.end());
         }
-        if (candidates.size() == 1) common += ' ';
+        if (candidates.size() == 1 && !common.ends_with('/')) common += ' ';
         if (common.size() > word) {
             el_insertstr(editor, common.substr(word).c_str());
         } else {
@@ -567,6 +696,8 @@ class Terminal {
     EditLine* editor_ = nullptr;  // given back in the destructor
     History* history_ = nullptr;
     bool editing_ = false;
+    std::vector<std::string> status_;
+    std::size_t status_shown_ = 0;  // rows of it that are on the screen
 };
 
 #else
@@ -575,6 +706,8 @@ class Terminal {
 // message arrives, but it is not drawn again below it.
 class Terminal {
   public:
+    static constexpr bool has_status = false;
+
     explicit Terminal(TerminalUser user) : user_(std::move(user)) {
         for (int signal : {SIGINT, SIGTERM, SIGHUP}) catch_signal(signal);
     }
@@ -587,6 +720,7 @@ class Terminal {
         }
     }
     void print(const std::string& text) { std::cout << text << std::flush; }
+    void set_status(const std::vector<std::string>&) {}
 
   private:
     TerminalUser user_;
@@ -608,8 +742,13 @@ class Conversation {
     int run(const chatsecure::Event& logged_in) {
         show(logged_in);
         terminal_.print("Type a message, or /help.\n");
-        while (std::optional<std::string> line = terminal_.read_line()) take(*line);
-        return leave();
+        for (;;) {
+            std::optional<std::string> line = terminal_.read_line();
+            if (line && !is_command(*line, "/quit"))
+                take(*line);
+            else if (stopped_ || asked_to_leave != 0 || may_leave())
+                return leave();
+        }
     }
 
   private:
@@ -624,6 +763,10 @@ class Conversation {
     }
 
     void show(const chatsecure::Event& event) {
+        std::visit([this](const auto& e) { follow_file(e); }, event.what);
+        const auto* progress = std::get_if<chatsecure::FileProgress>(&event.what);
+        if (progress != nullptr && (Terminal::has_status || !now_and_then_.is_due(*progress)))
+            return;
         std::string text;
         for (const Line& line : describe(event)) text += printer_.format(line, event.time);
         if (!text.empty()) terminal_.print(text);
@@ -648,8 +791,6 @@ class Conversation {
                     text +=
                         concat("  ", command, std::string(20 - command.size(), ' '), meaning, "\n");
                 terminal_.print(text);
-            } else if (is_command(line, "/quit")) {
-                asked_to_leave = 1;
             } else if (std::optional<chatsecure::Command> command =
                            chatsecure::parse_command(line, reply_to_)) {
                 client_.post(std::move(*command));
@@ -660,10 +801,75 @@ class Conversation {
         }
     }
 
-    // Commands at the beginning of a line, names everywhere.
+    // Files that are on their way, as rows above the prompt.
+    void follow_file(const chatsecure::FileStarted& e) { set_progress({e.file, e.offset, 0}); }
+    void follow_file(const chatsecure::FileProgress& e) { set_progress(e); }
+    void follow_file(const chatsecure::FileFinished& e) { forget_file(e.file); }
+    void follow_file(const chatsecure::FileStopped& e) { forget_file(e.file); }
+    void follow_file(const auto&) {}
+
+    void set_progress(const chatsecure::FileProgress& e) {
+        moving_[e.file.number] = e;
+        show_status();
+    }
+    void forget_file(const chatsecure::FileInfo& file) {
+        moving_.erase(file.number);
+        show_status();
+    }
+    void show_status() {
+        constexpr std::size_t most = 3;
+        std::vector<std::string> rows;
+        for (const auto& [number, e] : moving_) {
+            if (rows.size() == most) break;
+            constexpr std::size_t width = 20;
+            std::size_t full = Describe::share(e.file, e.done, width);
+            rows.push_back(concat("[", std::string(full, '#'), std::string(width - full, '.'), "] ",
+                                  Describe::progress(e), "  ", e.file.sending ? "to " : "from ",
+                                  e.file.user, ": ", visible(e.file.name)));
+        }
+        if (moving_.size() > most)
+            rows.back() += concat("  (and ", moving_.size() - most, " more)");
+        terminal_.set_status(std::move(rows));
+    }
+
+    // True, except the first time while files are on their way.
+    bool may_leave() {
+        if (moving_.empty() || std::exchange(warned_, true)) return true;
+        terminal_.print(printer_.format(
+            {Tone::warning,
+             concat("* ", moving_.size(), moving_.size() == 1 ? " file is" : " files are",
+                    " on the way. /quit again to leave all the same; it can go on "
+                    "next time.")},
+            std::chrono::system_clock::now()));
+        return false;
+    }
+
+    // The files that a path may mean.
+    static std::vector<std::string> complete_path(std::string_view begun) {
+        std::size_t slash = begun.rfind('/');
+        std::string directory(slash == begun.npos ? "" : begun.substr(0, slash + 1));
+        std::string_view name = begun.substr(directory.size());
+        std::filesystem::path where =
+            directory.empty() ? std::filesystem::path(".") : chatsecure::path_from(directory);
+        std::vector<std::string> candidates;
+        std::error_code failure;  // then there is nothing to offer
+        std::filesystem::directory_iterator entry(where, failure), end;
+        for (; !failure && entry != end; entry.increment(failure)) {
+            std::string file = entry->path().filename().string();
+            if (!file.starts_with(name) || (name.empty() && file.starts_with('.'))) continue;
+            std::error_code unknown;
+            candidates.push_back(concat(directory, file, entry->is_directory(unknown) ? "/" : ""));
+        }
+        std::sort(candidates.begin(), candidates.end());
+        return candidates;
+    }
+
+    // Commands at the beginning of a line, files behind /file USER, names everywhere else.
     std::vector<std::string> complete(std::string_view before) const {
         std::size_t space = before.find_last_of(' ');
         std::string_view word = before.substr(space == before.npos ? 0 : space + 1);
+        if (before.starts_with("/file ") && before.find(' ', 6) != before.npos)
+            return complete_path(word);
         std::vector<std::string> candidates;
         if (word.starts_with('/') && space == before.npos) {
             for (const auto& help : chatsecure::command_help) {
@@ -698,6 +904,9 @@ class Conversation {
     Terminal terminal_;
     std::set<std::string> others_;
     std::string reply_to_;
+    std::map<unsigned, chatsecure::FileProgress> moving_;
+    NowAndThen now_and_then_;
+    bool warned_ = false;  // that files are on their way
     bool online_ = false;
     std::optional<chatsecure::Stopped> stopped_;
 };
@@ -809,6 +1018,11 @@ cxxopts::Options make_options() {
     add("accept-new", "trust the key of a server that is not known yet");
     add("home", "directory of identities and pins",
         cxxopts::value<std::string>()->default_value(chatsecure::default_home().string()), "DIR");
+    add("downloads", "where received files go; made when needed",
+        cxxopts::value<std::string>()->default_value("downloads"), "DIR");
+    add("auto-accept", "accept every file that is offered");
+    add("max-size", "the largest file that --auto-accept accepts: 500k, 20M, 1.5G",
+        cxxopts::value<std::string>()->default_value("1G"), "SIZE");
     add("wait-limit", "how long /wait waits, in scripts",
         cxxopts::value<unsigned>()->default_value("30"), "SECONDS");
     add("no-color", "no colour, also if the terminal has some");
@@ -830,6 +1044,9 @@ std::optional<int> chat(const cxxopts::ParseResult& flags, SignIn& sign_in) {
     options.ask_about_server = sign_in.interactive;
     if (flags.count("server-key") > 0)
         options.server_key = chatsecure::fingerprint_from(flags["server-key"].as<std::string>());
+    options.files.downloads = flags["downloads"].as<std::string>();
+    options.files.auto_accept = flags.count("auto-accept") > 0;
+    options.files.max_size = chatsecure::parse_size(flags["max-size"].as<std::string>());
     if (!sign_in.interactive) options.reconnect_tries = 10;
     options.password = complete_sign_in(sign_in);
     options.user = sign_in.user;
@@ -877,6 +1094,7 @@ int main(int argc, char** argv) {
         if (!flags.unmatched().empty())
             throw chatsecure::Error(concat("\"", flags.unmatched()[0], "\" is one word too many."));
         chatsecure::parse_host_port(flags["server"].as<std::string>(), 5000);
+        chatsecure::parse_size(flags["max-size"].as<std::string>());
         if (!flags["user"].as<std::string>().empty())
             chatsecure::fold_name(flags["user"].as<std::string>());
         else if (isatty(STDIN_FILENO) != 1 && flags.count("help") + flags.count("version") == 0)
