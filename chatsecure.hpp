@@ -403,12 +403,49 @@ void append_fields(Bytes& out, const Field&... field) {
     writer(field...);
 }
 
-// The bytes of a value that has `fields`, and the value that some bytes hold.
+// How many bytes a Writer would append: it takes the same fields and only counts.
+class Sizer {
+  public:
+    template <class... Field>
+    Sizer& operator()(const Field&... field) {
+        (count(field), ...);
+        return *this;
+    }
+    std::size_t size() const { return size_; }
+
+  private:
+    template <class Number>
+    requires std::unsigned_integral<Number> || std::is_enum_v<Number>
+    void count(Number) { size_ += sizeof(Number); }
+    void count(const std::string& text) { size_ += 2 + text.size(); }
+    void count(ByteView blob) { size_ += 4 + blob.size(); }
+    void count(const Bytes& blob) { size_ += 4 + blob.size(); }
+    template <std::size_t N>
+    void count(const std::array<std::uint8_t, N>&) {
+        size_ += N;
+    }
+
+    std::size_t size_ = 0;
+};
+template <class T>
+std::size_t encoded_size(const T& value) {
+    Sizer sizer;
+    T::fields(value, sizer);
+    return sizer.size();
+}
+
+// The bytes of a value that has `fields`, behind those that are in `out`, or alone; and the value
+// that some bytes hold. (Memory is taken once: a buffer that grows step by step is copied at each.)
+template <class T>
+void encode_to(Bytes& out, const T& value) {
+    out.reserve(out.size() + encoded_size(value));
+    Writer writer(out);
+    T::fields(value, writer);
+}
 template <class T>
 Bytes encode(const T& value) {
     Bytes out;
-    Writer writer(out);
-    T::fields(value, writer);
+    encode_to(out, value);
     return out;
 }
 template <class T>
@@ -3067,11 +3104,12 @@ inline constexpr std::size_t max_message_body = max_record_bytes - message_heade
 // type || length || body
 template <class T>
 Bytes to_wire(const T& message) {
-    Bytes body = encode(message);
+    std::size_t size = encoded_size(message);
+    if (size > max_message_body) throw Error("A message must fit into a record.");
     Bytes out;
-    out.reserve(message_header_bytes + body.size());
-    Writer writer(out);
-    writer(T::type, ByteView(body));
+    out.reserve(message_header_bytes + size);
+    append_fields(out, T::type, static_cast<std::uint32_t>(size));
+    encode_to(out, message);
     return out;
 }
 
@@ -3457,17 +3495,22 @@ class SealingLane {
   public:
     explicit SealingLane(const Secret<32>& key) : cipher_(key) {}
 
-    // seq || ciphertext of (kind || body) || tag
-    Bytes seal(Kind kind, ByteView body, ByteView aad = {}) {
+    // Appends seq || ciphertext of (kind || body) || tag.
+    void seal_to(Bytes& out, Kind kind, ByteView body, ByteView aad = {}) {
         if (seq_ == max_sealed_per_lane) throw Error("This login has sent too much: log in again.");
-        Bytes out;
-        out.reserve(8 + 1 + body.size() + gcm_tag_bytes);
+        std::size_t sealed_bytes = 8 + 1 + body.size() + gcm_tag_bytes;
+        out.reserve(out.size() + sealed_bytes);
         Writer writer(out);
         writer(++seq_, kind);
         writer.raw(body);
         out.resize(out.size() + gcm_tag_bytes);
-        ByteSpan all(out);
-        cipher_.seal(Nonce(seq_), aad, all.subspan(8, 1 + body.size()), all.last<gcm_tag_bytes>());
+        ByteSpan sealed = ByteSpan(out).last(sealed_bytes);
+        cipher_.seal(Nonce(seq_), aad, sealed.subspan(8, 1 + body.size()),
+                     sealed.last<gcm_tag_bytes>());
+    }
+    Bytes seal(Kind kind, ByteView body, ByteView aad = {}) {
+        Bytes out;
+        seal_to(out, kind, body, aad);
         return out;
     }
 
@@ -3505,8 +3548,10 @@ class OpeningLane {
         if (!plain) return result;
         result.state = OpenedPayload::State::good;
         result.lost = seq - last_seq_ - 1;
-        result.kind = static_cast<Kind>((*plain)[0]);
-        result.body.assign(plain->begin() + 1, plain->end());
+        result.kind = static_cast<Kind>(plain->front());
+        copy.resize(plain->size());  // without the tag
+        copy.erase(copy.begin());    // without the kind
+        result.body = std::move(copy);
         last_seq_ = seq;
         return result;
     }
@@ -3541,10 +3586,15 @@ class PairSender {
     PairSender(const LoginKeys& me, const CheckedCard& to, Bytes& open_payload)
         : PairSender(Secrets(me, to, open_payload)) {}
 
+    // One thread at a time for each lane.
     Bytes seal(Lane lane, Kind kind, ByteView body) {
-        Bytes payload{static_cast<std::uint8_t>(PayloadType::sealed)};
-        append(payload, this->lane(lane).seal(kind, body));
+        Bytes payload;
+        seal_to(payload, lane, kind, body);
         return payload;
+    }
+    void seal_to(Bytes& payload, Lane lane, Kind kind, ByteView body) {
+        payload.assign(1, static_cast<std::uint8_t>(PayloadType::sealed));
+        this->lane(lane).seal_to(payload, kind, body);
     }
     Lid make_lid(const Secret<32>& room_key, const Digest& sealed_text_hash) {
         Bytes sealed = interactive_.seal(Kind::room_key, room_key.view(), sealed_text_hash);
@@ -4162,7 +4212,7 @@ inline std::uint64_t free_space(std::filesystem::path directory) {
     while (!std::filesystem::exists(directory, failure) && directory.has_relative_path())
         directory = directory.parent_path();
     std::filesystem::space_info space = std::filesystem::space(directory, failure);
-    return failure ? UINT64_MAX : space.available;
+    return failure || space.capacity == 0 ? UINT64_MAX : space.available;  // not known
 }
 
 // The hash of a file's first `size` bytes; nothing if it is shorter, cannot be read, or `stop`.
@@ -4346,20 +4396,21 @@ class BulkLane {
     template <class T>
     bool send(std::uint32_t tag, const T& message) {
         if (!outbox_->wait_for_bulk_room(comfortable)) return false;
-        Bytes body = encode(message);
         std::lock_guard lock(mutex_);
-        Bytes payload = pair_->seal(Lane::bulk, T::kind, body);
-        Send send{to_, Lane::bulk, tag, payload};
-        auto wire = std::make_shared<const Bytes>(to_wire(send));
+        body_.clear();
+        encode_to(body_, message);
+        pair_->seal_to(payload_, Lane::bulk, T::kind, body_);
+        auto wire = std::make_shared<const Bytes>(to_wire(Send{to_, Lane::bulk, tag, payload_}));
         return outbox_->push(Lane::bulk, {std::move(wire), {}, 0}) == Outbox::Result::queued;
     }
 
   private:
     static constexpr std::size_t comfortable = 256 * 1024;
-    std::mutex mutex_;  // what is sealed first is queued first
+    std::mutex mutex_;  // guards the rest: what is sealed first is queued first
     std::shared_ptr<PairSender> pair_;
     std::shared_ptr<Outbox> outbox_;
     LoginId to_;
+    Bytes body_, payload_;  // kept from one message to the next
 };
 
 // Reads a file and sends it, as far as the credit goes.

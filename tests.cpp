@@ -3761,11 +3761,36 @@ class Proxy {
         stopping_ = true;
         waker_.wake();
         accepting_.join();
+        release();
+        cut();
+        for (auto& connection : connections_) {
+            connection->up.join();
+            connection->down.join();
+        }
+    }
+    // Passes on nothing more from clients once they have sent so many bytes (all together).
+    void hold_after(std::size_t bytes) {
+        std::lock_guard lock(mutex_);
+        limit_ = bytes;
+    }
+    void wait_until_held() {
+        std::unique_lock lock(mutex_);
+        if (!changed_.wait_for(lock, long_enough, [&] { return from_clients_.size() > limit_; }))
+            throw Error("Less was sent than the test expects.");
+    }
+    void release() {
+        {
+            std::lock_guard lock(mutex_);
+            limit_ = SIZE_MAX;
+        }
+        changed_.notify_all();
+    }
+    // The network breaks: every connection is lost. New ones are possible.
+    void cut() {
+        std::lock_guard lock(mutex_);
         for (auto& connection : connections_) {
             connection->client.shut_down();
             connection->server.shut_down();
-            connection->up.join();
-            connection->down.join();
         }
     }
     std::uint16_t port() const { return listener_.port(); }
@@ -3786,10 +3811,16 @@ class Proxy {
             if (!accepted) continue;
             auto connection = std::make_unique<Connection>();
             connection->client = std::move(accepted->socket);
-            connection->server = connect_to("127.0.0.1", server_port_, Milliseconds(5000), waker_);
+            try {
+                connection->server =
+                    connect_to("127.0.0.1", server_port_, Milliseconds(5000), waker_);
+            } catch (const NetworkError&) {
+                continue;  // no server at the moment
+            }
             Connection& c = *connection;
             c.up = std::thread([this, &c] { pump(c.client, c.server, true); });
             c.down = std::thread([this, &c] { pump(c.server, c.client, false); });
+            std::lock_guard lock(mutex_);
             connections_.push_back(std::move(connection));
         }
     }
@@ -3800,9 +3831,12 @@ class Proxy {
                 if (got == 0) break;
                 Bytes bytes(block.begin(), block.begin() + static_cast<std::ptrdiff_t>(got));
                 {
-                    std::lock_guard lock(mutex_);
+                    std::unique_lock lock(mutex_);
                     append(from_client ? from_clients_ : from_server_, bytes);
                     if (change_) change_(from_client, bytes);
+                    changed_.notify_all();
+                    changed_.wait(lock,
+                                  [&] { return !from_client || from_clients_.size() <= limit_; });
                 }
                 to.write_all(bytes);
             }
@@ -3818,9 +3852,11 @@ class Proxy {
     Listener listener_{"127.0.0.1", 0};
     Waker waker_;
     std::atomic<bool> stopping_ = false;
-    std::mutex mutex_;  // guards the two recordings, and calls of change_
+    std::mutex mutex_;  // guards the rest, and calls of change_
+    std::condition_variable changed_;
     Bytes from_clients_, from_server_;
-    std::vector<std::unique_ptr<Connection>> connections_;  // the accepting thread's until it ends
+    std::size_t limit_ = SIZE_MAX;
+    std::vector<std::unique_ptr<Connection>> connections_;
     std::thread accepting_{[this] { accept(); }};
 };
 
@@ -4345,6 +4381,521 @@ TEST_CASE("P10: a hostile server's announcements do not confuse the client") {
     CHECK(ends_with([](HostileServer& s) {
               s.send(LoginChallenge{"again"});
           }).find("unknown type") != std::string::npos);
+}
+
+// =================================================================================================
+//  Files, from disk to disk
+// =================================================================================================
+
+namespace {
+
+// Bytes that do not repeat soon, the same for the same seed.
+Bytes noise(std::size_t size, unsigned seed = 1) {
+    std::mt19937 random(seed);
+    Bytes bytes(size);
+    for (std::uint8_t& byte : bytes) byte = static_cast<std::uint8_t>(random());
+    return bytes;
+}
+void write_bytes(const std::filesystem::path& path, ByteView bytes) {
+    write_text(path, as_text(bytes));
+}
+
+// A client with a folder to send from and one for what it receives.
+struct FilePerson {
+    std::filesystem::path outbox, downloads;
+    Chatter chat;
+
+    static ClientOptions with_folders(ClientOptions options,
+                                      const std::filesystem::path& downloads) {
+        options.files.downloads = downloads;
+        return options;
+    }
+    FilePerson(
+        Room& room, const std::string& user, std::uint16_t port = 0,
+        const std::function<void(ClientOptions&)>& change = [](ClientOptions&) {})
+        : outbox(room.homes.path / (user + "-outbox")),
+          downloads(room.homes.path / (user + "-downloads")),
+          chat([&] {
+              ClientOptions options = with_folders(room.options(user), downloads);
+              if (port != 0) options.port = port;
+              change(options);
+              return options;
+          }()) {
+        std::filesystem::create_directories(outbox);
+    }
+    // Writes a file and offers it.
+    std::filesystem::path offer(const std::string& to, const std::string& name, ByteView content) {
+        write_bytes(outbox / name, content);
+        chat->post(SendFile{to, outbox / name});
+        return outbox / name;
+    }
+    // Accepts the next offer.
+    FileOffered accept_next(const std::string& as = "") {
+        FileOffered offered = chat.next<FileOffered>();
+        chat->post(AcceptFile{offered.file.number, as});
+        return offered;
+    }
+    std::vector<std::string> received() const {  // names of what is in the downloads folder
+        std::vector<std::string> names;
+        if (!std::filesystem::exists(downloads)) return names;
+        for (const auto& entry : std::filesystem::directory_iterator(downloads))
+            names.push_back(entry.path().filename().string());
+        std::sort(names.begin(), names.end());
+        return names;
+    }
+};
+
+bool same_content(const std::filesystem::path& a, const std::filesystem::path& b) {
+    return read_text(a) == read_text(b);
+}
+
+using Names = std::vector<std::string>;
+
+}  // namespace
+
+TEST_CASE("files: every size around the edges of a chunk arrives, with its time") {
+    Room room({"alice", "bob"});
+    FilePerson alice(room, "alice"), bob(room, "bob");
+    alice.chat.meet("bob");
+    Names expected;
+    for (std::size_t size : {std::size_t{0}, std::size_t{1}, file_chunk_bytes - 1, file_chunk_bytes,
+                             file_chunk_bytes + 1, std::size_t{5'000'000}}) {
+        std::string name = concat("file ", 1'000'000'000 + size, ".bin");
+        write_bytes(alice.outbox / name, noise(size));
+        auto time = std::filesystem::file_time_type::clock::now() - std::chrono::hours(100);
+        std::filesystem::last_write_time(alice.outbox / name, time);
+        alice.chat->post(SendFile{"bob", alice.outbox / name});
+        FileOffered offered = bob.accept_next();
+        CHECK(offered.file.user == "alice");
+        CHECK(offered.file.name == name);
+        CHECK(offered.file.size == size);
+        FileFinished finished = bob.chat.next<FileFinished>();
+        CHECK(finished.path == bob.downloads / name);
+        CHECK(finished.moved == size);
+        CHECK(alice.chat.next<FileFinished>().moved == size);
+        CHECK(same_content(alice.outbox / name, bob.downloads / name));
+        CHECK(std::filesystem::last_write_time(bob.downloads / name) ==
+              std::filesystem::last_write_time(alice.outbox / name));
+        expected.push_back(name);
+    }
+    CHECK(bob.received() == expected);  // and no .part
+    CHECK(alice.chat.problems + bob.chat.problems == "");
+}
+
+TEST_CASE("P9: no byte of a file moves, and no file is made, before its recipient says yes") {
+    Room room({"alice", "bob"});
+    Proxy tap((*room.server)->port());
+    FilePerson alice(room, "alice", tap.port()), bob(room, "bob");
+    alice.chat.meet("bob");
+    Bytes content = noise(300'000);
+    alice.offer("bob", "secret plan.txt", content);
+    FileOffered offered = bob.chat.next<FileOffered>();
+    // Whatever alice's client would send on its own has passed when its answer is here.
+    alice.chat->post(Tell{"bob", "please"});
+    bob.chat.next_private();
+    CHECK(tap.recorded(true).size() < 10'000);
+    CHECK(bob.received().empty());
+    CHECK_FALSE(std::filesystem::exists(bob.downloads));
+    bob.chat->post(DeclineFile{});
+    CHECK(contains(alice.chat.next<FileStopped>().sentence, "bob declined it"));
+    CHECK(tap.recorded(true).size() < 10'000);
+    // Neither the tap nor the server's log knows the name or a word of the content.
+    alice.offer("bob", "secret plan.txt", content);
+    bob.accept_next();
+    bob.chat.next<FileFinished>();
+    alice.chat.next<FileFinished>();
+    CHECK(tap.recorded(true).size() > content.size());
+    std::string_view some = as_text(ByteView(content).first(16));
+    for (const std::string& seen :
+         {to_string(tap.recorded(true)), to_string(tap.recorded(false)), room.server->log()}) {
+        CHECK_FALSE(contains(seen, "secret plan"));
+        CHECK_FALSE(contains(seen, some));
+    }
+}
+
+TEST_CASE("files: offers are declined, withdrawn, expire, and end when a side leaves") {
+    Room room({"alice", "bob"});
+    std::optional<FilePerson> alice;
+    FilePerson bob(room, "bob");
+    alice.emplace(room, "alice");
+    alice->chat.meet("bob");
+    Bytes content = noise(10);
+
+    SUBCASE("withdrawn") {
+        alice->offer("bob", "a", content);
+        unsigned number = alice->chat.next<FileOfferSent>().file.number;
+        unsigned at_bob = bob.chat.next<FileOffered>().file.number;
+        alice->chat->post(CancelFile{number});
+        CHECK_FALSE(alice->chat.next<FileStopped>().failed);
+        FileStopped stopped = bob.chat.next<FileStopped>();
+        CHECK(stopped.sentence == "alice cancelled it");
+        CHECK_FALSE(stopped.failed);
+        bob.chat->post(AcceptFile{at_bob, ""});
+        CHECK(contains(bob.chat.next<Problem>().text, "no file number 1"));
+    }
+    SUBCASE("the sender leaves") {
+        alice->offer("bob", "a", content);
+        bob.chat.next<FileOffered>();
+        alice->chat.leave();
+        CHECK(contains(bob.chat.next<FileStopped>().sentence, "alice left"));
+        bob.chat->post(AcceptFile{});
+        CHECK(contains(bob.chat.next<Problem>().text, "no offer that waits"));
+    }
+    SUBCASE("the recipient leaves") {
+        alice->offer("bob", "a", content);
+        bob.chat.next<FileOffered>();
+        bob.chat.leave();
+        FileStopped stopped = alice->chat.next<FileStopped>();
+        CHECK(stopped.sentence == "bob left before it was accepted");
+        CHECK(stopped.failed);
+    }
+    SUBCASE("nobody answers") {
+        alice->chat.leave();
+        alice.reset();
+        bob.chat.miss("alice");
+        alice.emplace(room, "alice", std::uint16_t{0},
+                      [](ClientOptions& o) { o.files.patience = Milliseconds(1); });
+        alice->chat.meet("bob");
+        alice->offer("bob", "a", content);
+        bob.chat.next<FileOffered>();
+        CHECK(contains(alice->chat.next<FileStopped>().sentence, "bob did not answer"));
+        CHECK(contains(bob.chat.next<FileStopped>().sentence, "nobody answered"));
+    }
+    CHECK(bob.received().empty());
+}
+
+TEST_CASE(
+    "files: several offers are told apart by number; names can be chosen, and never overwrite") {
+    Room room({"alice", "bob"});
+    FilePerson alice(room, "alice"), bob(room, "bob");
+    alice.chat.meet("bob");
+    for (unsigned i = 0; i < 5; ++i) {
+        alice.offer("bob", "report.pdf", noise(1000, i));
+        bob.accept_next();
+        bob.chat.next<FileFinished>();
+        alice.chat.next<FileFinished>();
+    }
+    CHECK(bob.received() == Names{"report (1).pdf", "report (2).pdf", "report (3).pdf",
+                                  "report (4).pdf", "report.pdf"});
+    CHECK(read_text(bob.downloads / "report (3).pdf") == to_string(noise(1000, 3)));
+
+    alice.offer("bob", "one", noise(10, 1));
+    alice.offer("bob", "two", noise(10, 2));
+    unsigned one = bob.chat.next<FileOffered>().file.number;
+    unsigned two = bob.chat.next<FileOffered>().file.number;
+    CHECK(one != two);
+    bob.chat->post(AcceptFile{});
+    CHECK(contains(bob.chat.next<Problem>().text, "which one?"));
+    bob.chat->post(AcceptFile{two, "../../outside"});
+    CHECK(contains(bob.chat.next<Problem>().text, "without a folder"));
+    bob.chat->post(ListFiles{});
+    CHECK(bob.chat.next<FileList>().files.size() == 2);
+    bob.chat->post(AcceptFile{two, ".hidden two"});
+    CHECK(bob.chat.next<FileFinished>().path == bob.downloads / "hidden two");
+    bob.chat->post(DeclineFile{one});
+    CHECK(bob.chat.next<FileStopped>().file.number == one);
+    bob.chat->post(ListFiles{});
+    CHECK(bob.chat.next<FileList>().files.empty());
+}
+
+TEST_CASE("files: ten at once among five people, both ways, with chat between them") {
+    Room room({"a", "b", "c", "d", "e"});
+    const Names users{"a", "b", "c", "d", "e"};
+    std::list<FilePerson> people;
+    auto accept_all = [](ClientOptions& options) { options.files.auto_accept = true; };
+    for (const std::string& user : users)
+        people.emplace_back(room, user, std::uint16_t{0}, accept_all);
+    for (FilePerson& person : people)
+        while (person.chat.online.size() < 4) person.chat.pull();
+    // Everybody sends one to each neighbour, and says something after each.
+    std::size_t i = 0;
+    for (FilePerson& person : people) {
+        person.offer(users[(i + 1) % 5], concat("right", i), noise(3'000'000, 1 + unsigned(i)));
+        person.chat->post(Say{"first"});
+        person.offer(users[(i + 4) % 5], concat("left", i), noise(2'000'000, 10 + unsigned(i)));
+        person.chat->post(Say{"second"});
+        ++i;
+    }
+    for (FilePerson& person : people) {
+        int sent = 0, received = 0;
+        while (sent < 2 || received < 2 || person.chat.heard < 8) {
+            Event event = person.chat.pull();
+            if (const auto* finished = std::get_if<FileFinished>(&event.what))
+                ++(finished->file.sending ? sent : received);
+            REQUIRE_FALSE(std::holds_alternative<FileStopped>(event.what));
+        }
+        CHECK(person.chat.problems == "");
+    }
+    i = 0;
+    for (FilePerson& person : people) {
+        std::size_t left = (i + 4) % 5, right = (i + 1) % 5;
+        CHECK(read_text(person.downloads / concat("right", left)) ==
+              to_string(noise(3'000'000, 1 + unsigned(left))));
+        CHECK(read_text(person.downloads / concat("left", right)) ==
+              to_string(noise(2'000'000, 10 + unsigned(right))));
+        CHECK(person.received().size() == 2);
+        ++i;
+    }
+}
+
+TEST_CASE("files: when the network breaks, both sides find each other and go on, without asking") {
+    Room room({"alice", "bob"});
+    Proxy alices_line((*room.server)->port()), bobs_line((*room.server)->port());
+    FilePerson alice(room, "alice", alices_line.port()), bob(room, "bob", bobs_line.port());
+    alice.chat.meet("bob");
+    constexpr std::size_t size = 12'000'000, before = 8'000'000;
+    bool alices_breaks = false;
+    SUBCASE("the sender's") { alices_breaks = true; }
+    SUBCASE("the receiver's") {}
+    alices_line.hold_after(before);
+    auto sent = alice.offer("bob", "long.bin", noise(size));
+    bob.accept_next();
+    alices_line.wait_until_held();
+    if (!alices_breaks) alices_line.release();
+    (alices_breaks ? alices_line : bobs_line).cut();
+    if (alices_breaks) alices_line.release();
+    FileStopped stopped = bob.chat.next<FileStopped>();
+    CHECK(stopped.interrupted);
+    CHECK_FALSE(stopped.failed);
+    FileFinished finished = bob.chat.next<FileFinished>();
+    CHECK(finished.moved < size - before + credit_total);  // not all of it again
+    CHECK(alice.chat.next<FileFinished>().moved == finished.moved);
+    CHECK(same_content(sent, bob.downloads / "long.bin"));
+    CHECK(bob.received() == Names{"long.bin"});
+}
+
+TEST_CASE(
+    "files: a stopped transfer goes on when it is offered again; another file starts beside it") {
+    Room room({"alice", "bob"});
+    Proxy tap((*room.server)->port());
+    FilePerson alice(room, "alice", tap.port()), bob(room, "bob");
+    alice.chat.meet("bob");
+    constexpr std::size_t size = 12'000'000, before = 8'000'000;
+    tap.hold_after(before);
+    alice.offer("bob", "long.bin", noise(size));
+    FileOffered offered = bob.accept_next();
+    tap.wait_until_held();
+    bob.chat->post(CancelFile{offered.file.number});
+    CHECK(bob.chat.next<FileStopped>().sentence == "you cancelled it");
+    tap.release();
+    CHECK(alice.chat.next<FileStopped>().sentence == "bob cancelled it");
+    CHECK(bob.received() == Names{"long.bin.part"});
+
+    SUBCASE("the same file") {
+        alice.offer("bob", "long.bin", noise(size));
+        CHECK(bob.accept_next().held > before - credit_total - 500'000);
+        CHECK(bob.chat.next<FileStarted>().offset > 0);
+        CHECK(bob.chat.next<FileFinished>().moved < size - before + credit_total + 500'000);
+        CHECK(bob.received() == Names{"long.bin"});
+        CHECK(same_content(alice.outbox / "long.bin", bob.downloads / "long.bin"));
+    }
+    SUBCASE("another one of that name and size") {
+        alice.offer("bob", "long.bin", noise(size, 2));
+        bob.accept_next();
+        CHECK(bob.chat.next<FileStarted>().offset == 0);
+        CHECK(bob.chat.next<FileFinished>().moved == size);
+        CHECK(bob.received() == Names{"long (1).bin", "long.bin.part"});
+        CHECK(same_content(alice.outbox / "long.bin", bob.downloads / "long (1).bin"));
+    }
+    SUBCASE("nobody else is told what is there") {
+        alice.offer("bob", "short.bin", noise(10));
+        CHECK(bob.chat.next<FileOffered>().held == 0);
+    }
+}
+
+TEST_CASE(
+    "files: what cannot be sent is said: to nobody, to oneself, to strangers, no file at all") {
+    Room room({"alice", "bob"});
+    FilePerson alice(room, "alice");
+    std::filesystem::create_directories(alice.outbox / "folder");
+    write_text(alice.outbox / "file", "x");
+    auto says = [&](const std::string& user, const std::filesystem::path& path) {
+        alice.chat->post(SendFile{user, path});
+        return alice.chat.next<Problem>().text;
+    };
+    CHECK(contains(says("bob", alice.outbox / "file"), "bob is not online"));
+    CHECK(contains(says("nobody", alice.outbox / "file"), "nobody is not online"));
+    CHECK(says("alice", alice.outbox / "file") == "That is you.");
+    {
+        FilePerson bob(room, "bob");
+        alice.chat.meet("bob");
+        CHECK(contains(says("bob", alice.outbox / "folder"), "is a directory. Pack it"));
+        CHECK(contains(says("bob", "/dev/null"), "is a device"));
+        CHECK(contains(says("bob", alice.outbox / "missing"), "No such file"));
+        ::mkfifo((alice.outbox / "pipe").c_str(), 0600);
+        CHECK(contains(says("bob", alice.outbox / "pipe"), "is a device or a pipe"));
+        alice.chat->post(SendFile{"bob", alice.outbox / "file"});  // and now one that can
+        bob.accept_next();
+        bob.chat.next<FileFinished>();
+        bob.chat.leave();
+    }
+    alice.chat.miss("bob");
+    std::filesystem::remove_all(room.homes.path / "bob");
+    give_identity(room.homes.path / "bob", "bob", 2);
+    FilePerson impostor(room, "bob");
+    alice.chat.meet("bob");
+    CHECK(contains(says("bob", alice.outbox / "file"), "another identity than before"));
+    alice.chat->post(Trust{"bob"});
+    alice.chat->post(SendFile{"bob", alice.outbox / "file"});
+    impostor.accept_next();
+    impostor.chat.next<FileFinished>();
+}
+
+TEST_CASE(
+    "files: one that changes while it is sent stops, both sides hear why, the next one works") {
+    Room room({"alice", "bob"});
+    Proxy tap((*room.server)->port());
+    FilePerson alice(room, "alice", tap.port()), bob(room, "bob");
+    alice.chat.meet("bob");
+    tap.hold_after(6'000'000);
+    auto path = alice.offer("bob", "log", noise(20'000'000));
+    bob.accept_next();
+    tap.wait_until_held();
+    SUBCASE("it grows") { std::ofstream(path, std::ios::app) << "one more line"; }
+    SUBCASE("it shrinks") { std::filesystem::resize_file(path, 5'000'000); }
+    SUBCASE("it is written anew") {
+        std::filesystem::last_write_time(
+            path, std::filesystem::file_time_type::clock::now() - std::chrono::hours(1));
+    }
+    tap.release();
+    FileStopped here = alice.chat.next<FileStopped>();
+    CHECK(contains(here.sentence, "changed while it was being sent"));
+    CHECK(here.failed);
+    CHECK(contains(bob.chat.next<FileStopped>().sentence,
+                   "alice stopped: the file changed while it was being sent"));
+    CHECK(bob.received() == Names{"log.part"});
+    alice.offer("bob", "other", noise(100));
+    bob.accept_next();
+    bob.chat.next<FileFinished>();
+    alice.chat.next<FileFinished>();
+}
+
+TEST_CASE("files: a folder that cannot be written, and one that is full, are said to both sides") {
+    Room room({"alice", "bob"});
+    TempDir disk;
+    bool full = false;
+    write_text(disk.path / "file", "");
+    std::filesystem::path downloads = disk.path / "file" / "folder";
+    std::string mount = concat("mount -t tmpfs -o size=2m none ", disk.path.string(), " 2>&1");
+    SUBCASE("not writable") {}
+    SUBCASE("full") {
+        full = std::system((mount + " >/dev/null").c_str()) == 0;
+        if (!full) {
+            MESSAGE("skipped: this test needs the right to mount a small disk");
+            return;
+        }
+        downloads = disk.path / "downloads";
+    }
+    detail::AtExit unmount([&] {
+        if (full && std::system(concat("umount -l ", disk.path.string()).c_str()) != 0)
+            MESSAGE("the small disk stays mounted");
+    });
+    {
+        Proxy tap((*room.server)->port());
+        FilePerson alice(room, "alice", tap.port()),
+            bob(room, "bob", std::uint16_t{0},
+                [&](ClientOptions&options) { options.files.downloads = downloads; });
+        alice.chat.meet("bob");
+        if (full) {
+            // Larger than the disk: that is seen before it begins, and the offer stands.
+            alice.offer("bob", "large", noise(3'000'000));
+            FileOffered offered = bob.accept_next();
+            CHECK(contains(bob.chat.next<Problem>().text, "has room for 2."));
+            bob.chat->post(DeclineFile{offered.file.number});
+            alice.chat.next<FileStopped>();
+            // There is room when it begins, and none when it goes on.
+            tap.hold_after(tap.recorded(true).size() + 500'000);
+            alice.offer("bob", "file", noise(1'500'000));
+            bob.accept_next();
+            tap.wait_until_held();
+            write_bytes(disk.path / "other", noise(2'000'000));  // as much of it as fits
+            tap.release();
+            CHECK(contains(bob.chat.next<FileStopped>().sentence, "No space left on device"));
+            CHECK(contains(alice.chat.next<FileStopped>().sentence, "the disk there is full"));
+            std::filesystem::remove(disk.path / "other");
+            alice.chat->post(SendFile{"bob", alice.outbox / "file"});
+            bob.accept_next();
+            bob.chat.next<FileFinished>();
+            CHECK(same_content(alice.outbox / "file", downloads / "file"));
+        } else {
+            alice.offer("bob", "file", noise(1000));
+            bob.accept_next();
+            FileStopped stopped = bob.chat.next<FileStopped>();
+            CHECK(contains(stopped.sentence, "Cannot create the folder "));
+            CHECK(contains(alice.chat.next<FileStopped>().sentence, "cannot be written there"));
+        }
+        alice.chat->post(Tell{"bob", "still there?"});
+        CHECK(bob.chat.next_private().text == "still there?");
+        bob.chat->post(ListFiles{});
+        CHECK(bob.chat.next<FileList>().files.empty());
+    }
+}
+
+TEST_CASE(
+    "files: automatic acceptance takes what is small enough, and keeps more than 16 waiting") {
+    Room room({"alice", "bob"});
+    FilePerson alice(room, "alice"), bob(room, "bob", std::uint16_t{0}, [](ClientOptions&options) {
+        options.files.auto_accept = true;
+        options.files.max_size = 1000;
+    });
+    alice.chat.meet("bob");
+    alice.offer("bob", "large", noise(1001));
+    CHECK(contains(alice.chat.next<FileStopped>().sentence, "takes no file of this size"));
+    CHECK(contains(bob.chat.next<FileStopped>().sentence, "larger than 1.00 kB"));
+    for (int i = 0; i < 14; ++i) alice.offer("bob", concat("small", i), noise(1000));
+    for (int i = 0; i < 14; ++i) bob.chat.next<FileFinished>();
+    CHECK(bob.received().size() == 14);
+}
+
+TEST_CASE("files: somebody who does not read holds up their own transfers, and nobody else's") {
+    Room room({"alice", "bob", "carol"});
+    FilePerson alice(room, "alice"), bob(room, "bob");
+    Proxy carols_line((*room.server)->port());
+    FilePerson carol(room, "carol", carols_line.port());
+    alice.chat.meet("bob");
+    alice.chat.meet("carol");
+    bob.chat.meet("carol");
+    // Carol's client says nothing more, so gives no more credit.
+    alice.offer("carol", "for carol", noise(20'000'000));
+    carol.chat.next<FileOffered>();
+    carols_line.hold_after(carols_line.recorded(true).size() + 1500);
+    carol.chat->post(AcceptFile{});
+    carols_line.wait_until_held();
+    alice.offer("bob", "for bob", noise(6'000'000));
+    bob.accept_next();
+    bob.chat.next<FileFinished>();
+    alice.chat->post(Say{"hello"});
+    CHECK(bob.chat.next_room().text == "hello");
+    CHECK(carol.chat.next_room().text == "hello");
+    carols_line.release();
+    carol.chat.next<FileFinished>();
+    CHECK(same_content(alice.outbox / "for carol", carol.downloads / "for carol"));
+}
+
+TEST_CASE("files: leaving after the files waits for them, and only then says goodbye") {
+    Room room({"alice", "bob"});
+    FilePerson alice(room, "alice"), bob(room, "bob");
+    alice.chat.meet("bob");
+    alice.offer("bob", "last", noise(4'000'000));
+    alice.chat->post(Leave{.after_files = true});
+    bob.accept_next();
+    bob.chat.next<FileFinished>();
+    CHECK(alice.chat.next<FileFinished>().moved == 4'000'000);
+    CHECK(alice.chat.next<Stopped>().reason == StopReason::left);
+}
+
+TEST_CASE("files: whom one ignores cannot offer any") {
+    Room room({"alice", "bob"});
+    FilePerson alice(room, "alice"), bob(room, "bob");
+    alice.chat.meet("bob");
+    bob.chat->post(Ignore{"alice"});
+    bob.chat.next<Notice>();
+    alice.offer("bob", "spam", noise(10));
+    alice.chat.next<FileOfferSent>();
+    alice.chat->post(Leave{});
+    bob.chat.miss("alice");
+    bob.chat->post(ListFiles{});
+    CHECK(bob.chat.next<FileList>().files.empty());
 }
 
 // =================================================================================================
