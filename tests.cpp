@@ -5454,6 +5454,256 @@ TEST_CASE("programs: on a terminal, Ctrl-C and a closed window leave cleanly") {
     here.server->wait_for("\"alice\" left: said goodbye");
 }
 
+// ---- Files, with the real programs --------------------------------------------------------------
+
+namespace {
+
+// The largest resident size that a process ever had, in MiB (Linux; 0 elsewhere).
+double peak_mib(const std::string& pid) {
+    std::string status = read_text("/proc/" + pid + "/status");
+    std::size_t at = status.find("VmHWM:");
+    return at == status.npos ? 0 : std::stod(status.substr(at + 6)) / 1024;
+}
+
+#if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
+constexpr bool memory_is_ours = false;  // sanitizers need memory of their own
+#elif defined(__has_feature)
+#if __has_feature(address_sanitizer) || __has_feature(thread_sanitizer)
+constexpr bool memory_is_ours = false;
+#else
+constexpr bool memory_is_ours = true;
+#endif
+#else
+constexpr bool memory_is_ours = true;
+#endif
+
+// An Installation in which alice sends files to bob, with a wire tap at each of them.
+struct FileInstallation : Installation {
+    std::filesystem::path outbox = homes.path / "outbox", downloads = homes.path / "downloads";
+    Proxy alices_line{port_number()}, bobs_line{port_number()};
+    std::unique_ptr<Process> alice, bob;
+
+    FileInstallation() : Installation({"alice", "bob", "carol"}) {
+        std::filesystem::create_directories(outbox);
+        start_bob();
+        start_alice();
+    }
+    std::uint16_t port_number() const { return static_cast<std::uint16_t>(std::stoi(port)); }
+    std::unique_ptr<Process> person(const std::string& user, const Proxy& line,
+                                    const std::vector<std::string>& more) const {
+        std::vector<std::string> words = command(user);
+        words[1] = concat("127.0.0.1:", line.port());
+        words.insert(words.end(), {"--downloads", downloads.string(), "--wait-limit", "20"});
+        words.insert(words.end(), more.begin(), more.end());
+        return std::make_unique<Process>(words, Process::Input::pipe, environment());
+    }
+    void start_alice() {
+        alice = person("alice", alices_line, {});
+        alice->wait_for("online: bob\n");
+    }
+    void start_bob(const std::vector<std::string>& more = {}) {
+        bob = person("bob", bobs_line, more);
+        bob->wait_for(" online");
+    }
+    std::string file(const std::string& name) const { return (outbox / name).string(); }
+};
+
+}  // namespace
+
+TEST_CASE("programs: 100 MB arrive whole, in bounded memory of all three programs") {
+    FileInstallation here;
+    constexpr std::size_t size = 100'000'000;
+    write_bytes(here.outbox / "large.bin", noise(size));
+    here.alice->write(concat("/file bob ", here.file("large.bin"), "\n"));
+    here.bob->wait_for("alice offers file 1: large.bin (100 MB)");
+    here.bob->write("/accept\n");
+    here.bob->wait_for("large.bin from alice: saved as ");
+    here.alice->wait_for("large.bin to bob: has arrived");
+    auto hash = [](const std::filesystem::path& path) {
+        return shell(concat("openssl dgst -sha256 -r < ", path.string()));
+    };
+    CHECK(hash(here.outbox / "large.bin") == hash(here.downloads / "large.bin"));
+    if (memory_is_ours) {
+        CHECK(peak_mib(here.alice->pid()) < 64);
+        CHECK(peak_mib(here.bob->pid()) < 64);
+        CHECK(peak_mib(here.server->pid()) < 64);
+    }
+    CHECK(here.alice->end() == 0);
+    CHECK(here.bob->end() == 0);
+}
+
+TEST_CASE("programs: P11: whoever is killed in mid-file, it goes on from what is there") {
+    FileInstallation here;
+    constexpr std::size_t size = 24'000'000, before = 16'000'000;
+    write_bytes(here.outbox / "long.bin", noise(size));
+    std::string offer = concat("/file bob ", here.file("long.bin"), "\n");
+    here.alices_line.hold_after(before);
+    here.alice->write(offer);
+    here.bob->wait_for("offers file 1: long.bin");
+    here.bob->write("/accept 1\n");
+    here.alices_line.wait_until_held();
+    SUBCASE("the receiver") {
+        here.bob->signal(SIGKILL);
+        here.bob->end();
+        CHECK(std::filesystem::exists(here.downloads / "long.bin.part"));
+        CHECK_FALSE(std::filesystem::exists(here.downloads / "long.bin"));
+        here.alices_line.release();
+        here.alice->wait_for("interrupted: bob left");
+        here.start_bob();
+        here.bob->wait_for(" of it are here). /accept 1");  // another process: it asks again
+        here.bob->write("/accept\n");
+    }
+    SUBCASE("the receiver, who accepts automatically") {
+        here.bob->signal(SIGKILL);
+        here.bob->end();
+        here.alices_line.release();
+        here.start_bob({"--auto-accept"});
+    }
+    SUBCASE("the sender") {
+        here.alice->signal(SIGKILL);
+        here.alice->end();
+        here.alices_line.release();
+        here.bob->wait_for("interrupted: alice left");
+        here.start_alice();
+        here.alice->write(offer);
+    }
+    SUBCASE("the server") {
+        here.server->signal(SIGKILL);
+        here.server->end();
+        here.alices_line.release();
+        here.start();
+    }
+    std::size_t sent_before = here.alices_line.recorded(true).size();
+    here.bob->wait_for("long.bin from alice: goes on at ");
+    here.bob->wait_for("saved as ");
+    here.alice->wait_for("has arrived (24.0 MB, ");
+    CHECK(same_content(here.outbox / "long.bin", here.downloads / "long.bin"));
+    CHECK_FALSE(std::filesystem::exists(here.downloads / "long.bin.part"));
+    // What was not written when the blow came is at most the credit.
+    CHECK(here.alices_line.recorded(true).size() - sent_before <
+          size - before + credit_total + 500'000);
+    CHECK(here.alice->end() == 0);
+    CHECK(here.bob->end() == 0);
+}
+
+TEST_CASE(
+    "programs: P10: a receiver that stands still costs the server its queue, and nobody a word") {
+    FileInstallation here;
+    write_bytes(here.outbox / "large.bin", noise(30'000'000));
+    auto carol = here.client("carol");
+    carol->wait_for("online: ");
+    here.alices_line.hold_after(2'000'000);
+    here.alice->write(concat("/file bob ", here.file("large.bin"), "\n"));
+    here.bob->wait_for("offers file 1");
+    here.bob->write("/accept\n");
+    here.alices_line.wait_until_held();
+    here.bob->signal(SIGSTOP);
+    here.alices_line.release();
+    here.alice->write("hello carol\n");
+    carol->wait_for("alice: hello carol\n");
+    carol->write("/msg alice hello alice\n");
+    here.alice->wait_for("carol -> you: hello alice\n");
+    // Alice's client sends what it has credit for, and not a byte more.
+    CHECK(here.alices_line.recorded(true).size() < 2'000'000 + credit_total + 500'000);
+    if (memory_is_ours) CHECK(peak_mib(here.server->pid()) < 40);
+    here.bob->signal(SIGCONT);
+    here.bob->wait_for("saved as ");
+    here.alice->wait_for("has arrived");
+    CHECK(same_content(here.outbox / "large.bin", here.downloads / "large.bin"));
+}
+
+TEST_CASE("programs: P9: whatever a file is called, it stays in its folder, and harmless") {
+    FileInstallation here;
+    const std::vector<std::pair<std::string, std::string>> names{
+        {"..\\..\\x", "x"},
+        {".bashrc", "bashrc"},
+        {"CON", "_CON"},
+        {"\x1b[2J.txt", "_[2J.txt"},
+        {"\xff\xfe", "__"},
+        {"-rf", "_-rf"},
+        {std::string(255, 'n'), std::string(200, 'n')},
+        {"plain.txt", "plain.txt"},
+    };
+    write_text(here.homes.path / "outside", "untouched");
+    std::filesystem::create_directories(here.downloads);
+    std::filesystem::create_symlink(here.homes.path / "outside", here.downloads / "plain.txt");
+    std::filesystem::create_symlink(here.homes.path / "made", here.downloads / "bashrc.part");
+    for (const auto& [name, safe] : names) {
+        write_text(here.outbox / name, "content of " + name);
+        here.alice->write(concat("/file bob ", here.file(name), "\n"));
+        here.bob->wait_for("alice offers file ");
+        here.bob->write("/accept\n");
+        here.bob->wait_for("saved as ");
+        here.alice->wait_for("has arrived");
+        bool taken = safe == "plain.txt" || safe == "bashrc";  // by the links
+        std::string stem = safe.substr(0, safe.find('.'));
+        std::filesystem::path saved = here.downloads / (taken ? numbered_name(safe, 1) : safe);
+        CHECK(read_text(saved) == "content of " + name);
+    }
+    CHECK(read_text(here.homes.path / "outside") == "untouched");
+    CHECK_FALSE(std::filesystem::exists(here.homes.path / "made"));
+}
+
+TEST_CASE(
+    "programs: a script sends a file by writing one line, and its exit code says the outcome") {
+    FileInstallation here;
+    write_text(here.outbox / "report", "all is well");
+    SUBCASE("accepted") {
+        here.alice->write(concat("/file bob ", here.file("report")));
+        here.alice->close_input();  // it stays until the file has arrived
+        here.bob->wait_for("offers file 1");
+        here.bob->write("/accept 1 other name.txt\n");
+        here.bob->wait_for("other name.txt (11 bytes)\n");
+        CHECK(here.alice->end() == 0);
+        CHECK(read_text(here.downloads / "other name.txt") == "all is well");
+    }
+    SUBCASE("declined") {
+        here.alice->write(concat("/file bob \"", here.file("report"), "\""));
+        here.alice->close_input();
+        here.bob->wait_for("offers file 1");
+        here.bob->write("/decline\n");
+        CHECK(here.alice->end() == 7);
+        CHECK(contains(here.alice->output(), "report to bob: bob declined it\n"));
+        CHECK_FALSE(std::filesystem::exists(here.downloads));
+    }
+    SUBCASE("not a file") {
+        here.alice->write(concat("/file bob ", here.outbox.string(), "\n"));
+        CHECK(here.alice->end() == 7);
+    }
+    SUBCASE("flags that make no sense") {
+        CHECK(complaint_of({"client", "-u", "alice", "--max-size", "much"}).first == 2);
+    }
+}
+
+TEST_CASE("programs: on a terminal a bar shows progress, and what is being typed survives it") {
+    FileInstallation here;
+    write_bytes(here.outbox / "large.bin", noise(30'000'000));
+    std::vector<std::string> words = here.command("carol");
+    words.insert(words.end(), {"--downloads", here.downloads.string()});
+    auto carol = std::make_unique<Process>(words, Process::Input::terminal, here.environment());
+    carol->wait_for("Type a message");
+    here.alice->wait_for("carol joined");
+    here.bob->wait_for("carol joined");
+    here.alices_line.hold_after(5'000'000);
+    here.alice->write(concat("/file carol ", here.file("large.bin"), "\n"));
+    carol->wait_for("alice offers file 1: large.bin");
+    bool editing = contains(carol->output(), "\x1b[J");  // with libedit
+    carol->write("/accept\r");
+    here.alices_line.wait_until_held();
+    carol->wait_for("large.bin from alice: begins");
+    if (editing) carol->wait_for("] 0 % of 30.0 MB");
+    carol->write("/quit\r");
+    carol->wait_for("1 file is on the way. /quit again");
+    carol->write("half a li");
+    carol->wait_for("half a li");
+    here.alices_line.release();
+    carol->wait_for("large.bin from alice: saved as");
+    if (editing) carol->wait_for("half a li");  // drawn again below
+    carol->write("ne\r");
+    here.bob->wait_for("carol: half a line\n");
+    CHECK(same_content(here.outbox / "large.bin", here.downloads / "large.bin"));
+}
+
 // =================================================================================================
 //  make demo
 // =================================================================================================
