@@ -4968,11 +4968,12 @@ class Process {
         in_ = -1;
     }
     // Waits until `text` has been printed after what was waited for before.
-    void wait_for(std::string_view text) {
+    void wait_for(std::string_view text) { wait_for(text, long_enough); }
+    void wait_for(std::string_view text, Milliseconds patience) {
         std::unique_lock lock(mutex_);
         std::size_t found = 0;
         auto arrived = [&] { return (found = output_.find(text, seen_)) != output_.npos; };
-        printed_.wait_for(lock, long_enough, [&] { return arrived() || closed_; });
+        printed_.wait_for(lock, patience, [&] { return arrived() || closed_; });
         if (!arrived())
             throw Error(concat("\"", text, "\" was not printed. What was printed:\n", output_));
         seen_ = found + text.size();
@@ -5746,7 +5747,8 @@ int demo() {
             "client",       concat("127.0.0.1:", tap.port()),
             "-u",           user,
             "--server-key", (dir.path / "server/server_public.pem").string(),
-            "--home",       (dir.path / user).string()};
+            "--home",       (dir.path / user).string(),
+            "--downloads",  (dir.path / (user + "-downloads")).string()};
     };
     show(
         "\nalice, bob and carol register. Each makes a key of her own, and proves a password that\n"
@@ -5788,21 +5790,54 @@ int demo() {
         line_with(server.output(), "alice -> bob: ").substr(21), "\n  a wire tap\n",
         wrapped(hex.substr(hex.size() > 300 ? hex.size() - 300 : 0), "                 ", 60)));
 
+    show("\nalice offers bob a file. He says yes, it moves, and is what it was:\n");
+    write_text(dir.path / "map.txt", "The old mill is behind the second bridge.\n");
+    write_text(dir.path / "song.mp3", std::string(5'000'000, 'x'));
+    alice.write(concat("/file bob ", (dir.path / "map.txt").string(), "\n"));
+    bob.wait_for("alice offers file 1");
+    bob.wait_for("\n");
+    bob.write("/accept 1\n");
+    bob.wait_for("saved as ");
+    bob.wait_for("\n");
+    alice.wait_for("has arrived");
+    alice.wait_for("\n");
+    bool moved = read_text(dir.path / "map.txt") == read_text(dir.path / "bob-downloads/map.txt");
+    show(concat("  bob sees     ", line_with(bob.output(), "offers file 1"), "\n  and then     ",
+                line_with(bob.output(), "saved as"), "\n  alice sees   ",
+                line_with(alice.output(), "has arrived"), "\n  the same?    ", moved ? "yes" : "NO",
+                "\n"));
+
+    show("\nShe offers carol another one, who does not want it. Not a byte of it moves:\n");
+    tapped = tap.recorded(true).size();
+    alice.write(concat("/file carol ", (dir.path / "song.mp3").string(), "\n"));
+    carol.wait_for("alice offers file 1");
+    carol.write("/decline 1\n");
+    alice.wait_for("carol declined it");
+    alice.wait_for("\n");
+    std::size_t said = tap.recorded(true).size() - tapped;
+    bool clean = !std::filesystem::exists(dir.path / "carol-downloads");
+    show(concat("  carol sees   ", line_with(carol.output(), "offers file"), "\n  alice sees   ",
+                line_with(alice.output(), "declined"), "\n  on the wire  ", said,
+                " bytes, for a file of 5,000,000\n"));
+
     show("\nbob leaves, and the others see it:\n");
     int bob_code = bob.end();
     alice.wait_for("* bob left\n");
     carol.wait_for("* bob left\n");
     show(concat("  alice sees   ", line_with(alice.output(), "bob left"), "\n  carol sees   ",
                 line_with(carol.output(), "bob left"), "\n"));
-    int codes = bob_code + alice.end() + carol.end();
+    bool told = alice.end() == 7;  // "a file was not taken", for scripts
+    int codes = bob_code + carol.end();
     server.signal(SIGTERM);
     codes += server.end();
+    bool consent = moved && clean && told && said < 10'000;
     bool blind = server.output().find("old mill") == std::string::npos &&
                  !holds(tap.recorded(true), "old mill") && !holds(tap.recorded(false), "old mill");
     show(concat("\nEverybody left cleanly: ", codes == 0 ? "yes" : "NO",
-                ". The words \"old mill\" were on the wire or at the server: ",
+                ". The words \"old mill\", said and in the file, were on the wire or at the "
+                "server: ",
                 blind ? "no" : "YES", ".\n"));
-    return codes == 0 && blind && code == 4 ? 0 : 1;
+    return codes == 0 && blind && consent && code == 4 ? 0 : 1;
 }
 
 // =================================================================================================
@@ -5822,6 +5857,22 @@ double cpu_of_process(const std::string& pid) {
     std::vector<std::string> words = split_words(stat.substr(stat.rfind(')') + 1));
     return (std::stod(words.at(11)) + std::stod(words.at(12))) /
            static_cast<double>(::sysconf(_SC_CLK_TCK));
+}
+
+// A private message there and back, in seconds.
+double round_trip(Chatter& one, Chatter& two) {
+    return seconds_of([&] {
+        one->post(Tell{two->user(), "there"});
+        two.next_private();
+        two->post(Tell{one->user(), "back"});
+        one.next_private();
+    });
+}
+std::string percentiles(std::vector<double> trips) {
+    std::sort(trips.begin(), trips.end());
+    return concat(trips[trips.size() / 2] * 1e6, " us median, ",
+                  trips[trips.size() * 99 / 100] * 1e6, " us at the 99th percentile of ",
+                  trips.size());
 }
 
 // Figures of one server process with its default key of 3072 bits. They mean something in
@@ -5923,16 +5974,62 @@ int bench() {
     // There and back, in private.
     Chatter &one = room.front(), &two = room.back();
     std::vector<double> trips;
-    for (int i = 0; i < 2000; ++i)
-        trips.push_back(seconds_of([&] {
-            one->post(Tell{two->user(), "there"});
-            two.next_private();
-            two->post(Tell{one->user(), "back"});
-            one.next_private();
-        }));
-    std::sort(trips.begin(), trips.end());
-    show(concat("private round trip            ", trips[trips.size() / 2] * 1e6, " us median, ",
-                trips[trips.size() * 99 / 100] * 1e6, " us at the 99th percentile\n"));
+    for (int i = 0; i < 2000; ++i) trips.push_back(round_trip(one, two));
+    show(concat("private round trip            ", percentiles(trips), "\n"));
+
+    // Files, between two client processes; meanwhile the same two people write to each other.
+    while (room.size() > 2) room.pop_back();
+    Chatter& other = room.back();
+    TempDir files;
+    std::vector<std::string> env{concat("CHATSECURE_PASSWORD=", password)};
+    auto client = [&](int i, std::vector<std::string> more) {
+        std::vector<std::string> words{
+            "client", concat("127.0.0.1:", port), "-u",           name(i), "--accept-new",
+            "--home", homes.path.string(),        "--wait-limit", "600"};
+        words.insert(words.end(), more.begin(), more.end());
+        auto process = std::make_unique<Process>(words, Process::Input::pipe, env);
+        process->wait_for("online: ");
+        return process;
+    };
+    auto receiver = client(people - 1, {"--auto-accept", "--max-size", "100G", "--downloads",
+                                        (files.path / "downloads").string()});
+    auto sender = client(people - 2, {});
+    sender->wait_for(name(people - 1));
+    auto move_file = [&](const std::string& file, double gib, bool with_chat) {
+        const std::array<std::string, 3> pids{sender->pid(), pid, receiver->pid()};
+        std::array<double, 3> cpus{};
+        for (std::size_t i = 0; i < 3; ++i) cpus[i] = cpu_of_process(pids[i]);
+        trips.clear();
+        std::atomic<bool> done = false;
+        std::thread chatting([&] {
+            while (with_chat && !done) trips.push_back(round_trip(one, other));
+        });
+        double taken = seconds_of([&] {
+            sender->write(
+                concat("/file ", name(people - 1), " ", (files.path / file).string(), "\n"));
+            sender->wait_for("has arrived", std::chrono::minutes(10));
+        });
+        done = true;
+        chatting.join();
+        for (std::size_t i = 0; i < 3; ++i) cpus[i] = (cpu_of_process(pids[i]) - cpus[i]) / gib;
+        show(concat(file, with_chat ? ", with chat" : "", ": ", gib * (1 << 30) / 1e9 / taken,
+                    " GB/s\n  CPU seconds per GiB           sender ", cpus[0], ", server ", cpus[1],
+                    ", receiver ", cpus[2], "\n  largest resident size         sender ",
+                    peak_mib(pids[0]), ", server ", peak_mib(pids[1]), ", receiver ",
+                    peak_mib(pids[2]), " MiB\n"));
+        if (with_chat) show(concat("  private round trip meanwhile  ", percentiles(trips), "\n"));
+        std::filesystem::remove_all(files.path / "downloads");
+    };
+    {
+        std::ofstream out(files.path / "1 GiB", std::ios::binary);
+        Bytes block = noise(1 << 20);
+        for (int i = 0; i < 1024; ++i) out << as_text(block);
+    }
+    shell("sync");
+    for (bool with_chat : {false, false, true}) move_file("1 GiB", 1, with_chat);
+    write_text(files.path / "5 GiB of zeros", "");
+    std::filesystem::resize_file(files.path / "5 GiB of zeros", std::uint64_t{5} << 30);
+    move_file("5 GiB of zeros", 5, false);
     room.clear();
     return 0;
 }
