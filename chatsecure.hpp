@@ -14,8 +14,8 @@
 //
 // Two independent layers of cryptography. The HOP CHANNEL (client <-> server, chapter 5) hides
 // everything from the network and proves to the client that it talks to the right server. The
-// END-TO-END LAYER (client <-> client, chapter 8) hides every message from the server. A stolen
-// server sees who talks to whom, when, and how much. It does not see one word.
+// END-TO-END LAYER (client <-> client, chapter 8) hides every message and file from the server. A
+// stolen server sees who talks to whom, when, and how much. It does not see one word.
 //
 //      1. Bytes          numbers in network order, text that is safe to show, secrets that wipe
 //                        themselves, files that survive a crash
@@ -3738,7 +3738,8 @@ class PinStore {
                 Pin pin{Fingerprint::parse(words[1]), 0, words[3] == "verified"};
                 auto [end, failure] =
                     std::from_chars(words[2].data(), words[2].data() + words[2].size(), pin.issued);
-                if (failure != std::errc{} || *end != '\0') throw Error("its number is damaged.");
+                if (failure != std::errc{} || end != words[2].data() + words[2].size())
+                    throw Error("its number is damaged.");
                 if (!pins_.emplace(words[0], pin).second)
                     throw Error(concat("the name \"", words[0], "\" stands there twice."));
             } catch (const Error& e) {
@@ -3974,7 +3975,7 @@ inline std::string_view meaning_of(FileReason reason) {
     return "stopped";
 }
 
-// A number of bytes as people read it: "612 bytes", "4.1 kB", "1.25 GB" (powers of 1000, like a
+// A number of bytes as people read it: "612 bytes", "4.10 kB", "1.25 GB" (powers of 1000, like a
 // disk's label).
 inline std::string readable_size(std::uint64_t bytes) {
     if (bytes < 1000) return concat(bytes, bytes == 1 ? " byte" : " bytes");
@@ -3989,20 +3990,33 @@ inline std::string readable_size(std::uint64_t bytes) {
     return out.str();
 }
 
-// The number of bytes that a text means: "4096", "500k", "2M", "1.5G" (powers of 1000, too). Throws
-// Error.
+// The number of bytes that a text means: "4096", "500k", "2M", "1.5G" (powers of 1000, too; a B may
+// follow). Throws Error.
 inline std::uint64_t parse_size(std::string_view text) {
-    double value = 0;
-    std::istringstream in{std::string(text)};
-    std::string unit;
-    bool good = static_cast<bool>(in >> value) && value >= 0;
-    in >> unit;
-    if (unit.ends_with('B') || unit.ends_with('b')) unit.pop_back();
-    std::size_t power = unit.empty() ? 0 : std::string_view("kKmMgGtT").find(unit) / 2 + 1;
-    if (!good || unit.size() > 1 || power > 4)
+    std::string_view rest = text;
+    double value = 0, place = 1;
+    bool fraction = false, any_digit = false;
+    for (; !rest.empty(); rest.remove_prefix(1)) {
+        if (rest[0] == '.' && !fraction) {
+            fraction = true;
+        } else if (rest[0] >= '0' && rest[0] <= '9') {
+            any_digit = true;
+            place = fraction ? place / 10 : 1;
+            value = fraction ? value + (rest[0] - '0') * place : value * 10 + (rest[0] - '0');
+        } else {
+            break;
+        }
+    }
+    if (any_digit && rest.size() > 1 && rest[0] == ' ') rest.remove_prefix(1);
+    std::size_t power = rest.empty()
+                            ? std::string_view::npos
+                            : std::string_view("kmgt").find(static_cast<char>(rest[0] | 0x20));
+    if (power != std::string_view::npos) rest.remove_prefix(1);
+    if (rest == "B" || rest == "b") rest = {};
+    if (!any_digit || !rest.empty())
         throw Error(concat("\"", visible(text.substr(0, 40)),
                            "\" is no size: give a number of bytes, like 4096, 500k, 2M or 1.5G."));
-    for (; power > 0; --power) value *= 1000;
+    for (; power != std::string_view::npos; --power) value *= 1000;  // k is 0: once
     return value >= 1.8e19 ? UINT64_MAX : static_cast<std::uint64_t>(value);
 }
 
@@ -4033,17 +4047,8 @@ inline std::string safe_file_name(std::string_view offered) {
         text.erase(text.find_last_not_of(". ") + 1);
     };
     trim(name);
-    std::string device;  // CON, com1.txt: names of devices on Windows, whatever follows the dot
-    for (char c : name.substr(0, name.find('.')))
-        device += c >= 'a' && c <= 'z' ? static_cast<char>(c - 'a' + 'A') : c;
-    device.erase(device.find_last_not_of(' ') + 1);
-    bool numbered = device.size() == 4 && device[3] >= '0' && device[3] <= '9' &&
-                    (device.starts_with("COM") || device.starts_with("LPT"));
-    if (numbered || device == "CON" || device == "PRN" || device == "AUX" || device == "NUL" ||
-        device == "CONIN$" || device == "CONOUT$" || name.starts_with('-'))  // -rf is no option
-        name.insert(0, "_");
-
-    if (name.size() > max_file_name_bytes) {  // shorten before the extension, between two letters
+    auto shorten = [&] {  // before the extension, and between two letters
+        if (name.size() <= max_file_name_bytes) return;
         std::size_t dot = name.rfind('.');
         std::string extension = dot != name.npos && name.size() - dot <= 16 ? name.substr(dot) : "";
         std::size_t end = max_file_name_bytes - extension.size();
@@ -4051,6 +4056,21 @@ inline std::string safe_file_name(std::string_view offered) {
         name.erase(end);
         trim(name);
         name += extension;
+    };
+    shorten();
+    std::string device;  // CON, com1.txt: names of devices on Windows, whatever follows the dot
+    for (char c : name.substr(0, name.find('.')))
+        device += c >= 'a' && c <= 'z' ? static_cast<char>(c - 'a' + 'A') : c;
+    device.erase(device.find_last_not_of(' ') + 1);
+    std::string_view port = device.starts_with("COM") || device.starts_with("LPT")
+                                ? std::string_view(device).substr(3)
+                                : std::string_view();
+    bool numbered = (port.size() == 1 && port[0] >= '0' && port[0] <= '9') || port == "\u00b9" ||
+                    port == "\u00b2" || port == "\u00b3";  // 1, 2, 3, raised
+    if (numbered || device == "CON" || device == "PRN" || device == "AUX" || device == "NUL" ||
+        device == "CONIN$" || device == "CONOUT$" || name.starts_with('-')) {  // -rf is no option
+        name.insert(0, "_");
+        shorten();
     }
     return name.empty() ? "file" : name;
 }
@@ -4320,7 +4340,13 @@ class PartFile {
     }
 
     PartFile(PartFile&&) = default;
-    PartFile& operator=(PartFile&&) = default;
+    PartFile& operator=(PartFile other) noexcept {
+        std::swap(file_, other.file_);
+        std::swap(part_, other.part_);
+        std::swap(size_, other.size_);
+        std::swap(published_, other.published_);
+        return *this;
+    }
     ~PartFile() {
         std::error_code ignored;  // then it stays, empty
         if (file_.is_open() && size_ == 0 && !published_) std::filesystem::remove(part_, ignored);
@@ -4584,6 +4610,10 @@ class FileReceiver {
         put({offset, std::move(owner), bytes, false});
     }
     void finish() { put({0, {}, {}, true}); }
+    std::size_t queued() const {
+        std::lock_guard lock(mutex_);
+        return pieces_.size();
+    }
     // What has arrived is still written; then the thread ends. Does not wait for it.
     void stop() noexcept {
         {
@@ -4762,7 +4792,8 @@ class PartialFiles {
                             path_of(to_string(from_base64(words[3])))};
                 auto [end, failure] =
                     std::from_chars(words[1].data(), words[1].data() + words[1].size(), entry.size);
-                if (failure != std::errc{} || *end != '\0') throw Error("its number is damaged.");
+                if (failure != std::errc{} || end != words[1].data() + words[1].size())
+                    throw Error("its number is damaged.");
                 std::error_code ignored;
                 if (std::filesystem::exists(entry.part, ignored)) entries_.push_back(entry);
             } catch (const Error& e) {
@@ -4912,9 +4943,10 @@ class FileTransfers {
     // `number` 0: the only one there is. `name`: another than the offered one, or empty.
     void accept(unsigned number, const std::string& name) {
         Incoming& t = waiting_offer(number);
-        if (running_incoming() >= max_files_receiving)
+        if (accepted_incoming() >= max_files_receiving)
             throw Error(concat(max_files_receiving,
-                               " files are being received already: accept it when one is done."));
+                               " files are being received already: accept it when one is done, or "
+                               "/cancel one."));
         if (name.find_first_of("/\\") != name.npos)
             throw Error(concat("Give a name, without a folder: files are saved in ",
                                options_.downloads.string(), "."));
@@ -5028,6 +5060,8 @@ class FileTransfers {
   private:
     using State = FileStatus::State;
     static constexpr std::uint32_t file_tag = 0x8000'0000;
+    // The credit bounds the bytes that wait for the disk; this, what each chunk costs besides.
+    static constexpr std::size_t max_queued_chunks = credit_total / 1024;
     static constexpr std::size_t max_offers = 64;
     static constexpr std::size_t max_offers_of_one = 16;
     static constexpr Milliseconds progress_every{250};
@@ -5071,6 +5105,7 @@ class FileTransfers {
     struct PeerState {
         std::uint32_t last_offer = 0;  // the largest id that came
         bool complained = false;       // about what belongs to no transfer: once
+        unsigned refused = 0;          // offers that were too many
     };
 
     // ---- Finding --------------------------------------------------------------------------------
@@ -5107,6 +5142,12 @@ class FileTransfers {
         return static_cast<std::size_t>(
             std::count_if(incoming_.begin(), incoming_.end(),
                           [](const auto& entry) { return entry.second.state == State::running; }));
+    }
+    // Those, and the interrupted ones, which may come back at any time.
+    std::size_t accepted_incoming() const {
+        return static_cast<std::size_t>(
+            std::count_if(incoming_.begin(), incoming_.end(),
+                          [](const auto& entry) { return entry.second.state != State::offered; }));
     }
     // What is here from an earlier attempt.
     std::uint64_t held(const Incoming& t) const {
@@ -5350,8 +5391,9 @@ class FileTransfers {
                           [&](const auto& entry) { return entry.second.info.user == user; });
         if (incoming_.size() >= max_offers ||
             static_cast<std::size_t>(of_this_one) >= max_offers_of_one) {
-            host_.send(from, file_tag, FileRefuse::kind,
-                       encode(FileRefuse{offer.id, FileReason::too_many}));
+            // Not for ever: whoever makes us answer uses up our own right to talk (chapter 10).
+            if (++peer.refused <= max_offers)
+                send(from, 0, FileRefuse{offer.id, FileReason::too_many});
             return;
         }
         info.number = ++last_number_;
@@ -5370,7 +5412,7 @@ class FileTransfers {
         if (t.info.size > options_.max_size)
             return stop(t, FileReason::too_large,
                         concat("declined: it is larger than ", readable_size(options_.max_size)));
-        if (running_incoming() >= max_files_receiving) return;  // later
+        if (accepted_incoming() >= max_files_receiving) return;  // later
         try {
             accept(t.info.number, "");
         } catch (const Error& e) {
@@ -5411,6 +5453,8 @@ class FileTransfers {
             return break_off(*t, "sent more than was offered");
         if (chunk.bytes.size() > t->credit.granted - t->received)
             return break_off(*t, "sent more than it had credit for");
+        if (t->receiver->queued() >= max_queued_chunks)
+            return break_off(*t, "sent it in crumbs, faster than they can be written");
         tell_begin(*t, t->next);
         t->next += chunk.bytes.size();
         t->received += chunk.bytes.size();
@@ -5531,7 +5575,8 @@ class FileTransfers {
 //   - A connection storm: each handshake costs an RSA operation, so only as many as there are
 //     processors run at once. The threads that serve the chat get their share.
 //   - A member that reads too slowly: its queue is bounded, payloads for it are refused, and when
-//     it takes nothing at all for a while it is dropped.
+//     it takes nothing at all for a while it is dropped. So the memory of all queues together is at
+//     most (queue_bound + bulk_queue_bound) for each member, whatever anybody sends.
 //   - A member that talks too fast: the server reads from it more slowly, and TCP makes it wait.
 //   - A member whose machine vanished: silence is answered with a Ping, and further silence with
 //     the end. If the same user logs in again meanwhile, the old connection gets a few seconds to
@@ -6317,6 +6362,10 @@ class Server {
 // are taken from their queue only when no job waits, so messages leave in the order in which they
 // were written.
 //
+// A file that is on its way has a thread that reads or writes it (chapter 9). It sends its chunks
+// itself, over the bulk lane; everything else about it is said and decided in the engine's thread,
+// which these threads only wake.
+//
 // When the connection is lost, the engine connects again, with growing pauses, until it succeeds or
 // is told to stop; commands wait meanwhile. A server that comes back with another key ends it.
 //
@@ -6811,8 +6860,9 @@ class Client : private FileHost {
         } catch (const std::exception& e) {
             end = {StopReason::local_trouble, e.what()};
         }
-        end_link();
+        if (link_) link_->outbox->close();
         files_.reset();  // joins the transfers' threads, which may still be writing
+        end_link();
         {
             std::lock_guard lock(mutex_);
             commands_.clear();

@@ -15,6 +15,7 @@
 #include <doctest/doctest.h>
 
 #include <cmath>
+#include <csignal>
 #include <cstdio>
 #include <fstream>
 #include <iterator>
@@ -23,6 +24,7 @@
 
 #include <openssl/param_build.h>
 #include <spawn.h>
+#include <sys/resource.h>
 #include <sys/ioctl.h>
 #include <sys/wait.h>
 
@@ -3075,6 +3077,1370 @@ TEST_CASE("chapter 8: a user who is pinned twice is an error") {
     write_text(dir.path / "known_users", "bob " + fingerprint_of(1).text() + " 1 verified\nbob " +
                                              fingerprint_of(2).text() + " 1 unverified\n");
     CHECK(contains(complaint([&] { PinStore{dir.path / "known_users"}; }), "line 2"));
+}
+
+// ---- Chapter 9. Files: the pure and the disk pieces ---------------------------------------------
+
+namespace {
+
+std::string repeat(std::string_view part, std::size_t times) {
+    std::string out;
+    for (std::size_t i = 0; i < times; ++i) out += part;
+    return out;
+}
+
+// Written down again, independently: what Windows takes for a device, whatever follows the dot.
+bool is_windows_device(const std::string& name) {
+    std::string stem = name.substr(0, name.find('.'));
+    while (!stem.empty() && stem.back() == ' ') stem.pop_back();
+    for (char& c : stem)
+        if (c >= 'a' && c <= 'z') c = static_cast<char>(c - 'a' + 'A');
+    static const std::set<std::string> words{"CON", "PRN", "AUX", "NUL", "CONIN$", "CONOUT$"};
+    if (words.contains(stem)) return true;
+    if (!stem.starts_with("COM") && !stem.starts_with("LPT")) return false;
+    static const std::set<std::string> digits{"0", "1", "2", "3",      "4",      "5",     "6",
+                                              "7", "8", "9", "\u00b9", "\u00b2", "\u00b3"};
+    return digits.contains(stem.substr(3));
+}
+
+// What is wrong with a name that a file here would get; empty if it can do no harm.
+std::string harm_in(const std::string& name) {
+    if (name.empty()) return "empty";
+    if (name.size() > max_file_name_bytes) return "too long";
+    if (!utf8_length(name)) return "not UTF-8";
+    for (char c : name) {
+        if (c == '/' || c == '\\') return "two components";
+        if (static_cast<std::uint8_t>(c) < 0x20 || c == 0x7f) return "a control character";
+        if (std::string_view("<>:\"|?*").find(c) != std::string_view::npos)
+            return "no name on Windows";
+    }
+    for (std::string_view left = name; !left.empty();) {
+        char32_t point = take_code_point(left);
+        if (point >= 0x80 && point <= 0x9f) return "a control character of 8 bits";
+        if (point >= 0x202a && point <= 0x202e) return "reverses the text";
+        if (point >= 0x2066 && point <= 0x2069) return "reverses the text";
+    }
+    if (name.front() == '.') return "hidden, or a directory";
+    if (name.front() == '-') return "an option";
+    if (name.front() == ' ' || name.back() == ' ' || name.back() == '.') return "Windows trims it";
+    if (is_windows_device(name)) return "a device";
+    return "";
+}
+
+}  // namespace
+
+TEST_CASE("chapter 9: what an offered name becomes") {
+    struct Row {
+        std::string offered, expected;
+    };
+    const std::string accent = "\u00e9", euro = "\u20ac", face = "\U0001f600";
+    const Row rows[]{
+        // Ordinary names stay as they are.
+        {"report.pdf", "report.pdf"},
+        {"two words (final).tar.gz", "two words (final).tar.gz"},
+        {accent + "t" + accent + " " + face + ".txt", accent + "t" + accent + " " + face + ".txt"},
+        {"a-b_c~#%&'$!+,;=@[]{}", "a-b_c~#%&'$!+,;=@[]{}"},
+        {"Makefile", "Makefile"},
+        // No way out of the folder, whichever way the slashes lean.
+        {"../../etc/passwd", "passwd"},
+        {"..\\..\\x", "x"},
+        {"/etc/shadow", "shadow"},
+        {"C:\\x", "x"},
+        {"C:\\Windows/System32\\x.dll", "x.dll"},
+        {"\\\\server\\share\\x", "x"},
+        {"dir/", "file"},
+        {"dir\\", "file"},
+        {"dir/..", "file"},
+        {"/", "file"},
+        // Nothing hidden, and no directory.
+        {"", "file"},
+        {".", "file"},
+        {"..", "file"},
+        {"...", "file"},
+        {" ", "file"},
+        {" . . ", "file"},
+        {".bashrc", "bashrc"},
+        {"...x", "x"},
+        {" .ssh", "ssh"},
+        // Windows drops what is at the end.
+        {"x.", "x"},
+        {"x...", "x"},
+        {"x  ", "x"},
+        {"x. . .", "x"},
+        {"virus.exe. ", "virus.exe"},
+        // No devices of Windows.
+        {"CON", "_CON"},
+        {"con.txt", "_con.txt"},
+        {"COM1", "_COM1"},
+        {"lPt9.a.b", "_lPt9.a.b"},
+        {"NUL.tar.gz", "_NUL.tar.gz"},
+        {"nul .txt", "_nul .txt"},
+        {" AUX. ", "_AUX"},
+        {"dir/prn", "_prn"},
+        {"CONIN$", "_CONIN$"},
+        {"conout$.x", "_conout$.x"},
+        {"CONE", "CONE"},
+        {"COM10", "COM10"},
+        {"console.txt", "console.txt"},
+        {"x.CON", "x.CON"},
+        // No options of a command.
+        {"-rf", "_-rf"},
+        {"--help", "_--help"},
+        {"dir/-rf", "_-rf"},
+        {".-rf", "_-rf"},
+        {" -rf", "_-rf"},
+        {"a-rf", "a-rf"},
+        // What a shell window, a file list or a file system would obey.
+        {"a\nb", "a_b"},
+        {"a\r\tb", "a__b"},
+        {std::string("a\0b", 3), "a_b"},
+        {"\x1b[2J\x1b]0;title\x07x", "_[2J_]0;title_x"},
+        {"\x7f", "_"},
+        {"\u009b31m", "_31m"},
+        {"photo\u202egpj.exe", "photo_gpj.exe"},
+        {"\u2066x\u2069", "_x_"},
+        {"a:b", "a_b"},
+        {"file.txt:stream", "file.txt_stream"},
+        {"<a>|\"b\"?*", "_a___b___"},
+        // What is no UTF-8: one _ for each bad byte.
+        {"\xff\xfe", "__"},
+        {"a\x80z", "a_z"},
+        {"\xc0\xaf", "__"},  // a slash, overlong
+        {"..\xc0\xaf..\xc0\xafx", "__..__x"},
+        {"\xed\xa0\x80", "___"},      // half a surrogate pair
+        {"caf\xe9.txt", "caf_.txt"},  // Latin-1
+        {"cut short \xf0\x9f\x98", "cut short ___"},
+        // Too long: the end goes, and never half a letter. An extension stays.
+        {repeat("a", 4000), repeat("a", 200)},
+        {repeat("a", 4000) + ".txt", repeat("a", 196) + ".txt"},
+        {repeat(accent, 2000), repeat(accent, 100)},
+        {repeat(accent, 2000) + ".txt", repeat(accent, 98) + ".txt"},
+        {repeat(euro, 1333), repeat(euro, 66)},
+        {repeat(euro, 1333) + ".txt", repeat(euro, 65) + ".txt"},
+        {repeat(face, 1000), repeat(face, 50)},
+        {repeat(face, 1000) + ".jpeg", repeat(face, 48) + ".jpeg"},
+        {"x" + repeat(face, 1000), "x" + repeat(face, 49)},
+        {"a." + repeat("x", 4000), "a." + repeat("x", 198)},
+        {"a" + repeat(".", 4000) + "x", "a.x"},
+        {"a" + repeat(" ", 4000) + ".x", "a.x"},
+        {"-" + repeat("a", 4000), "_-" + repeat("a", 198)},
+        {"NUL." + repeat("a", 4000), "_NUL." + repeat("a", 195)},
+        {repeat("../", 2000) + "x", "x"},
+    };
+    for (const Row& row : rows) {
+        CAPTURE(visible(row.offered));
+        std::string safe = safe_file_name(row.offered);
+        CHECK(visible(safe) == visible(row.expected));
+        CHECK(harm_in(safe) == "");
+        CHECK(safe_file_name(safe) == safe);
+    }
+}
+
+TEST_CASE("chapter 9: a name of exactly the longest size stays, one byte more is shortened") {
+    CHECK(safe_file_name(repeat("a", 200)) == repeat("a", 200));
+    CHECK(safe_file_name(repeat("a", 201)) == repeat("a", 200));
+    CHECK(safe_file_name(repeat("a", 196) + ".txt") == repeat("a", 196) + ".txt");
+    CHECK(safe_file_name(repeat("a", 197) + ".txt") == repeat("a", 196) + ".txt");
+}
+
+TEST_CASE("chapter 9: whatever bytes are offered as a name, the result is harmless and final") {
+    std::mt19937 random(9);
+    auto below = [&](std::size_t n) { return static_cast<std::size_t>(random() % n); };
+    const std::string pieces[]{"CON",    "nul",  "COM1",   "LPT",    ".",          "..",   " ",
+                               "-",      "/",    "\\",     ":",      "\n",         "\x1b", "x",
+                               "\u00e9", "\x80", "\u202e", "\u20ac", "\U0001f600", ".txt", "_"};
+    for (int round = 0; round < 20'000; ++round) {
+        std::string offered;
+        if (round % 2 == 0) {  // any bytes
+            offered.resize(below(300));
+            for (char& c : offered) c = static_cast<char>(random() & 0xff);
+        } else {  // what could be misunderstood
+            for (std::size_t left = 1 + below(12); left > 0; --left) {
+                const std::string& piece = pieces[below(std::size(pieces))];
+                offered += repeat(piece, below(20) == 0 ? 200 : 1 + below(3));
+            }
+        }
+        std::string safe = safe_file_name(offered);
+        if (std::string harm = harm_in(safe); !harm.empty()) {
+            FAIL_CHECK(harm, ": ", visible(offered), " became ", visible(safe));
+            break;
+        }
+        if (safe_file_name(safe) != safe) {
+            FAIL_CHECK("not final: ", visible(offered), " became ", visible(safe));
+            break;
+        }
+    }
+}
+
+TEST_CASE("chapter 9: a name that is shortened becomes no device and nothing that is trimmed") {
+    for (std::string_view device : {"CON", "nul", "AUX", "com1", "LPT9"})
+        for (std::string_view end : {"x", "x.txt", ".x.txt", "-.tar"})
+            for (std::size_t padding = 180; padding < 220; ++padding) {
+                std::string offered = concat(device, repeat(" ", padding), end);
+                std::string safe = safe_file_name(offered);
+                if (harm_in(safe).empty() && safe_file_name(safe) == safe) continue;
+                FAIL_CHECK(harm_in(safe), ": ", device, " and ", padding, " spaces and ", end,
+                           " became \"", safe, "\"");
+                break;
+            }
+}
+
+TEST_CASE("chapter 9: COM and LPT with a superscript digit are devices of Windows too") {
+    std::string devices;
+    for (std::string_view digit : {"\u00b9", "\u00b2", "\u00b3"})
+        for (std::string_view port : {"COM", "lpt"})
+            for (std::string_view end : {"", ".txt"}) {
+                std::string safe = safe_file_name(concat(port, digit, end));
+                if (!harm_in(safe).empty()) devices += safe + " ";
+            }
+    CHECK(devices == "");
+}
+
+TEST_CASE("chapter 9: names that are taken get a number before the extension") {
+    CHECK(numbered_name("report.pdf", 0) == "report.pdf");
+    CHECK(numbered_name("report.pdf", 1) == "report (1).pdf");
+    CHECK(numbered_name("report.pdf", 12) == "report (12).pdf");
+    CHECK(numbered_name("report", 1) == "report (1)");
+    CHECK(numbered_name("a.tar.gz", 2) == "a.tar (2).gz");
+    CHECK(numbered_name(".profile", 1) == ".profile (1)");
+    CHECK(numbered_name("report (1).pdf", 1) == "report (1) (1).pdf");
+    CHECK(numbered_name("\u00e9.\u00e9", 3) == "\u00e9 (3).\u00e9");
+    // The longest name, the largest number and ".part" still fit a file system.
+    CHECK(numbered_name(repeat("a", max_file_name_bytes), 9'999).size() + 5 <= 255);
+}
+
+// ---- Sizes ----
+
+TEST_CASE("chapter 9: sizes are shown with three digits and the right unit") {
+    CHECK(readable_size(0) == "0 bytes");
+    CHECK(readable_size(1) == "1 byte");
+    CHECK(readable_size(2) == "2 bytes");
+    CHECK(readable_size(999) == "999 bytes");
+    CHECK(readable_size(1000) == "1.00 kB");
+    CHECK(readable_size(4100) == "4.10 kB");
+    CHECK(readable_size(9994) == "9.99 kB");
+    CHECK(readable_size(9995) == "10.0 kB");
+    CHECK(readable_size(99'949) == "99.9 kB");
+    CHECK(readable_size(99'950) == "100 kB");
+    CHECK(readable_size(999'499) == "999 kB");
+    CHECK(readable_size(999'500) == "1.00 MB");
+    CHECK(readable_size(1'250'000'000) == "1.25 GB");
+    CHECK(readable_size(999'499'999'999) == "999 GB");
+    CHECK(readable_size(999'500'000'000) == "1.00 TB");
+    CHECK(readable_size(5'000'000'000'000'000) == "5.00 PB");
+    CHECK(readable_size(UINT64_MAX) == "18.4 EB");
+}
+
+TEST_CASE("chapter 9: a shown size is never off by more than half of its last digit") {
+    std::mt19937_64 random(9);
+    const std::string units[]{"kB", "MB", "GB", "TB", "PB", "EB"};
+    for (int round = 0; round < 5'000; ++round) {
+        std::uint64_t bytes = random() >> (random() % 54);
+        if (bytes < 1000) continue;
+        std::string shown = readable_size(bytes);
+        std::vector<std::string> words = split_words(shown);
+        REQUIRE(words.size() == 2);
+        std::size_t digits = words[0].size() - (contains(words[0], ".") ? 1 : 0);
+        double unit = 1000, value = std::stod(words[0]);
+        for (const std::string& name : units) {
+            if (words[1] == name) break;
+            unit *= 1000;
+        }
+        double off = std::abs(value * unit - static_cast<double>(bytes));
+        if (digits == 3 && value >= 1 && value < 1000 && off <= 0.00501 * value * unit) continue;
+        FAIL_CHECK(bytes, " is shown as ", shown);
+        break;
+    }
+}
+
+TEST_CASE("chapter 9: texts that are sizes") {
+    CHECK(parse_size("0") == 0);
+    CHECK(parse_size("1") == 1);
+    CHECK(parse_size("4096") == 4096);
+    CHECK(parse_size("500k") == 500'000);
+    CHECK(parse_size("500K") == 500'000);
+    CHECK(parse_size("2M") == 2'000'000);
+    CHECK(parse_size("10MB") == 10'000'000);
+    CHECK(parse_size("10mb") == 10'000'000);
+    CHECK(parse_size("1.5G") == 1'500'000'000);
+    CHECK(parse_size("0.5k") == 500);
+    CHECK(parse_size("2T") == 2'000'000'000'000);
+    CHECK(parse_size("10 MB") == 10'000'000);
+    CHECK(parse_size("1 k") == 1000);
+    CHECK(parse_size("99999999999999999999T") == UINT64_MAX);
+    CHECK(parse_size("18446744073709551615") == UINT64_MAX);
+}
+
+TEST_CASE("chapter 9: a size may end with its unit, B") {
+    CHECK(parse_size("4096B") == 4096);  // libc++ reads a hexadecimal digit here
+    CHECK(parse_size("4096 B") == 4096);
+    CHECK(parse_size("500kB") == 500'000);
+}
+
+TEST_CASE("chapter 9: texts that are no sizes are refused, with an example") {
+    for (std::string_view bad :
+         {"",    " ",   "-1",  "-0.5", "-1k",   "abc",  "k",    "B",    "1X",    "1P",
+          "1kk", "1BB", "1kX", "1..5", "1.5.5", "1,5G", "0x10", "1e",   "1e999", "nan",
+          "inf", "NaN", "1k2", "--1",  "1-",    "1 2",  "\x1b", "1GiB", "1\n2"}) {
+        CAPTURE(visible(bad));
+        CHECK(contains(complaint([&] { parse_size(bad); }), "is no size: give a number of bytes"));
+    }
+    std::string sentence = complaint([] { parse_size("\x1b[2J" + repeat("x", 5'000)); });
+    CHECK_FALSE(contains(sentence, "\x1b"));
+    CHECK(sentence.size() < 300);
+}
+
+TEST_CASE("chapter 9: behind a size comes nothing") {
+    for (std::string_view bad : {"1 k junk", "5 M 7", "2M 3", "10 MB of data", "1 k k", "1B x"}) {
+        CAPTURE(bad);
+        CHECK(complaint([&] { parse_size(bad); }) != "");
+    }
+}
+
+// ---- The messages ----
+
+namespace {
+
+template <class T>
+void check_wire(const T& message, std::string_view hex) {
+    Bytes wire = encode(message);
+    CHECK(to_hex(wire) == hex);
+    CHECK(to_hex(encode(decode<T>(wire, "a message"))) == hex);
+    for (std::size_t size = 0; size < wire.size(); ++size)
+        CHECK(throws<ProtocolError>([&] { decode<T>(ByteView(wire).first(size), "a message"); }));
+    Bytes longer = wire;
+    longer.push_back(0);
+    CHECK(throws<ProtocolError>([&] { decode<T>(longer, "a message"); }));
+}
+
+}  // namespace
+
+TEST_CASE("chapter 9: the bytes of each message, for whoever writes another client") {
+    check_wire(FileOffer{0x01020304, "r\u00e9sum\u00e9.pdf", 5'000'000'000, 1700000000123456789},
+               "01020304"                  // id
+               "000c"                      // the name has 12 bytes
+               "72c3a973756dc3a92e706466"  // r e' s u m e' . p d f
+               "000000012a05f200"          // size
+               "17979cfe3d85cd15");        // modified
+    check_wire(FileAccept{0x01020304, 65536, sha256(as_bytes("abc")), 4194304},
+               "01020304"                                                          // id
+               "0000000000010000"                                                  // offset
+               "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"  // held
+               "0000000000400000");                                                // credit
+    check_wire(FileCredit{2, 0x0102030405060708}, "000000020102030405060708");
+    check_wire(FileChunk{3, 61440, as_bytes("hello")},
+               "00000003"          // id
+               "000000000000f000"  // offset
+               "00000005"          // 5 bytes
+               "68656c6c6f");      // hello
+    check_wire(FileEnd{0xfffffffe}, "fffffffe");
+    check_wire(FileStored{5}, "00000005");
+    check_wire(FileWithdraw{6, FileReason::cancelled}, "0000000602");
+    check_wire(FileRefuse{7, FileReason::lost}, "000000070b");
+}
+
+TEST_CASE("chapter 9: the fields of each message come back") {
+    Bytes wire = encode(FileOffer{1, "n", 2, 3});
+    FileOffer offer = decode<FileOffer>(wire, "an offer");
+    CHECK(offer.id == 1);
+    CHECK(offer.name == "n");
+    CHECK(offer.size == 2);
+    CHECK(offer.modified == 3);
+    wire = encode(FileAccept{1, 2, sha256(), 3});
+    FileAccept accept = decode<FileAccept>(wire, "an answer");
+    CHECK(accept.id == 1);
+    CHECK(accept.offset == 2);
+    CHECK(accept.held == sha256());
+    CHECK(accept.credit == 3);
+    wire = encode(FileChunk{1, 2, as_bytes("xyz")});
+    FileChunk chunk = decode<FileChunk>(wire, "a chunk");
+    CHECK(chunk.offset == 2);
+    CHECK(to_string(chunk.bytes) == "xyz");
+    wire = encode(FileRefuse{1, FileReason::too_large});
+    CHECK(decode<FileRefuse>(wire, "a refusal").reason == FileReason::too_large);
+}
+
+TEST_CASE("chapter 9: the numbers of the messages and reasons are part of the protocol") {
+    CHECK(static_cast<int>(FileOffer::kind) == 10);
+    CHECK(static_cast<int>(FileAccept::kind) == 11);
+    CHECK(static_cast<int>(FileCredit::kind) == 12);
+    CHECK(static_cast<int>(FileChunk::kind) == 13);
+    CHECK(static_cast<int>(FileEnd::kind) == 14);
+    CHECK(static_cast<int>(FileStored::kind) == 15);
+    CHECK(static_cast<int>(FileWithdraw::kind) == 16);
+    CHECK(static_cast<int>(FileRefuse::kind) == 17);
+    const FileReason reasons[]{
+        FileReason::declined,       FileReason::cancelled, FileReason::expired,
+        FileReason::too_many,       FileReason::too_large, FileReason::file_changed,
+        FileReason::unreadable,     FileReason::disk_full, FileReason::not_writable,
+        FileReason::broke_protocol, FileReason::lost,
+    };
+    std::set<std::string_view> meanings;
+    for (std::size_t i = 0; i < std::size(reasons); ++i) {
+        CHECK(static_cast<std::size_t>(reasons[i]) == i + 1);
+        meanings.insert(meaning_of(reasons[i]));
+    }
+    CHECK(meanings.size() == std::size(reasons));  // each says something else
+    // A newer client may have reasons that we do not know.
+    for (int number : {0, 12, 255}) CHECK(meaning_of(static_cast<FileReason>(number)) == "stopped");
+}
+
+TEST_CASE("chapter 9: a chunk that claims 4 GiB is refused before anything is taken") {
+    Bytes wire = from_hex("000000030000000000000000ffffffff00");
+    CHECK(throws<ProtocolError>([&] { decode<FileChunk>(wire, "a chunk"); }));
+}
+
+TEST_CASE("chapter 9: a full chunk fits into one message") {
+    Bytes bytes(file_chunk_bytes);
+    CHECK(encode(FileChunk{1, UINT64_MAX, bytes}).size() <= max_payload_bytes);
+}
+
+// ---- Files that are sent ----
+
+namespace {
+
+template <class F>
+std::optional<FileReason> reason_of(F function) {
+    try {
+        function();
+    } catch (const FileError& e) {
+        return e.reason;
+    }
+    return std::nullopt;
+}
+
+std::string read_all(const SourceFile& file) {
+    Bytes content(static_cast<std::size_t>(file.size()));
+    file.read(0, content);
+    return to_string(content);
+}
+
+// Steps back, so that the next write has another time, however coarse the clock of the disk is.
+void make_older(const std::filesystem::path& path) {
+    std::filesystem::last_write_time(
+        path, std::filesystem::file_time_type::clock::now() - std::chrono::hours(1));
+}
+
+// To root, no permission is refused: for a while, this process is somebody else.
+class AsNobody {
+  public:
+    AsNobody() : was_root_(::geteuid() == 0) {
+        if (was_root_ && ::seteuid(65534) != 0) can_ = false;
+    }
+    ~AsNobody() {
+        if (was_root_ && can_ && ::seteuid(0) != 0) std::abort();
+    }
+    AsNobody(const AsNobody&) = delete;
+    AsNobody& operator=(const AsNobody&) = delete;
+    bool can() const { return can_; }
+
+  private:
+    bool was_root_, can_ = true;
+};
+
+const std::atomic<bool> no_stop = false;
+
+}  // namespace
+
+TEST_CASE("chapter 9: a file that is offered is read, at any offset") {
+    TempDir dir;
+    write_text(dir.path / "a b.txt", "0123456789");
+    SourceFile file(dir.path / "a b.txt");
+    CHECK(file.name() == "a b.txt");
+    CHECK(file.size() == 10);
+    CHECK(read_all(file) == "0123456789");
+    Bytes three(3);
+    file.read(7, three);
+    CHECK(to_string(three) == "789");
+    file.read(2, three);
+    CHECK(to_string(three) == "234");
+    file.read(10, ByteSpan(three).first(0));
+    CHECK(file.hash_of_beginning(0, no_stop) == sha256());
+    CHECK(file.hash_of_beginning(4, no_stop) == sha256(as_bytes("0123")));
+    CHECK(file.hash_of_beginning(10, no_stop) == sha256(as_bytes("0123456789")));
+    CHECK_FALSE(file.hash_of_beginning(11, no_stop));  // it has no 11 bytes
+    CHECK_FALSE(file.hash_of_beginning(10, std::atomic<bool>(true)));
+}
+
+TEST_CASE("chapter 9: a hash covers several blocks") {
+    TempDir dir;
+    std::string content;
+    for (std::uint32_t i = 0; content.size() < 600'001; ++i) content += concat(i, ",");
+    write_text(dir.path / "x", content);
+    SourceFile file(dir.path / "x");
+    for (std::size_t size : {262'143U, 262'144U, 262'145U, 524'288U, 600'000U})
+        CHECK(file.hash_of_beginning(size, no_stop) ==
+              sha256(as_bytes(std::string_view(content).substr(0, size))));
+}
+
+TEST_CASE("chapter 9: an empty file is a file") {
+    TempDir dir;
+    write_text(dir.path / "empty", "");
+    SourceFile file(dir.path / "empty");
+    CHECK(file.size() == 0);
+    CHECK(read_all(file) == "");
+    CHECK_NOTHROW(file.require_unchanged());
+}
+
+TEST_CASE("chapter 9: what has no end, no content or no permission cannot be offered") {
+    TempDir dir;
+    auto refusal = [](const std::filesystem::path& path) {
+        return complaint([&] { SourceFile file(path); });
+    };
+    CHECK(contains(refusal(dir.path / "missing"), "Cannot read "));
+    CHECK(contains(refusal(dir.path / "missing"), (dir.path / "missing").string()));
+    CHECK(contains(refusal(""), "Cannot read "));
+    CHECK(contains(refusal(dir.path), "is a directory"));
+    CHECK(contains(refusal(dir.path), "tar or zip"));
+    REQUIRE(::mkfifo((dir.path / "fifo").c_str(), 0600) == 0);
+    CHECK(contains(refusal(dir.path / "fifo"), "is a device or a pipe"));  // and does not wait
+    CHECK(contains(refusal("/dev/null"), "is a device or a pipe"));
+    CHECK(contains(refusal("/dev/zero"), "is a device or a pipe"));
+    std::filesystem::create_symlink("nowhere", dir.path / "dangling");
+    CHECK(contains(refusal(dir.path / "dangling"), "Cannot read "));
+    std::filesystem::create_symlink("loop", dir.path / "loop");
+    CHECK(contains(refusal(dir.path / "loop"), "Cannot read "));
+    // One may send what a link of one's own leads to.
+    write_text(dir.path / "real", "x");
+    std::filesystem::create_symlink("real", dir.path / "link");
+    CHECK(refusal(dir.path / "link") == "");
+}
+
+TEST_CASE("chapter 9: a file without permission cannot be offered") {
+    TempDir dir;
+    write_text(dir.path / "secret", "x");
+    std::filesystem::permissions(dir.path / "secret", std::filesystem::perms::none);
+    std::filesystem::permissions(dir.path, std::filesystem::perms(0755));
+    std::string sentence;
+    bool tried = false;
+    {
+        AsNobody nobody;
+        tried = nobody.can();
+        if (tried) sentence = complaint([&] { SourceFile file(dir.path / "secret"); });
+    }
+    if (tried)
+        CHECK(contains(sentence, "Cannot read "));
+    else
+        MESSAGE("skipped: nothing is refused to root here");
+}
+
+TEST_CASE("chapter 9: a file that changes while it is sent is noticed") {
+    TempDir dir;
+    std::filesystem::path path = dir.path / "x";
+    write_text(path, "0123456789");
+    make_older(path);
+    SourceFile file(path);
+    REQUIRE(read_all(file) == "0123456789");
+    auto read_two = [&] {
+        Bytes two(2);
+        file.read(0, two);
+    };
+    SUBCASE("it shrinks") { std::filesystem::resize_file(path, 5); }
+    SUBCASE("it is emptied") { std::filesystem::resize_file(path, 0); }
+    SUBCASE("it grows") { std::ofstream(path, std::ios::app) << "more"; }
+    SUBCASE("other bytes of the same size") { write_text(path, "abcdefghij"); }
+    SUBCASE("one byte in the middle") {
+        std::fstream(path, std::ios::in | std::ios::out).seekp(5) << "x";
+    }
+    CHECK(reason_of(read_two) == FileReason::file_changed);
+    CHECK(reason_of([&] { read_all(file); }) == FileReason::file_changed);
+    CHECK(reason_of([&] { file.require_unchanged(); }) == FileReason::file_changed);
+    CHECK(contains(complaint(read_two), "Offer it again"));
+    CHECK(contains(complaint(read_two), path.string()));
+}
+
+TEST_CASE("chapter 9: an offered file stays the same one, whatever happens to its name") {
+    TempDir dir;
+    std::filesystem::path path = dir.path / "x";
+    write_text(path, "old");
+    SourceFile file(path);
+    SUBCASE("removed") { std::filesystem::remove(path); }
+    SUBCASE("renamed, and another one in its place") {
+        std::filesystem::rename(path, dir.path / "y");
+        write_text(path, "secret");
+    }
+    SUBCASE("replaced, as an editor saves") {
+        write_text(dir.path / "new", "new");
+        std::filesystem::rename(dir.path / "new", path);
+    }
+    CHECK(read_all(file) == "old");
+    CHECK(file.name() == "x");
+}
+
+// ---- Files that are received ----
+
+namespace {
+
+// "a.txt | b": what is in a directory, in order.
+std::string names_in(const std::filesystem::path& directory) {
+    std::set<std::string> names;
+    for (const auto& entry : std::filesystem::directory_iterator(directory))
+        names.insert(entry.path().filename().string());
+    std::string all;
+    for (const std::string& name : names) all += (all.empty() ? "" : " | ") + name;
+    return all;
+}
+
+// Byte by byte what a file of this size would contain.
+std::string pattern(std::size_t size) {
+    std::string text(size, '\0');
+    for (std::size_t i = 0; i < size; ++i) text[i] = static_cast<char>('!' + i * 7 % 89);
+    return text;
+}
+
+}  // namespace
+
+TEST_CASE("chapter 9: a file is NAME.part until it is whole") {
+    TempDir dir;
+    std::filesystem::path folder = dir.path / "not" / "there yet";
+    PartFile part = PartFile::create(folder, "a.txt");
+    CHECK(part.path() == folder / "a.txt.part");
+    CHECK(part.size() == 0);
+    CHECK(names_in(folder) == "a.txt.part");
+    part.append(as_bytes("hello, "));
+    part.append(as_bytes("world"));
+    part.sync();
+    CHECK(part.size() == 12);
+    CHECK(read_text(part.path()) == "hello, world");
+    CHECK(part.hash(no_stop) == sha256(as_bytes("hello, world")));
+    CHECK_FALSE(part.hash(std::atomic<bool>(true)));
+    CHECK(part.publish(0) == folder / "a.txt");
+    CHECK(names_in(folder) == "a.txt");
+    CHECK(read_text(folder / "a.txt") == "hello, world");
+}
+
+TEST_CASE("chapter 9: a received file can be read by its owner, and run by nobody") {
+    TempDir dir;
+    PartFile part = PartFile::create(dir.path, "run me.sh");
+    part.append(as_bytes("#!/bin/sh\n"));
+    auto mode = static_cast<unsigned>(mode_of(part.publish(0)));
+    CHECK((mode & 07111) == 0);
+    CHECK((mode & 0600) == 0600);
+}
+
+TEST_CASE("chapter 9: an empty file arrives too") {
+    TempDir dir;
+    { CHECK(PartFile::create(dir.path, "empty").publish(0) == dir.path / "empty"); }
+    CHECK(names_in(dir.path) == "empty");
+    CHECK(std::filesystem::file_size(dir.path / "empty") == 0);
+}
+
+TEST_CASE("chapter 9: a name that is taken, by a file or by a part, gets a number") {
+    TempDir dir;
+    auto name_for = [&](const std::string& name) {
+        return PartFile::create(dir.path, name).path().filename().string();
+    };
+    write_text(dir.path / "a.txt", "mine");
+    CHECK(name_for("a.txt") == "a (1).txt.part");
+    write_text(dir.path / "a (1).txt.part", "somebody's");
+    CHECK(name_for("a.txt") == "a (2).txt.part");
+    write_text(dir.path / "a (2).txt", "mine too");
+    CHECK(name_for("a.txt") == "a (3).txt.part");
+    std::filesystem::create_directory(dir.path / "folder");
+    CHECK(name_for("folder") == "folder (1).part");
+    std::filesystem::create_directory(dir.path / "b.part");
+    CHECK(name_for("b") == "b (1).part");
+    CHECK(read_text(dir.path / "a.txt") == "mine");
+    CHECK(read_text(dir.path / "a (1).txt.part") == "somebody's");
+    CHECK(names_in(dir.path) == "a (1).txt.part | a (2).txt | a.txt | b.part | folder");
+}
+
+TEST_CASE("chapter 9: five files of the same name at the same time are five files") {
+    TempDir dir;
+    std::vector<PartFile> parts;
+    for (int i = 0; i < 5; ++i) {
+        parts.push_back(PartFile::create(dir.path, "a.txt"));
+        parts.back().append(as_bytes(concat("number ", i)));
+    }
+    CHECK(names_in(dir.path) ==
+          "a (1).txt.part | a (2).txt.part | a (3).txt.part | a (4).txt.part | a.txt.part");
+    for (std::size_t i : {3U, 0U, 4U, 1U, 2U}) parts[i].publish(0);
+    CHECK(names_in(dir.path) == "a (1).txt | a (2).txt | a (3).txt | a (4).txt | a.txt");
+    CHECK(read_text(dir.path / "a.txt") == "number 0");
+    for (int i = 1; i < 5; ++i)
+        CHECK(read_text(dir.path / concat("a (", i, ").txt")) == concat("number ", i));
+}
+
+TEST_CASE("chapter 9: a file that is itself called .part is no part of another") {
+    TempDir dir;
+    PartFile first = PartFile::create(dir.path, "a.part");
+    PartFile second = PartFile::create(dir.path, "a");
+    first.append(as_bytes("first"));
+    second.append(as_bytes("second"));
+    CHECK(read_text(first.publish(0)) == "first");  // "a.part" is taken, by the second's part
+    CHECK(read_text(second.publish(0)) == "second");
+    CHECK(names_in(dir.path) == "a | a (1).part");
+    // And when it is whole already, it is not what the next one continues or writes into.
+    PartFile third = PartFile::create(dir.path, "a (1)");
+    CHECK(third.path() == dir.path / "a (1) (1).part");
+    CHECK(read_text(dir.path / "a (1).part") == "first");
+}
+
+TEST_CASE("chapter 9: names of the longest size are received, numbered too") {
+    TempDir dir;
+    std::string name = safe_file_name(repeat("\u00e9", 2000));
+    for (int i = 0; i < 2; ++i) {
+        PartFile part = PartFile::create(dir.path, name);
+        part.append(as_bytes("x"));
+        part.publish(0);
+    }
+    CHECK(names_in(dir.path) == concat(name, " | ", name, " (1)"));
+}
+
+TEST_CASE("chapter 9: publishing never overwrites what came in between") {
+    TempDir dir;
+    PartFile part = PartFile::create(dir.path, "a.txt");
+    part.append(as_bytes("received"));
+    write_text(dir.path / "a.txt", "mine");
+    SUBCASE("one file") {
+        CHECK(part.publish(0) == dir.path / "a (1).txt");
+        CHECK(names_in(dir.path) == "a (1).txt | a.txt");
+        CHECK(read_text(dir.path / "a (1).txt") == "received");
+    }
+    SUBCASE("two files") {
+        write_text(dir.path / "a (1).txt", "mine too");
+        CHECK(part.publish(0) == dir.path / "a (2).txt");
+        CHECK(names_in(dir.path) == "a (1).txt | a (2).txt | a.txt");
+        CHECK(read_text(dir.path / "a (1).txt") == "mine too");
+        CHECK(read_text(dir.path / "a (2).txt") == "received");
+    }
+    CHECK(read_text(dir.path / "a.txt") == "mine");
+}
+
+TEST_CASE("chapter 9: a directory that came in between is not written into") {
+    TempDir dir;
+    PartFile part = PartFile::create(dir.path, "a");
+    part.append(as_bytes("received"));
+    std::filesystem::create_directory(dir.path / "a");
+    CHECK(part.publish(0) == dir.path / "a (1)");
+    CHECK(std::filesystem::is_empty(dir.path / "a"));
+    CHECK(names_in(dir.path) == "a | a (1)");
+}
+
+TEST_CASE("chapter 9: links in the folder are neither followed nor overwritten") {
+    enum class Made { where_the_file_goes, there_in_between, where_the_part_goes };
+    using enum Made;
+    for (Made made : {where_the_file_goes, there_in_between, where_the_part_goes})
+        for (bool dangling : {false, true}) {
+            CAPTURE(static_cast<int>(made));
+            CAPTURE(dangling);
+            TempDir dir;
+            std::filesystem::path folder = dir.path / "downloads", outside = dir.path / "outside";
+            std::filesystem::create_directory(folder);
+            std::filesystem::path link = folder / (made == where_the_part_goes ? "a.part" : "a");
+            if (!dangling) write_text(outside, "precious");
+
+            std::optional<PartFile> part;
+            if (made == there_in_between) part = PartFile::create(folder, "a");
+            std::filesystem::create_symlink(outside, link);
+            if (!part) part = PartFile::create(folder, "a");
+            part->append(as_bytes("received"));
+            std::filesystem::path target = part->publish(0);
+
+            CHECK(target == folder / "a (1)");
+            CHECK(std::filesystem::is_regular_file(std::filesystem::symlink_status(target)));
+            CHECK(read_text(target) == "received");
+            CHECK(std::filesystem::read_symlink(link) == outside);
+            CHECK(std::filesystem::exists(outside) == !dangling);
+            if (!dangling) CHECK(read_text(outside) == "precious");
+            CHECK_FALSE(contains(names_in(folder), " (1).part"));
+        }
+}
+
+TEST_CASE("chapter 9: the folder itself may be a link, as the user has made it") {
+    TempDir dir;
+    std::filesystem::create_directory(dir.path / "big disk");
+    std::filesystem::create_directory_symlink(dir.path / "big disk", dir.path / "downloads");
+    PartFile part = PartFile::create(dir.path / "downloads", "a");
+    part.append(as_bytes("x"));
+    part.publish(0);
+    CHECK(read_text(dir.path / "big disk" / "a") == "x");
+}
+
+TEST_CASE("chapter 9: a published file has the time that was offered") {
+    TempDir dir;
+    auto published = [&](std::uint64_t modified) {
+        PartFile part = PartFile::create(dir.path, "a");
+        part.append(as_bytes("x"));
+        return part.publish(modified);
+    };
+    std::filesystem::path path = published(1'700'000'000'123'456'789);
+    struct stat status {};
+    REQUIRE(::stat(path.c_str(), &status) == 0);
+    CHECK(status.st_mtime == 1'700'000'000);
+    CHECK(SourceFile(path).modified() / 1'000'000 == 1'700'000'000'123);
+    // Not known: now. And a time that no disk can store is no reason to lose the file.
+    REQUIRE(::stat(published(0).c_str(), &status) == 0);
+    CHECK(status.st_mtime > 1'700'000'000);
+    CHECK(read_text(published(UINT64_MAX)) == "x");
+    CHECK(read_text(published(1)) == "x");
+}
+
+TEST_CASE("chapter 9: if nothing has come, nothing stays; if something has, it does") {
+    TempDir dir;
+    { PartFile part = PartFile::create(dir.path, "a"); }
+    CHECK(names_in(dir.path) == "");
+    {
+        PartFile part = PartFile::create(dir.path, "a");
+        PartFile moved = std::move(part);  // what was moved from removes nothing
+        moved.append(as_bytes("x"));
+    }
+    CHECK(names_in(dir.path) == "a.part");
+    { CHECK(PartFile::reopen(dir.path / "a.part", 1)->size() == 1); }
+    CHECK(names_in(dir.path) == "a.part");
+    write_text(dir.path / "b.part", "");
+    { CHECK(PartFile::reopen(dir.path / "b.part", 1)->size() == 0); }
+    CHECK(names_in(dir.path) == "a.part");
+}
+
+TEST_CASE("chapter 9: whoever has published removes nothing any more") {
+    TempDir dir;
+    std::optional<PartFile> first = PartFile::create(dir.path, "a");
+    std::filesystem::remove(first->publish(0));  // the user throws the empty file away
+    PartFile second = PartFile::create(dir.path, "a");
+    first.reset();
+    CHECK(names_in(dir.path) == "a.part");
+}
+
+TEST_CASE("chapter 9: an empty part that gives way to another vanishes too") {
+    TempDir dir;
+    PartFile part = PartFile::create(dir.path, "a");
+    part = PartFile::create(dir.path, "b");
+    part.append(as_bytes("x"));
+    CHECK(names_in(dir.path) == "b.part");
+}
+
+TEST_CASE("chapter 9: what an earlier attempt has left is continued") {
+    TempDir dir;
+    { PartFile::create(dir.path, "a").append(as_bytes("0123")); }
+    std::optional<PartFile> part = PartFile::reopen(dir.path / "a.part", 10);
+    REQUIRE(part);
+    CHECK(part->size() == 4);
+    CHECK(part->path() == dir.path / "a.part");
+    CHECK(part->hash(no_stop) == sha256(as_bytes("0123")));
+    part->append(as_bytes("456789"));
+    CHECK(part->hash(no_stop) == sha256(as_bytes("0123456789")));
+    CHECK(read_text(part->publish(0)) == "0123456789");
+    CHECK(names_in(dir.path) == "a");
+}
+
+TEST_CASE("chapter 9: what is no part of this file is not continued, and stays as it is") {
+    TempDir dir;
+    std::filesystem::path path = dir.path / "a.part", outside = dir.path / "outside";
+    auto reopens = [&](std::uint64_t largest) {
+        return PartFile::reopen(path, largest).has_value();
+    };
+    CHECK_FALSE(reopens(100));  // not there
+    SUBCASE("a link") {
+        write_text(outside, "precious");
+        std::filesystem::create_symlink(outside, path);
+        CHECK_FALSE(reopens(100));
+        CHECK(read_text(outside) == "precious");
+        CHECK(std::filesystem::is_symlink(path));
+    }
+    SUBCASE("a link to nowhere") {
+        std::filesystem::create_symlink(outside, path);
+        CHECK_FALSE(reopens(100));
+        CHECK_FALSE(std::filesystem::exists(outside));
+    }
+    SUBCASE("a directory") {
+        std::filesystem::create_directory(path);
+        CHECK_FALSE(reopens(100));
+        CHECK(std::filesystem::is_directory(path));
+    }
+    SUBCASE("a named pipe, for which nobody waits") {
+        REQUIRE(::mkfifo(path.c_str(), 0600) == 0);
+        CHECK_FALSE(reopens(100));
+        CHECK(std::filesystem::is_fifo(path));
+    }
+    SUBCASE("more than was offered") {
+        write_text(path, "0123456789");
+        CHECK_FALSE(reopens(9));
+        CHECK_FALSE(reopens(0));
+        CHECK(read_text(path) == "0123456789");
+        CHECK(reopens(10));
+    }
+    SUBCASE("in use") {
+        PartFile first = PartFile::create(dir.path, "a");
+        first.append(as_bytes("x"));
+        CHECK_FALSE(reopens(100));
+        first.append(as_bytes("y"));
+        PartFile holder = std::move(first);
+        CHECK_FALSE(reopens(100));
+        CHECK(read_text(path) == "xy");
+    }
+    SUBCASE("in use by one who continued it") {
+        write_text(path, "x");
+        std::optional<PartFile> first = PartFile::reopen(path, 100);
+        REQUIRE(first);
+        CHECK_FALSE(reopens(100));
+        first.reset();
+        CHECK(reopens(100));
+    }
+}
+
+TEST_CASE("chapter 9: a folder that cannot be made is explained") {
+    TempDir dir;
+    write_text(dir.path / "file", "x");
+    for (std::filesystem::path folder : {dir.path / "file", dir.path / "file" / "below"}) {
+        auto create = [&] { PartFile::create(folder, "a"); };
+        CHECK(reason_of(create) == FileReason::not_writable);
+        CHECK(contains(complaint(create), (dir.path / "file").string()));
+    }
+    CHECK(read_text(dir.path / "file") == "x");
+}
+
+TEST_CASE("chapter 9: a folder in which one may not write is explained") {
+    TempDir dir;
+    std::filesystem::permissions(dir.path, std::filesystem::perms(0555));
+    std::optional<FileReason> reason;
+    std::string sentence;
+    bool tried = false;
+    {
+        AsNobody nobody;
+        auto create = [&] { PartFile::create(dir.path, "a"); };
+        tried = nobody.can();
+        if (tried) reason = reason_of(create);
+        if (tried) sentence = complaint(create);
+    }
+    std::filesystem::permissions(dir.path, std::filesystem::perms(0755));
+    if (tried) {
+        CHECK(reason == FileReason::not_writable);
+        CHECK(contains(sentence, "Cannot write "));
+        CHECK_FALSE(contains(sentence, "make room"));
+    } else {
+        MESSAGE("skipped: nothing is refused to root here");
+    }
+}
+
+TEST_CASE("chapter 9: a folder that is removed meanwhile is an error, not a crash") {
+    TempDir dir;
+    PartFile part = PartFile::create(dir.path / "folder", "a");
+    part.append(as_bytes("x"));
+    std::filesystem::remove_all(dir.path / "folder");
+    CHECK_NOTHROW(part.append(as_bytes("y")));
+    CHECK(reason_of([&] { part.publish(0); }) == FileReason::not_writable);
+    CHECK_FALSE(std::filesystem::exists(dir.path / "folder"));
+}
+
+namespace {
+
+// A disk of its own, of 1 MB. Only root may have one.
+class SmallDisk {
+  public:
+    explicit SmallDisk(std::filesystem::path at) : at_(std::move(at)) {
+        std::filesystem::create_directory(at_);
+        if (::geteuid() != 0) return;
+        try {
+            shell("mount -t tmpfs -o size=1m tmpfs '" + at_.string() + "' 2>/dev/null");
+            is_there_ = true;
+        } catch (const Error&) {
+        }
+    }
+    ~SmallDisk() {
+        if (!is_there_) return;
+        try {
+            shell("umount '" + at_.string() + "'");
+        } catch (const Error& e) {
+            std::fputs(e.what(), stderr);
+        }
+    }
+    SmallDisk(const SmallDisk&) = delete;
+    SmallDisk& operator=(const SmallDisk&) = delete;
+    bool is_there() const { return is_there_; }
+
+  private:
+    std::filesystem::path at_;
+    bool is_there_ = false;
+};
+
+// Until it is destroyed, this process's files do not grow beyond some size. Print nothing.
+class SizeLimit {
+  public:
+    explicit SizeLimit(rlim_t bytes) : handler_(std::signal(SIGXFSZ, SIG_IGN)) {
+        ::getrlimit(RLIMIT_FSIZE, &before_);
+        rlimit now = before_;
+        now.rlim_cur = bytes;
+        ::setrlimit(RLIMIT_FSIZE, &now);
+    }
+    ~SizeLimit() {
+        ::setrlimit(RLIMIT_FSIZE, &before_);
+        std::signal(SIGXFSZ, handler_);
+    }
+    SizeLimit(const SizeLimit&) = delete;
+    SizeLimit& operator=(const SizeLimit&) = delete;
+
+  private:
+    rlimit before_{};
+    void (*handler_)(int);
+};
+
+// Appends a pattern of `total` bytes, from where the part is, until an error or the end.
+std::optional<FileError> fill(PartFile& part, std::size_t total) {
+    std::string content = pattern(total);
+    try {
+        while (part.size() < total) {
+            std::string_view left = std::string_view(content).substr(part.size());
+            part.append(as_bytes(left.substr(0, file_chunk_bytes)));
+        }
+    } catch (const FileError& e) {
+        return e;
+    }
+    return std::nullopt;
+}
+
+}  // namespace
+
+TEST_CASE("chapter 9: a full disk is a reason of its own; what came is kept and continued") {
+    TempDir dir;
+    SmallDisk disk(dir.path / "disk");
+    if (!disk.is_there()) {
+        MESSAGE("skipped: only root can mount a small disk, and not in every sandbox");
+        return;
+    }
+    constexpr std::size_t total = 900'000;
+    write_text(dir.path / "disk" / "other", std::string(500'000, 'x'));
+    std::optional<PartFile> part = PartFile::create(dir.path / "disk", "a");
+    std::optional<FileError> error = fill(*part, total);
+    REQUIRE(error);
+    CHECK(error->reason == FileReason::disk_full);
+    CHECK(contains(error->what(), "make room"));
+    CHECK(part->size() > 0);
+    CHECK(part->size() < total);
+    std::uint64_t held = part->size();
+    part.reset();
+    part = PartFile::reopen(dir.path / "disk" / "a.part", total);
+    REQUIRE(part);
+    CHECK(part->size() >= held);
+    std::string came = read_text(part->path());
+    CHECK((came == pattern(came.size())));
+    std::filesystem::remove(dir.path / "disk" / "other");
+    CHECK_FALSE(fill(*part, total));
+    CHECK((read_text(part->publish(0)) == pattern(total)));
+}
+
+TEST_CASE("chapter 9: a file that its file system cannot take is kept as far as it goes") {
+    TempDir dir;
+    std::optional<PartFile> part = PartFile::create(dir.path, "a");
+    std::optional<FileError> error;
+    {
+        SizeLimit limit(100'000);
+        error = fill(*part, 200'000);
+    }
+    REQUIRE(error);
+    CHECK(error->reason == FileReason::disk_full);
+    CHECK(part->size() <= 100'000);
+    part.reset();
+    part = PartFile::reopen(dir.path / "a.part", 200'000);
+    REQUIRE(part);
+    CHECK(part->size() == 100'000);
+    CHECK_FALSE(fill(*part, 200'000));
+    CHECK((read_text(part->publish(0)) == pattern(200'000)));
+}
+
+TEST_CASE("chapter 9: the room on a disk is known before the folder exists") {
+    TempDir dir;
+    std::uint64_t here = detail::free_space(dir.path);
+    CHECK(here > 0);
+    CHECK(here < UINT64_MAX);
+    CHECK(detail::free_space(dir.path / "not" / "there" / "yet") < UINT64_MAX);
+}
+
+// ---- What is half received ----
+
+namespace {
+
+struct PartsOnDisk {
+    TempDir dir;
+    std::filesystem::path list = dir.path / "partial_files";
+    std::filesystem::path part(const std::string& name) const {
+        write_text(dir.path / name, "x");
+        return dir.path / name;
+    }
+};
+
+}  // namespace
+
+TEST_CASE("chapter 9: a part is remembered across a restart, for its owner alone") {
+    PartsOnDisk disk;
+    std::filesystem::path part = disk.part("a.part");
+    {
+        PartialFiles files(disk.list);
+        CHECK(files.find("alice", "a", 100) == "");
+        CHECK_FALSE(std::filesystem::exists(disk.list));
+        files.add({"alice", 100, "a", part});
+        CHECK(files.find("alice", "a", 100) == part);
+    }
+    CHECK(mode_of(disk.list) == owner_read_write);
+    CHECK(read_text(disk.list) ==
+          concat("alice 100 YQ== ", to_base64(as_bytes(part.string())), "\n"));
+    CHECK(PartialFiles(disk.list).find("alice", "a", 100) == part);
+}
+
+TEST_CASE("chapter 9: a part belongs to one user, one name and one size") {
+    PartsOnDisk disk;
+    PartialFiles files(disk.list);
+    files.add({"alice", 100, "a", disk.part("a.part")});
+    CHECK(files.find("bob", "a", 100) == "");
+    CHECK(files.find("alice", "A", 100) == "");
+    CHECK(files.find("alice", "a ", 100) == "");
+    CHECK(files.find("alice", "", 100) == "");
+    CHECK(files.find("alice", "a", 99) == "");
+    CHECK(files.find("alice", "a", 101) == "");
+    CHECK(files.find("alice", "a", 0) == "");
+    CHECK(files.find("Alice", "a", 100) == "");
+    CHECK(files.find("alic", "ea", 100) == "");
+    CHECK(files.find("alice", "a", 100) == disk.dir.path / "a.part");
+    files.add({"bob", UINT64_MAX, "a", disk.part("a (1).part")});
+    PartialFiles again(disk.list);
+    CHECK(again.find("alice", "a", 100) == disk.dir.path / "a.part");
+    CHECK(again.find("bob", "a", UINT64_MAX) == disk.dir.path / "a (1).part");
+}
+
+TEST_CASE("chapter 9: a part that is forgotten stays forgotten") {
+    PartsOnDisk disk;
+    PartialFiles files(disk.list);
+    files.add({"alice", 1, "a", disk.part("a.part")});
+    files.add({"alice", 2, "b", disk.part("b.part")});
+    files.remove(disk.dir.path / "a.part");
+    files.remove(disk.dir.path / "never.part");
+    CHECK(files.find("alice", "a", 1) == "");
+    CHECK(files.find("alice", "b", 2) != "");
+    PartialFiles again(disk.list);
+    CHECK(again.find("alice", "a", 1) == "");
+    CHECK(again.find("alice", "b", 2) != "");
+    again.remove(disk.dir.path / "b.part");
+    CHECK(PartialFiles(disk.list).find("alice", "b", 2) == "");
+}
+
+TEST_CASE("chapter 9: of two parts of the same file the newer one is continued") {
+    PartsOnDisk disk;
+    PartialFiles files(disk.list);
+    files.add({"alice", 1, "a", disk.part("a.part")});
+    files.add({"alice", 1, "a", disk.part("a (1).part")});
+    CHECK(files.find("alice", "a", 1) == disk.dir.path / "a (1).part");
+    PartialFiles again(disk.list);
+    CHECK(again.find("alice", "a", 1) == disk.dir.path / "a (1).part");
+    again.remove(disk.dir.path / "a (1).part");
+    CHECK(again.find("alice", "a", 1) == disk.dir.path / "a.part");
+    // One part belongs to one file: the last one that was written into it.
+    again.add({"bob", 7, "b", disk.dir.path / "a.part"});
+    CHECK(again.find("alice", "a", 1) == "");
+    CHECK(again.find("bob", "b", 7) == disk.dir.path / "a.part");
+}
+
+TEST_CASE("chapter 9: names and paths of all kinds are remembered") {
+    PartsOnDisk disk;
+    const std::string names[]{"two words",    " ",       "line\nbreak",   "\u00e9\u20ac\U0001f600",
+                              "# no comment", "a\tb\r",  "\xff\xfe",      "x=y==",
+                              "\"quoted\"",   "%s%n\\n", repeat("n", 200)};
+    {
+        PartialFiles files(disk.list);
+        for (const std::string& name : names) files.add({"alice", 5, name, disk.part(name)});
+    }
+    PartialFiles files(disk.list);
+    for (const std::string& name : names) {
+        CAPTURE(visible(name));
+        CHECK(files.find("alice", name, 5) == disk.dir.path / name);
+    }
+}
+
+TEST_CASE("chapter 9: a part that is gone is forgotten") {
+    PartsOnDisk disk;
+    {
+        PartialFiles files(disk.list);
+        files.add({"alice", 1, "a", disk.part("a.part")});
+        files.add({"alice", 2, "b", disk.part("b.part")});
+    }
+    std::filesystem::remove(disk.dir.path / "a.part");
+    PartialFiles files(disk.list);
+    CHECK(files.find("alice", "a", 1) == "");
+    CHECK(files.find("alice", "b", 2) != "");
+    files.add({"alice", 3, "c", disk.part("c.part")});
+    disk.part("a.part");  // another file that has this name later is not alice's
+    CHECK(PartialFiles(disk.list).find("alice", "a", 1) == "");
+    CHECK(PartialFiles(disk.list).find("alice", "c", 3) != "");
+}
+
+TEST_CASE("chapter 9: a damaged line of partial_files is named") {
+    PartsOnDisk disk;
+    const std::string path = to_base64(as_bytes(disk.part("a.part").string()));
+    const std::string good = "alice 5 YQ== " + path;
+    const std::string bad_lines[]{
+        "alice",
+        "alice 5 YQ==",
+        good + " more",
+        "Alice 5 YQ== " + path,
+        "../x 5 YQ== " + path,
+        "alice x YQ== " + path,
+        "alice 5x YQ== " + path,
+        "alice -5 YQ== " + path,
+        "alice +5 YQ== " + path,
+        "alice 5.0 YQ== " + path,
+        "alice 18446744073709551616 YQ== " + path,
+        "alice 5 YQ " + path,
+        "alice 5 Y*== " + path,
+        "alice 5 YQ== " + path + "=",
+        "alice 5 YQ== *",
+        std::string("\0\xff", 2),
+    };
+    for (const std::string& bad : bad_lines) {
+        CAPTURE(visible(bad));
+        write_text(disk.list, "# comment\n\n" + bad + "\n" + good + "\n");
+        std::string sentence = complaint([&] { PartialFiles{disk.list}; });
+        CHECK(contains(sentence, "partial_files, line 3: "));
+        CHECK(contains(sentence, "Correct or remove the line."));
+    }
+    write_text(disk.list, "# comment\n\n  " + good + "  \r\n");  // an editor was here
+    CHECK(PartialFiles(disk.list).find("alice", "a", 5) == disk.dir.path / "a.part");
+}
+
+TEST_CASE("chapter 9: a number with a NUL behind it is a damaged number") {
+    PartsOnDisk disk;
+    const std::string path = to_base64(as_bytes(disk.part("a.part").string()));
+    write_text(disk.list, std::string("alice 5\0x", 9) + " YQ== " + path + "\n");
+    CHECK(contains(complaint([&] { PartialFiles{disk.list}; }), "line 1: "));
+}
+
+TEST_CASE("chapter 9: the list of parts does not grow for ever") {
+    PartsOnDisk disk;
+    const std::string path = to_base64(as_bytes(disk.part("old.part").string()));
+    std::string lines;
+    for (int i = 0; i < 1000; ++i)
+        lines += concat("alice ", i, " ", to_base64(as_bytes(concat("n", i))), " ", path, "\n");
+    write_text(disk.list, lines);
+    PartialFiles files(disk.list);
+    files.add({"bob", 5, "new", disk.part("new.part")});
+    std::string content = read_text(disk.list);
+    CHECK(std::count(content.begin(), content.end(), '\n') == 1000);
+    CHECK(files.find("bob", "new", 5) != "");
+    CHECK(files.find("alice", "n0", 0) != "");
+    CHECK(files.find("alice", "n999", 999) == "");  // the oldest
+}
+
+TEST_CASE("chapter 9: a list of parts that cannot be written is an error with its name") {
+    TempDir dir;
+    PartialFiles files(dir.path / "no such folder" / "partial_files");
+    write_text(dir.path / "a.part", "x");
+    CHECK(contains(complaint([&] {
+                       files.add({"alice", 1, "a", dir.path / "a.part"});
+                   }),
+                   "partial_files"));
+    CHECK(files.find("alice", "a", 1) == dir.path / "a.part");  // until then it is of use
+}
+
+// ---- Credit ----
+
+namespace {
+
+// A receiver with some transfers, of which some have disks that hang.
+struct CreditRound {
+    struct Transfer {
+        CreditAccount account;
+        bool hangs = false;
+    };
+    std::mt19937 random;
+    std::vector<Transfer> transfers;
+    std::string fault;  // the first one
+
+    std::uint64_t below(std::uint64_t n) { return random() % n; }
+    std::uint64_t outstanding() const {
+        std::uint64_t sum = 0;
+        for (const Transfer& t : transfers) sum += t.account.outstanding();
+        return sum;
+    }
+    std::uint64_t due(const Transfer& t) const {
+        return t.account.due(outstanding() - t.account.outstanding(), transfers.size());
+    }
+    void step() {
+        Transfer& t = transfers[below(transfers.size())];
+        switch (below(4)) {
+            case 0:
+            case 1:
+                t.account.granted += due(t);
+                break;
+            case 2:
+                if (!t.hangs) t.account.consumed += below(t.account.outstanding() + 1);
+                break;
+            default:
+                if (!t.hangs) t.account.consumed = t.account.granted;
+        }
+        if (outstanding() > credit_total) fault = concat(outstanding(), " bytes are outstanding");
+        // Whose disk took everything is never told to wait for the others.
+        if (t.account.outstanding() == 0 && due(t) < credit_floor)
+            fault = concat("one gets only ", due(t), " bytes");
+    }
+    // What a deadlock would be: the disk took everything, and yet no credit comes.
+    void everybody_ends() {
+        for (Transfer& t : transfers) {
+            if (t.hangs) continue;
+            for (int i = 0; i < 3; ++i) {
+                t.account.consumed = t.account.granted;
+                std::uint64_t more = due(t);
+                if (more < credit_floor) fault = "one does not come to its end";
+                t.account.granted += more;
+            }
+        }
+        if (outstanding() > credit_total) fault = concat(outstanding(), " bytes at the end");
+    }
+};
+
+}  // namespace
+
+TEST_CASE("chapter 9: whatever disks hang, credit is bounded, and the other transfers go on") {
+    for (std::uint32_t seed = 1; seed <= 10; ++seed)
+        for (std::size_t n = 1; n <= max_files_receiving; ++n) {
+            CAPTURE(seed);
+            CAPTURE(n);
+            CreditRound round{std::mt19937(seed), std::vector<CreditRound::Transfer>(n), ""};
+            for (CreditRound::Transfer& t : round.transfers) t.hangs = round.below(3) == 0;
+            for (int i = 0; i < 1000 && round.fault.empty(); ++i) round.step();
+            round.everybody_ends();
+            CHECK(round.fault == "");
+        }
+}
+
+TEST_CASE("chapter 9: credit is bounded also while transfers come and go") {
+    for (std::uint32_t seed = 1; seed <= 20; ++seed) {
+        CAPTURE(seed);
+        CreditRound round{std::mt19937(seed), std::vector<CreditRound::Transfer>(1), ""};
+        for (int i = 0; i < 5000 && round.fault.empty(); ++i) {
+            std::size_t n = round.transfers.size();
+            if (round.below(20) == 0 && n < max_files_receiving)
+                round.transfers.push_back({{}, round.below(3) == 0});
+            else if (round.below(25) == 0 && n > 1)
+                round.transfers.erase(round.transfers.begin() +
+                                      static_cast<std::ptrdiff_t>(round.below(n)));
+            round.step();
+        }
+        round.everybody_ends();
+        CHECK(round.fault == "");
+    }
+}
+
+TEST_CASE("chapter 9: fifteen transfers that hang leave the sixteenth its share") {
+    CreditRound round{std::mt19937(1), std::vector<CreditRound::Transfer>(1), ""};
+    for (std::size_t n = 2; n <= max_files_receiving; ++n) {  // each takes as much as it can
+        round.transfers.back().account.granted += round.due(round.transfers.back());
+        round.transfers.emplace_back();
+    }
+    CHECK(round.outstanding() <= credit_total - credit_floor);
+    CHECK(round.due(round.transfers.back()) >= credit_floor);
+}
+
+TEST_CASE("chapter 9: a transfer alone gets most of the credit, and small change no message") {
+    CreditAccount alone;
+    std::uint64_t first = alone.due(0, 1);
+    CHECK(first >= credit_total / 2);
+    CHECK(first <= credit_total);
+    alone.granted = first;
+    CHECK(alone.due(0, 1) == 0);
+    alone.consumed = 1;
+    CHECK(alone.due(0, 1) == 0);
+    alone.consumed = first;
+    CHECK(alone.due(0, 1) == first);
+    // Two that begin together get about as much each.
+    CHECK(CreditAccount{}.due(credit_total / 2, 2) >= credit_total / 8);
 }
 
 // =================================================================================================
