@@ -5819,6 +5819,427 @@ using Names = std::vector<std::string>;
 
 }  // namespace
 
+// ---- Chapter 9 attacked: the transfers of one client, message by message ------------------------
+
+namespace {
+
+// A client's engine, as the transfers see it: remembers what they say, and to whom.
+class FakeHost : public FileHost {
+  public:
+    struct Sent {
+        LoginId to{};
+        Kind kind{};
+        Bytes body;
+    };
+    std::vector<FileOffered> offered;
+    std::vector<FileStarted> started;
+    std::vector<FileFinished> finished;
+    std::vector<FileStopped> stopped;
+    std::vector<std::string> complaints;
+    std::vector<Sent> sent;
+    std::shared_ptr<Outbox> outbox = std::make_shared<Outbox>(1 << 20, 1 << 20);
+
+    void tell(FileOffered e) override { offered.push_back(e); }
+    void tell(FileOfferSent) override {}
+    void tell(FileStarted e) override { started.push_back(e); }
+    void tell(FileProgress) override {}
+    void tell(FileFinished e) override { finished.push_back(e); }
+    void tell(FileStopped e) override { stopped.push_back(e); }
+    void complain(const std::string& sentence) override { complaints.push_back(sentence); }
+    std::optional<LoginId> reach(const std::string&) override { return std::nullopt; }
+    void send(LoginId to, std::uint32_t, Kind kind, ByteView body) override {
+        sent.push_back({to, kind, to_bytes(body)});
+    }
+    std::shared_ptr<BulkLane> bulk_lane(LoginId to) override {
+        Bytes open;
+        auto pair = std::make_shared<PairSender>(me_, them_, open);
+        return std::make_shared<BulkLane>(pair, outbox, to);
+    }
+    void wake() noexcept override {
+        {
+            std::lock_guard lock(mutex_);
+            woken_ = true;
+        }
+        changed_.notify_one();
+    }
+    // Lets the transfers do what they have to, until something holds.
+    void tend_until(FileTransfers& files, const std::function<bool()>& holds) {
+        for (files.tend(); !holds(); files.tend()) {
+            std::unique_lock lock(mutex_);
+            if (!changed_.wait_for(lock, long_enough, [&] { return woken_; }))
+                throw Error("What the test waits for does not happen.");
+            woken_ = false;
+        }
+    }
+    template <class T>
+    std::vector<T> all_sent() const {
+        std::vector<T> found;
+        for (const Sent& s : sent)
+            if (s.kind == T::kind) found.push_back(decode<T>(s.body, "a message"));
+        return found;
+    }
+
+  private:
+    LoginKeys me_{test_key(0), "me", 1}, peer_{test_key(1), "peer", 1};
+    CheckedCard them_{peer_.card_bytes(), "peer"};
+    std::mutex mutex_;  // guards woken_
+    std::condition_variable changed_;
+    bool woken_ = false;
+};
+
+constexpr LoginId mallory{7}, honest{8};
+
+// One client's transfers. The others are played by the test.
+struct Desk {
+    TempDir dir;
+    std::filesystem::path downloads = dir.path / "downloads";
+    FakeHost host;
+    FileTransfers files{host, {downloads}, dir.path / "partial_files"};
+
+    ~Desk() { host.outbox->close(); }  // a thread that sends must not wait for ever
+
+    template <class T>
+    void from(LoginId who, const T& message) {
+        Bytes body = encode(message);
+        files.receive(who, who == mallory ? "mallory" : "honest", T::kind,
+                      SecretBytes(body.begin(), body.end()));
+    }
+    // Somebody offers a file, and we accept it. Returns the answer.
+    FileAccept accept(LoginId who, std::uint32_t id, std::uint64_t size,
+                      const std::string& name = "file") {
+        std::size_t before = host.all_sent<FileAccept>().size();
+        from(who, FileOffer{id, name, size, 0});
+        files.accept(host.offered.back().file.number, "");
+        host.tend_until(files, [&] { return host.all_sent<FileAccept>().size() > before; });
+        return host.all_sent<FileAccept>().back();
+    }
+    // The whole of an honest transfer, whose sender obeys.
+    void honest_transfer(std::uint32_t id, std::size_t size = 100'000) {
+        std::string name = concat("honest ", id);
+        std::uint64_t credit = accept(honest, id, size, name).credit;
+        Bytes content = noise(size, id);
+        for (std::size_t at = 0; at < size;) {
+            std::size_t n = std::min({size - at, file_chunk_bytes, std::size_t(credit) - at});
+            from(honest, FileChunk{id, at, ByteView(content).subspan(at, n)});
+            at += n;
+            host.tend_until(files, [&] {
+                for (const FileCredit& more : host.all_sent<FileCredit>())
+                    if (more.id == id) credit = more.credit;
+                return at == size || credit > at;
+            });
+        }
+        from(honest, FileEnd{id});
+        std::size_t before = host.finished.size();
+        host.tend_until(files, [&] { return host.finished.size() > before; });
+        CHECK(read_text(downloads / name) == to_string(content));
+        CHECK(host.all_sent<FileStored>().back().id == id);
+    }
+    // Checks that mallory's transfer `id`, and nothing else, was ended for a reason.
+    void require_ended(std::uint32_t id, FileReason reason, std::string_view sentence) {
+        REQUIRE(host.stopped.size() == 1);
+        CHECK(contains(host.stopped[0].sentence, sentence));
+        CHECK(host.stopped[0].file.user == "mallory");
+        std::vector<FileRefuse> refused = host.all_sent<FileRefuse>();
+        REQUIRE(refused.size() == 1);
+        CHECK(refused[0].id == id);
+        CHECK(refused[0].reason == reason);
+        CHECK(host.complaints.empty());
+    }
+};
+
+// A Desk that has offered a file to mallory, who now answers.
+struct OfferingDesk : Desk {
+    std::uint32_t id = 0;
+    Bytes content = noise(10'000'000);
+    OfferingDesk() {
+        write_text(dir.path / "mine", to_string(content));
+        offer();
+    }
+    void offer() {
+        files.offer("mallory", mallory, dir.path / "mine");
+        id = host.all_sent<FileOffer>().back().id;
+    }
+    void require_ended_by_us(std::string_view sentence) {
+        REQUIRE(host.stopped.size() == 1);
+        CHECK(contains(host.stopped[0].sentence, sentence));
+        CHECK(host.stopped[0].failed);
+        REQUIRE(host.all_sent<FileWithdraw>().size() == 1);
+        CHECK(host.all_sent<FileWithdraw>()[0].reason == FileReason::broke_protocol);
+        CHECK(files.list().files.empty());
+        offer();  // and the next one works
+        from(mallory, FileAccept{id, 0, sha256(), 100'000});
+        CHECK(files.list().files.at(0).state == FileStatus::State::running);
+        CHECK(host.stopped.size() == 1);
+    }
+};
+
+}  // namespace
+
+TEST_CASE(
+    "P9: whatever a hostile sender does, its own transfer ends, and the others do not notice") {
+    Desk desk;
+    Bytes chunk = noise(file_chunk_bytes);
+    // Another transfer is under way all the time.
+    std::uint64_t size = 200'000;
+    desk.accept(honest, 1, size, "under way");
+    desk.from(honest, FileChunk{1, 0, ByteView(chunk).first(50'000)});
+    FileReason reason = FileReason::broke_protocol;
+
+    SUBCASE("it sends before consent") {
+        desk.from(mallory, FileOffer{5, "x", 1000, 0});
+        desk.from(mallory, FileChunk{5, 0, ByteView(chunk).first(1000)});
+        desk.require_ended(5, reason, "sent some of it before it was accepted");
+        CHECK_FALSE(std::filesystem::exists(desk.downloads / "x"));
+        CHECK_FALSE(std::filesystem::exists(desk.downloads / "x.part"));
+    }
+    SUBCASE("it sends between consent and the answer to it") {
+        desk.from(mallory, FileOffer{5, "x", 1000, 0});
+        desk.files.accept(desk.host.offered.back().file.number, "");
+        desk.from(mallory, FileChunk{5, 0, ByteView(chunk).first(1000)});
+        desk.require_ended(5, reason, "sent some of it before it was accepted");
+    }
+    SUBCASE("it ends before consent") {
+        desk.from(mallory, FileOffer{5, "x", 0, 0});
+        desk.from(mallory, FileEnd{5});
+        desk.require_ended(5, reason, "ended it before it was accepted");
+    }
+    SUBCASE("it ignores the credit") {
+        FileAccept accepted = desk.accept(mallory, 5, 100'000'000);
+        std::uint64_t at = 0;
+        for (; at + chunk.size() <= accepted.credit; at += chunk.size())
+            desk.from(mallory, FileChunk{5, at, chunk});
+        CHECK(desk.host.stopped.empty());
+        desk.from(mallory, FileChunk{5, at, chunk});
+        desk.require_ended(5, reason, "sent more than it had credit for");
+    }
+    SUBCASE("it sends crumbs faster than they can be written") {
+        desk.accept(mallory, 5, 100'000'000);
+        for (std::uint64_t at = 0; desk.host.stopped.empty() && at < 1'000'000; ++at)
+            desk.from(mallory, FileChunk{5, at, ByteView(chunk).first(1)});
+        if (!desk.host.stopped.empty())  // the disk may have been faster
+            desk.require_ended(5, reason, "in crumbs");
+    }
+    SUBCASE("it sends more than it offered") {
+        desk.accept(mallory, 5, 1000);
+        desk.from(mallory, FileChunk{5, 0, ByteView(chunk).first(600)});
+        desk.from(mallory, FileChunk{5, 600, ByteView(chunk).first(401)});
+        desk.require_ended(5, reason, "sent more than was offered");
+    }
+    SUBCASE("it repeats a chunk") {
+        desk.accept(mallory, 5, 1000);
+        for (int i = 0; i < 2; ++i) desk.from(mallory, FileChunk{5, 0, ByteView(chunk).first(10)});
+        desk.require_ended(5, reason, "sent a part of it twice");
+    }
+    SUBCASE("it skips a chunk") {
+        desk.accept(mallory, 5, 1000);
+        desk.from(mallory, FileChunk{5, 10, ByteView(chunk).first(10)});
+        desk.require_ended(5, FileReason::lost, "was lost on the way");
+    }
+    SUBCASE("its offset is past everything") {
+        desk.accept(mallory, 5, 1000);
+        desk.from(mallory, FileChunk{5, UINT64_MAX - 5, ByteView(chunk).first(10)});
+        desk.require_ended(5, FileReason::lost, "was lost on the way");
+    }
+    SUBCASE("it sends nothing, as a chunk") {
+        desk.accept(mallory, 5, 1000);
+        desk.from(mallory, FileChunk{5, 0, {}});
+        desk.require_ended(5, reason, "sent an empty part of it");
+    }
+    SUBCASE("it ends early") {
+        desk.accept(mallory, 5, 1000);
+        desk.from(mallory, FileChunk{5, 0, ByteView(chunk).first(999)});
+        desk.from(mallory, FileEnd{5});
+        desk.require_ended(5, reason, "ended it before all of it was sent");
+        CHECK_FALSE(std::filesystem::exists(desk.downloads / "file"));
+    }
+    SUBCASE("it ends twice") {
+        desk.accept(mallory, 5, 10);
+        desk.from(mallory, FileChunk{5, 0, ByteView(chunk).first(10)});
+        desk.from(mallory, FileEnd{5});
+        desk.from(mallory, FileEnd{5});
+        desk.require_ended(5, reason, "ended it twice");
+    }
+    SUBCASE("it sends on behind the end") {
+        desk.accept(mallory, 5, 10);
+        desk.from(mallory, FileChunk{5, 0, ByteView(chunk).first(10)});
+        desk.from(mallory, FileEnd{5});
+        desk.from(mallory, FileChunk{5, 0, ByteView(chunk).first(10)});
+        desk.require_ended(5, reason, "sent a part of it twice");
+    }
+    SUBCASE("it uses a number twice, or one that was never offered: that is told once") {
+        desk.from(mallory, FileOffer{5, "x", 10, 0});
+        desk.from(mallory, FileOffer{5, "y", 10, 0});
+        desk.from(mallory, FileOffer{4, "z", 10, 0});
+        for (std::uint64_t i = 0; i < 1000; ++i) desk.from(mallory, FileChunk{6, i, chunk});
+        CHECK(desk.host.offered.size() == 2);  // honest's and one
+        CHECK(desk.host.complaints.size() == 1);
+        CHECK(desk.host.stopped.empty());
+        CHECK(desk.host.sent.size() == 1);
+    }
+    SUBCASE("its messages are damaged: that is told once") {
+        desk.accept(mallory, 5, 1000);
+        for (Kind kind :
+             {Kind::file_offer, Kind::file_accept, Kind::file_credit, Kind::file_chunk,
+              Kind::file_end, Kind::file_stored, Kind::file_withdraw, Kind::file_refuse})
+            for (std::size_t bytes : {0, 1, 3, 7, 100})
+                desk.files.receive(mallory, "mallory", kind, SecretBytes(bytes, 0xff));
+        CHECK(desk.host.complaints.size() == 1);
+        CHECK(desk.host.stopped.empty());
+    }
+    SUBCASE("it floods with offers: few are shown, few are answered, and later ones work again") {
+        for (std::uint32_t id = 10; id < 1010; ++id)
+            desk.from(mallory, FileOffer{id, std::string(1000, 'n'), 10, 0});
+        CHECK(desk.host.offered.size() == 1 + 16);
+        CHECK(desk.host.all_sent<FileRefuse>().size() == 64);
+        CHECK(desk.host.all_sent<FileRefuse>()[0].reason == FileReason::too_many);
+        desk.files.decline(desk.host.offered.back().file.number);
+        desk.from(mallory, FileOffer{2000, "one more", 10, 0});
+        CHECK(desk.host.offered.size() == 1 + 17);
+    }
+    SUBCASE("it meddles with the transfer of another") {
+        desk.from(mallory, FileChunk{1, 50'000, chunk});
+        desk.from(mallory, FileEnd{1});
+        desk.from(mallory, FileWithdraw{1, FileReason::cancelled});
+        CHECK(desk.host.stopped.empty());
+        CHECK(desk.host.complaints.size() == 1);
+    }
+    SUBCASE("it withdraws, and sends on: that may have been under way, and is ignored") {
+        desk.accept(mallory, 5, 1000);
+        desk.from(mallory, FileWithdraw{5, FileReason::cancelled});
+        desk.from(mallory, FileChunk{5, 0, ByteView(chunk).first(10)});
+        desk.from(mallory, FileEnd{5});
+        CHECK(desk.host.complaints.empty());
+        CHECK(desk.host.stopped.size() == 1);
+    }
+
+    for (std::uint64_t at = 50'000; at < size; at += 50'000)
+        desk.from(honest, FileChunk{1, at, ByteView(chunk).first(50'000)});
+    desk.from(honest, FileEnd{1});
+    desk.host.tend_until(desk.files, [&] {
+        return std::any_of(desk.host.finished.begin(), desk.host.finished.end(),
+                           [](const FileFinished& f) { return f.file.name == "under way"; });
+    });
+    CHECK(std::filesystem::file_size(desk.downloads / "under way") == size);
+    desk.honest_transfer(2);
+}
+
+TEST_CASE(
+    "P9: whatever a hostile receiver does, that transfer ends, is said, and the next one works") {
+    OfferingDesk desk;
+    FileAccept good{desk.id, 0, sha256(), 100'000};
+
+    SUBCASE("it accepts twice") {
+        desk.from(mallory, good);
+        desk.from(mallory, good);
+        desk.require_ended_by_us("accepted it twice");
+    }
+    SUBCASE("it has more already than there is") {
+        good.offset = desk.content.size() + 1;
+        desk.from(mallory, good);
+        desk.require_ended_by_us("accepted more than there is");
+    }
+    SUBCASE("it accepts with huge credit") {
+        good.credit = UINT64_MAX;
+        desk.from(mallory, good);
+        desk.require_ended_by_us("accepted more than there is");
+    }
+    SUBCASE("it gives huge credit") {
+        desk.from(mallory, good);
+        desk.from(mallory, FileCredit{desk.id, UINT64_MAX});
+        desk.require_ended_by_us("gave more credit than there is");
+    }
+    SUBCASE("it gives a little more credit than it can have") {
+        desk.from(mallory, good);
+        desk.from(mallory, FileCredit{desk.id, 100'000 + credit_total + 1});
+        desk.require_ended_by_us("gave more credit than there is");
+    }
+    SUBCASE("it takes credit back") {
+        desk.from(mallory, good);
+        desk.from(mallory, FileCredit{desk.id, 99'999});
+        desk.require_ended_by_us("took credit back");
+    }
+    SUBCASE("it gives no new credit, for ever") {
+        desk.from(mallory, good);
+        desk.from(mallory, FileCredit{desk.id, 100'000});
+        desk.require_ended_by_us("took credit back");
+    }
+    SUBCASE("it gives credit before it accepts") {
+        desk.from(mallory, FileCredit{desk.id, 1000});
+        desk.require_ended_by_us("gave credit without accepting it");
+    }
+    SUBCASE("it has stored what was not sent yet") {
+        desk.from(mallory, good);
+        desk.from(mallory, FileStored{desk.id});
+        desk.require_ended_by_us("before all of it was sent");
+    }
+    SUBCASE("it has stored what it never accepted") {
+        desk.from(mallory, FileStored{desk.id});
+        desk.require_ended_by_us("before all of it was sent");
+    }
+    SUBCASE("it answers what was never offered, or not to it") {
+        desk.from(mallory, FileAccept{desk.id + 1, 0, sha256(), 1000});
+        desk.from(honest, good);
+        desk.from(honest, FileRefuse{desk.id, FileReason::declined});
+        CHECK(desk.host.complaints.size() == 1);
+        CHECK(desk.host.stopped.empty());
+        CHECK(desk.files.list().files.at(0).state == FileStatus::State::offered);
+    }
+    SUBCASE("it claims to have what it has not: the file is sent from its beginning") {
+        good.offset = 5'000'000;
+        good.held = sha256(as_bytes("not this"));
+        desk.from(mallory, good);
+        desk.host.tend_until(desk.files, [&] { return !desk.host.started.empty(); });
+        CHECK(desk.host.started[0].offset == 0);
+    }
+    SUBCASE("it has the beginning: the rest is sent") {
+        good.offset = 5'000'000;
+        good.held = sha256(ByteView(desk.content).first(5'000'000));
+        desk.from(mallory, good);
+        desk.host.tend_until(desk.files, [&] { return !desk.host.started.empty(); });
+        CHECK(desk.host.started[0].offset == 5'000'000);
+    }
+}
+
+TEST_CASE("P9: a name from a stranger becomes a name in the folder, whatever it says") {
+    Desk desk;
+    write_text(desk.dir.path / "outside", "untouched");
+    const std::vector<std::pair<std::string, std::string>> names{
+        {"../../etc/passwd", "passwd"},
+        {"../outside", "outside"},
+        {desk.dir.path / "outside", "outside (1)"},
+        {"..\\..\\x", "x"},
+        {".bashrc", "bashrc"},
+        {"CON", "_CON"},
+        {"a\nb", "a_b"},
+        {std::string(4000, 'z') + ".txt", std::string(196, 'z') + ".txt"},
+        {"\xff\xc0\x80", "___"},
+        {"", "file"},
+        {"..", "file (1)"},
+        {"same", "same"},
+        {"same", "same (1)"},
+        {"same", "same (2)"},
+        {"same", "same (3)"},
+        {"same", "same (4)"},
+    };
+    std::uint32_t id = 0;
+    std::set<std::string> expected;
+    for (const auto& [name, safe] : names) {
+        desk.accept(mallory, ++id, 3, name);
+        desk.from(mallory, FileChunk{id, 0, as_bytes("abc")});
+        desk.from(mallory, FileEnd{id});
+        desk.host.tend_until(desk.files, [&] { return desk.host.finished.size() == id; });
+        CHECK(desk.host.finished.back().path == desk.downloads / safe);
+        expected.insert(safe);
+    }
+    std::set<std::string> there;
+    for (const auto& entry : std::filesystem::recursive_directory_iterator(desk.downloads))
+        there.insert(std::filesystem::relative(entry.path(), desk.downloads).string());
+    CHECK(there == expected);
+    CHECK(read_text(desk.dir.path / "outside") == "untouched");
+}
+
+// ---- Between real clients -----------------------------------------------------------------------
+
 TEST_CASE("files: every size around the edges of a chunk arrives, with its time") {
     Room room({"alice", "bob"});
     FilePerson alice(room, "alice"), bob(room, "bob");
