@@ -6081,7 +6081,7 @@ TEST_CASE(
         for (Kind kind :
              {Kind::file_offer, Kind::file_accept, Kind::file_credit, Kind::file_chunk,
               Kind::file_end, Kind::file_stored, Kind::file_withdraw, Kind::file_refuse})
-            for (std::size_t bytes : {0, 1, 3, 7, 100})
+            for (std::size_t bytes : {0U, 1U, 3U, 7U, 100U})
                 desk.files.receive(mallory, "mallory", kind, SecretBytes(bytes, 0xff));
         CHECK(desk.host.complaints.size() == 1);
         CHECK(desk.host.stopped.empty());
