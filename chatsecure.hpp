@@ -4582,6 +4582,7 @@ class FileReceiver {
         Digest held_hash{};          // of that
         std::filesystem::path path;  // from ready on: the part; when stored: the file
         std::uint64_t written = 0;   // in this attempt
+        std::uint64_t chunks = 0;    // in so many chunks
         FileReason reason{};         // when failed
         std::string sentence;        // when failed
         bool ended = false;          // the thread does nothing more
@@ -4610,10 +4611,6 @@ class FileReceiver {
         put({offset, std::move(owner), bytes, false});
     }
     void finish() { put({0, {}, {}, true}); }
-    std::size_t queued() const {
-        std::lock_guard lock(mutex_);
-        return pieces_.size();
-    }
     // What has arrived is still written; then the thread ends. Does not wait for it.
     void stop() noexcept {
         {
@@ -4656,6 +4653,7 @@ class FileReceiver {
             std::lock_guard lock(mutex_);
             if (end.path.empty()) end.path = report_.path;
             end.written = report_.written;
+            end.chunks = report_.chunks;
             end.held = report_.held;
             end.ended = true;
             report_ = std::move(end);
@@ -4721,6 +4719,7 @@ class FileReceiver {
             std::lock_guard lock(mutex_);
             std::uint64_t before = report_.written;
             report_.written += bytes;
+            ++report_.chunks;
             tell = pieces_.empty() || report_.written / tell_every != before / tell_every;
         }
         if (tell) wake_();
@@ -5061,7 +5060,7 @@ class FileTransfers {
     using State = FileStatus::State;
     static constexpr std::uint32_t file_tag = 0x8000'0000;
     // The credit bounds the bytes that wait for the disk; this, what each chunk costs besides.
-    static constexpr std::size_t max_queued_chunks = credit_total / 1024;
+    static constexpr std::size_t max_waiting_chunks = credit_total / 1024;
     static constexpr std::size_t max_offers = 64;
     static constexpr std::size_t max_offers_of_one = 16;
     static constexpr Milliseconds progress_every{250};
@@ -5099,6 +5098,8 @@ class FileTransfers {
         std::filesystem::path part;              // where it is written, once that is known
         std::uint64_t next = 0;                  // offset of the next chunk
         std::uint64_t received = 0;              // bytes of this attempt
+        std::uint64_t chunks = 0;                // that the disk has taken
+        std::uint64_t chunks_waiting = 0;        // and that it has not, as far as we know
         CreditAccount credit;
         Progress progress;
     };
@@ -5433,7 +5434,7 @@ class FileTransfers {
         }
         t.state = State::running;
         t.ready = t.begun = false;
-        t.received = 0;
+        t.received = t.chunks = t.chunks_waiting = 0;
         t.credit = {};
     }
 
@@ -5453,7 +5454,7 @@ class FileTransfers {
             return break_off(*t, "sent more than was offered");
         if (chunk.bytes.size() > t->credit.granted - t->received)
             return break_off(*t, "sent more than it had credit for");
-        if (t->receiver->queued() >= max_queued_chunks)
+        if (++t->chunks_waiting > max_waiting_chunks)
             return break_off(*t, "sent it in crumbs, faster than they can be written");
         tell_begin(*t, t->next);
         t->next += chunk.bytes.size();
@@ -5497,6 +5498,8 @@ class FileTransfers {
         if (report.path != t.part) remember_part(t, report.path);
         if (!t.ready) send_accept(t, report);
         t.credit.consumed = report.written;
+        t.chunks_waiting -= report.chunks - t.chunks;
+        t.chunks = report.chunks;
         grant(t);
         if (t.begun) tell_progress(t, t.next - t.received + report.written, now);
     }
