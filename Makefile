@@ -5,14 +5,24 @@ WARNINGS ?= -Wall -Wextra -Wpedantic -Wshadow -Wconversion
 PREFIX   ?= /usr/local
 O        ?= .# where to build; make takes ./server and server for the same file
 PKG_CONFIG ?= pkg-config
+FLTK_CONFIG ?= fltk-config
 
 # What `make deps` installs, by package manager. All of them are the distribution's own packages.
-APT    := g++ make pkg-config libssl-dev openssl libcxxopts-dev doctest-dev libedit-dev
+APT    := g++ make pkg-config libssl-dev openssl libcxxopts-dev doctest-dev libedit-dev \
+          libfltk1.3-dev
 DNF    := gcc-c++ make pkgconf-pkg-config openssl-devel openssl cxxopts-devel doctest-devel \
-          libedit-devel
-PACMAN := gcc make pkgconf openssl cxxopts doctest libedit
-APK    := g++ make pkgconf openssl-dev openssl cxxopts-dev doctest-dev libedit-dev
-BREW   := pkg-config openssl@3 cxxopts doctest
+          libedit-devel fltk-devel
+PACMAN := gcc make pkgconf openssl cxxopts doctest libedit fltk
+APK    := g++ make pkgconf openssl-dev openssl cxxopts-dev doctest-dev libedit-dev fltk-dev
+BREW   := pkg-config openssl@3 cxxopts doctest fltk
+# And for checks of the window: a display that nobody sees, a mouse that nobody holds, a font.
+ifneq ($(filter check-gui,$(MAKECMDGOALS)),)
+APT    += xvfb xdotool fonts-dejavu-core
+DNF    += xorg-x11-server-Xvfb xdotool dejavu-sans-fonts
+PACMAN += xorg-server-xvfb xdotool ttf-dejavu
+APK    += xvfb xdotool font-dejavu
+PROGRAMS := Xvfb xdotool
+endif
 
 # Which of the libraries are missing. Tried with the compiler itself, wherever they come from.
 CRYPTO_CFLAGS = $(shell $(PKG_CONFIG) --cflags libcrypto 2>/dev/null)
@@ -27,13 +37,15 @@ has = $(shell printf '\043include <$(1)>\n' | \
 
 ifneq ($(filter deps,$(MAKECMDGOALS)),)
 
-HEADERS := openssl/core_names.h cxxopts.hpp doctest/doctest.h histedit.h
+HEADERS := openssl/core_names.h cxxopts.hpp doctest/doctest.h histedit.h FL/Fl.H
+PROGRAMS += openssl
+without = $(strip $(foreach h,$(HEADERS),$(if $(call has,$(h)),,$(h))) \
+                  $(foreach p,$(PROGRAMS),$(shell command -v $(p) >/dev/null || echo $(p))))
 OTHERS := $(filter-out deps,$(MAKECMDGOALS))
 .PHONY: $(MAKECMDGOALS)
 
 deps:
-	@if [ -n "$(strip $(foreach h,$(HEADERS),$(if $(call has,$(h)),,$(h))))" ] || \
-	    ! command -v openssl >/dev/null; then \
+	@if [ -n "$(without)" ]; then \
 	    if [ "$$(id -u)" = 0 ]; then sudo=; else sudo=sudo; fi; \
 	    if   command -v apt-get >/dev/null; then \
 	        $$sudo env DEBIAN_FRONTEND=noninteractive sh -c \
@@ -44,7 +56,7 @@ deps:
 	    elif command -v apk     >/dev/null; then $$sudo apk add $(APK); \
 	    elif command -v brew    >/dev/null; then brew install $(BREW); \
 	    else echo "deps: no package manager that I know. Install a C++20 compiler, OpenSSL 3," \
-	              "cxxopts, doctest and libedit, with their headers."; exit 1; \
+	              "cxxopts, doctest, libedit and FLTK, with their headers."; exit 1; \
 	    fi; \
 	fi
 	@echo "deps: everything is there."
@@ -59,13 +71,24 @@ else
 
 # ---- Everything else ----------------------------------------------------------------------------
 
-.PHONY: all test demo bench clean install help
+.PHONY: all test demo bench check-gui run-gui clean install help no-window
 all: $(O)/server $(O)/client
+
+# The window client, where FLTK is.
+FLTK_CFLAGS = $(shell $(FLTK_CONFIG) --cxxflags 2>/dev/null)
+FLTK_LIBS   = $(shell $(FLTK_CONFIG) --ldflags 2>/dev/null)
+ifeq ($(shell command -v $(FLTK_CONFIG)),)
+all: no-window
+no-window:
+	@echo "FLTK is missing, so there is no window client. 'make deps all' installs and builds it."
+else
+all: $(O)/gui_client_fltk
+endif
 
 ifneq ($(O),.)
 $(shell mkdir -p $(O))
-.PHONY: server client tests
-server client tests: %: $(O)/%
+.PHONY: server client tests gui_client_fltk
+server client tests gui_client_fltk: %: $(O)/%
 endif
 
 # Where libedit is, the client has history, completion and a line that survives incoming messages.
@@ -89,6 +112,12 @@ $(O)/client: client.cpp chatsecure.hpp Makefile
 	$(call need,cxxopts.hpp,cxxopts)
 	$(COMPILE) $(EDIT_CFLAGS) -o $@ $< $(LDFLAGS) $(CRYPTO_LIBS) $(EDIT_LIBS)
 
+$(O)/gui_client_fltk: gui_client_fltk.cpp chatsecure.hpp Makefile
+	$(call need,openssl/core_names.h,OpenSSL 3)
+	$(call need,cxxopts.hpp,cxxopts)
+	$(call need,FL/Fl.H,FLTK)
+	$(COMPILE) $(FLTK_CFLAGS) -o $@ $< $(LDFLAGS) $(FLTK_LIBS) $(CRYPTO_LIBS)
+
 $(O)/tests: tests.cpp chatsecure.hpp Makefile
 	$(call need,openssl/core_names.h,OpenSSL 3)
 	$(call need,doctest/doctest.h,doctest)
@@ -104,24 +133,38 @@ demo: $(O)/tests $(O)/server $(O)/client
 bench: $(O)/tests $(O)/server $(O)/client
 	@$(O)/tests --bench
 
+# Drives the real window in a display of its own, with mouse and keys.
+check-gui: $(O)/tests $(O)/server $(O)/client $(O)/gui_client_fltk
+	$(O)/tests --check-gui
+
+# A window on the server of this machine; if none runs, on one that lives as long as the window.
+run-gui: $(O)/server $(O)/gui_client_fltk
+	@$(O)/server --data run-gui-data 2>run-gui.log & server=$$!; \
+	until grep -qE 'server key|Cannot|Another' run-gui.log; do sleep 0.1; done; \
+	$(O)/gui_client_fltk localhost:5000; kill $$server 2>/dev/null || true
+
 install: $(O)/server $(O)/client
 	install -d $(DESTDIR)$(PREFIX)/bin $(DESTDIR)$(PREFIX)/include
 	install -d $(DESTDIR)$(PREFIX)/share/doc/chatsecure
 	install -m 755 $(O)/server $(DESTDIR)$(PREFIX)/bin/chatsecure-server
 	install -m 755 $(O)/client $(DESTDIR)$(PREFIX)/bin/chatsecure-client
+	if [ -e $(O)/gui_client_fltk ]; then install -m 755 $(O)/gui_client_fltk \
+	    $(DESTDIR)$(PREFIX)/bin/chatsecure-window; fi
 	install -m 644 chatsecure.hpp $(DESTDIR)$(PREFIX)/include/chatsecure.hpp
 	install -m 644 README.md users.db.example $(DESTDIR)$(PREFIX)/share/doc/chatsecure/
 
 clean:
-	rm -rf server client tests build
+	rm -rf server client gui_client_fltk tests build
 
 help:
-	@echo "make           builds ./server and ./client (installs nothing)"
+	@echo "make           builds ./server, ./client and ./gui_client_fltk (installs nothing)"
 	@echo "make deps      installs what is missing, with the system's package manager;"
 	@echo "               'make deps demo' and 'make deps test' work on a fresh machine"
 	@echo "make demo      shows a real conversation, and what a wire tap sees of it"
 	@echo "make test      builds and runs the tests"
-	@echo "make bench     measures logins, relaying and round trips"
+	@echo "make bench     measures logins, relaying, round trips and files"
+	@echo "make run-gui   starts a server, if none runs, and opens a window"
+	@echo "make check-gui drives that window, in a display that nobody sees"
 	@echo "make install   into PREFIX ($(PREFIX)), below DESTDIR; the header too"
 	@echo "make clean     removes what was built"
 	@echo "Variables: CXX, CXXFLAGS, O (where to build):"

@@ -6717,7 +6717,7 @@ struct ClientOptions {
                                              // wakes somebody, and does nothing else
 };
 
-class Client : private FileHost {
+class Client final : private FileHost {
   public:
     // Starts the engine, which connects and logs in; everything else is told in events. Throws
     // Error for a user name that cannot be one.
