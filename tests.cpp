@@ -5,6 +5,7 @@
 //      ./tests                 runs all (./tests --help: doctest's flags, to choose some)
 //      ./tests --demo          shows a conversation, and what a wire tap sees of it
 //      ./tests --bench         measures
+//      ./tests --check-gui     drives the window client in a display of its own
 //
 // Nothing here waits by sleeping, and no port is fixed. Keys are small (2048 bits) and passwords
 // are hashed a few times only: what is tested is that they are used, not that they are slow.
@@ -7627,6 +7628,199 @@ int demo() {
 }
 
 // =================================================================================================
+//  make check-gui: the real window
+// =================================================================================================
+
+// The window client in a display of its own, driven by mouse and keys (xdotool), as a person would.
+// What it shows comes back as the lines that --report prints.
+class Window {
+  public:
+    Window(const std::vector<std::string>& flags, const std::vector<std::string>& environment)
+        : display_({"/bin/sh", "-c",
+                    concat("exec ", program("Xvfb"),
+                           " -displayfd 3 -screen 0 1280x800x24 3>&1 >/dev/null 2>&1")}) {
+        display_.wait_for("\n");  // the number of the display, and nothing else
+        number_ = ":" + display_.output().substr(0, display_.output().find('\n'));
+        std::vector<std::string> words{"gui_client_fltk", "--report"};
+        words.insert(words.end(), flags.begin(), flags.end());
+        std::vector<std::string> variables = environment;
+        variables.push_back("DISPLAY=" + number_);
+        gui_.emplace(words, Process::Input::pipe, variables);
+    }
+    Process& operator*() { return *gui_; }
+    Process* operator->() { return &*gui_; }
+
+    // Clicks in the middle of something, wherever it is now.
+    void click(const std::string& name) {
+        std::string place = concat("place ", name, " ");
+        if (gui_->output().find(place) == std::string::npos) gui_->wait_for(place);
+        std::string line = line_with(gui_->output(), place);
+        xdotool(concat(
+            "mousemove --window $(xdotool search --onlyvisible --name ChatSecure | tail -1) ",
+            line.substr(place.size()), " click 1"));
+    }
+    void type(const std::string& text) { xdotool(concat("type --delay 2 -- '", text, "'")); }
+    void key(const std::string& name) { xdotool("key " + name); }
+    // Types into a field, over what is there.
+    void fill(const std::string& field, const std::string& text) {
+        click(field);
+        key("ctrl+a");
+        type(text);
+    }
+
+  private:
+    static std::string program(const std::string& name) {
+        std::string path = shell("command -v " + name + " || true");
+        if (path.empty())
+            throw Error(concat(name, " is missing: 'make deps check-gui' installs it."));
+        return path.substr(0, path.find('\n'));
+    }
+    void xdotool(const std::string& what) {
+        program("xdotool");
+        shell(concat("export DISPLAY=", number_, "; xdotool ", what));
+    }
+    Process display_;
+    std::string number_;
+    std::optional<Process> gui_;  // ends before its display does
+};
+
+// Each step is proved by what the other side received, or by what the window says that it shows.
+int check_gui() {
+    raise_descriptor_limit();
+    int steps = 0;
+    auto step = [&](std::string_view what) { show(concat("  ", ++steps, ". ", what, "\n")); };
+    Installation here({"bob"});
+    std::filesystem::path downloads = here.homes.path / "downloads";
+    std::vector<std::string> flags{"127.0.0.1:" + here.port, "--home",
+                                   (here.homes.path / "window").string(), "--downloads",
+                                   downloads.string()};
+    auto window = std::make_unique<Window>(flags, std::vector<std::string>{});
+    auto start_bob = [&] {
+        std::vector<std::string> words = here.command("bob");
+        words.insert(words.end(), {"--downloads", (here.homes.path / "bobs").string()});
+        return std::make_unique<Process>(words, Process::Input::pipe, here.environment());
+    };
+    auto bob = start_bob();
+    bob->wait_for(" online");
+
+    step("a password that is too short is refused, beside its field");
+    window->click("name");
+    window->fill("name", "alice");
+    window->fill("password", "short");
+    window->click("register");
+    window->click("enter");
+    (*window)->wait_for("asks-about-key ");
+    std::string key = line_with((*window)->output(), "asks-about-key ").substr(15);
+    if (!contains(here.server->output(), key)) throw Error("The window shows another key.");
+    step("the server's fingerprint is shown, and accepted");
+    window->click("accept-key");
+    (*window)->wait_for("sign-in-error ");
+    window->fill("password", std::string(password));
+    window->click("enter");
+    step("alice registers, and is online");
+    (*window)->wait_for("state online as alice");
+    bob->wait_for("alice joined");
+
+    step("public messages, both ways");
+    window->click("input");
+    window->type("Hello from the window");
+    window->key("Return");
+    bob->wait_for("alice: Hello from the window\n");
+    bob->write("Hello from the terminal\n");
+    (*window)->wait_for("shown Everyone | bob: Hello from the terminal\n");
+
+    step("private messages, both ways");
+    window->click("row-bob");
+    (*window)->wait_for("chosen bob");
+    window->click("input");
+    window->type("for you alone");
+    window->key("Return");
+    bob->wait_for("alice -> you: for you alone\n");
+    bob->write("/reply and for you\n");
+    (*window)->wait_for("shown bob | bob: and for you\n");
+
+    step("a file is accepted, with the mouse");
+    write_bytes(here.homes.path / "first.bin", noise(3'000'000));
+    bob->write(concat("/file alice ", (here.homes.path / "first.bin").string(), "\n"));
+    (*window)->wait_for("card 1 first.bin");
+    window->click("Accept-1");
+    bob->wait_for("first.bin to alice: has arrived");
+    (*window)->wait_for("file-done from bob first.bin");
+    if (!same_content(here.homes.path / "first.bin", downloads / "first.bin"))
+        throw Error("The file is not the same.");
+
+    step("another one is declined");
+    write_text(here.homes.path / "second.bin", "nobody wants it");
+    bob->write(concat("/file alice ", (here.homes.path / "second.bin").string(), "\n"));
+    (*window)->wait_for("card 2 second.bin");
+    window->click("Decline-2");
+    bob->wait_for("alice declined it");
+    if (std::filesystem::exists(downloads / "second.bin"))
+        throw Error("It was saved all the same.");
+
+    step("a file is sent");
+    window->click("input");
+    window->type(concat("/file bob ", (here.homes.path / "first.bin").string()));
+    window->key("Return");
+    bob->wait_for("alice offers file");
+    bob->write("/accept\n");
+    (*window)->wait_for("file-done to bob first.bin");
+    bob->wait_for("saved as ");
+
+    step("both sides see the same safety number, and it is marked as verified");
+    bob->write("/verify alice\n");
+    bob->wait_for("safety number with alice: ");
+    bob->wait_for("\n");
+    std::string line = line_with(bob->output(), "safety number with alice: ");
+    std::string digits = line.substr(line.find(": ") + 2);
+    window->click("details");
+    (*window)->wait_for("safety-number bob " + digits);
+    window->click("verify");
+    (*window)->wait_for("verified bob");
+
+    step("the server is killed and comes back: the window too");
+    here.server->signal(SIGKILL);
+    here.server->end();
+    (*window)->wait_for("state reconnecting");
+    here.start();
+    (*window)->wait_for("state online as alice");
+    bob->wait_for("logged in again");
+    bob->write("/wait alice joined\n/msg alice are you there again?\n");
+    (*window)->wait_for("shown bob | bob: are you there again?");
+
+    step("bob leaves, and the window shows it");
+    if (bob->end() != 7) throw Error("Bob's client should remember that a file was declined.");
+    (*window)->wait_for("shown Everyone | *: bob left");
+
+    step("5,000 messages in one go: the window stays awake");
+    bob = start_bob();
+    bob->wait_for("online: alice");
+    std::string burst;
+    for (int i = 0; i < 5000; ++i) burst += concat("message ", i, "\n");
+    bob->write(burst);
+    (*window)->wait_for("shown Everyone | bob: message 4999\n", std::chrono::minutes(1));
+
+    step("it leaves cleanly");
+    window->key("ctrl+q");
+    bob->wait_for("alice left");
+    if ((*window)->await_end() != 0) throw Error("The window did not end well.");
+    show(concat("     the window's timer was late by at most: ",
+                line_with((*window)->output(), "slowest "), "\n"));
+
+    step("a server with another key gets no login, and the window says why");
+    here.server->signal(SIGTERM);
+    here.server->end();
+    test_key(2).save(here.data.path / "server_private.pem", {}, 0);
+    here.start();
+    flags.insert(flags.end(), {"-u", "alice"});
+    window = std::make_unique<Window>(flags, here.environment());
+    (*window)->wait_for("sign-in-error THE KEY OF THE SERVER");
+    if (contains(here.server->output(), "joined")) throw Error("It logged in all the same.");
+    show(concat(steps, " steps, all good\n"));
+    return 0;
+}
+
+// =================================================================================================
 //  make bench
 // =================================================================================================
 
@@ -7856,6 +8050,7 @@ int main(int argc, char** argv) {
     try {
         if (argc == 2 && std::string_view(argv[1]) == "--demo") return demo();
         if (argc == 2 && std::string_view(argv[1]) == "--bench") return bench();
+        if (argc == 2 && std::string_view(argv[1]) == "--check-gui") return check_gui();
     } catch (const std::exception& e) {
         std::cerr << e.what() << '\n';
         return 1;
