@@ -3823,18 +3823,17 @@ class PinStore {
 // yes, and goes on where it was interrupted. A transfer, all of it sealed as in chapter 8, so that
 // the server does not even see that it is one:
 //
-//         alice                                   bob
-//      1. FileOffer(id, name, size, modified) -->                   bob is asked. No byte moves
-//      yet. 2.                        <-- FileAccept(id, offset, SHA-256 of what he has, credit)
-//      3. FileChunk(id, offset, bytes)        -->                   bulk lane, about 60 KiB each
-//                                <-- FileCredit(id, credit)         as bob's disk takes them
-//         FileChunk ...                       -->
-//      4. FileEnd(id)                         -->                   bulk lane: behind the last
-//      chunk 5.                        <-- FileStored(id)                 it is on bob's disk,
-//      whole
+//         alice                                  bob
 //
-//      FileWithdraw(id, reason) from alice, or FileRefuse(id, reason) from bob, ends it at any
-//      time.
+//      1. FileOffer(id, name, size, modified) -->     bob is asked; no byte moves before he answers
+//      2. <-- FileAccept(id, offset, SHA-256 of what he has already, credit)
+//      3. FileChunk(id, offset, bytes) -->            on the bulk lane, at most 60 KiB each
+//         <-- FileCredit(id, credit)                  as bob's disk takes them
+//         FileChunk ... -->
+//      4. FileEnd(id) -->                             on the bulk lane, behind the last chunk
+//      5. <-- FileStored(id)                          it is on bob's disk, whole
+//
+//      At any time: FileWithdraw(id, reason) from alice, or FileRefuse(id, reason) from bob.
 //
 // Each step and its reason:
 //
@@ -3885,7 +3884,8 @@ enum class FileReason : std::uint8_t {
     disk_full = 8,     // the receiver's
     not_writable = 9,  // likewise
     broke_protocol = 10,
-    lost = 11,  // something did not arrive: worth another offer
+    lost = 11,     // something did not arrive: worth another offer
+    stalled = 12,  // nothing has moved for a long time
 };
 
 struct FileOffer {
@@ -3971,6 +3971,8 @@ inline std::string_view meaning_of(FileReason reason) {
             return "stopped, because of a message from here that was out of order";
         case FileReason::lost:
             return "missed a part of it";
+        case FileReason::stalled:
+            return "stopped: nothing has moved for a long time";
     }
     return "stopped";
 }
@@ -4160,7 +4162,9 @@ inline std::ptrdiff_t read_file_at(int file, ByteSpan into, std::uint64_t offset
 inline std::ptrdiff_t write_file_at(int file, ByteView bytes, std::uint64_t offset) {
     return ::pwrite(file, bytes.data(), bytes.size(), static_cast<off_t>(offset));
 }
-inline bool lock_file(int file) { return ::flock(file, LOCK_EX | LOCK_NB) == 0; }
+inline bool lock_file(int file) {  // false only if somebody else has it
+    return ::flock(file, LOCK_EX | LOCK_NB) == 0 || errno != EWOULDBLOCK;
+}
 inline void set_modified(int file, std::uint64_t nanoseconds) {
     timespec time{};
     time.tv_sec = static_cast<decltype(time.tv_sec)>(nanoseconds / 1'000'000'000);
@@ -4520,9 +4524,11 @@ class FileSender {
             note_progress(offset);
         }
         file_->require_unchanged();
-        if (!lane_->send(tag_, FileEnd{accepted_.id})) return;
-        std::lock_guard lock(mutex_);
-        report_.all_sent = true;
+        {
+            std::lock_guard lock(mutex_);
+            report_.all_sent = true;  // first: the answer may be here before send() returns
+        }
+        lane_->send(tag_, FileEnd{accepted_.id});
     }
 
     void note_begin(std::uint64_t offset) {
@@ -4580,7 +4586,8 @@ class FileReceiver {
         enum class State { preparing, ready, stored, failed, stopped } state = State::preparing;
         std::uint64_t held = 0;      // from ready on: what is there from earlier
         Digest held_hash{};          // of that
-        std::filesystem::path path;  // from ready on: the part; when stored: the file
+        std::filesystem::path part;  // from ready on
+        std::filesystem::path path;  // when stored: the file
         std::uint64_t written = 0;   // in this attempt
         std::uint64_t chunks = 0;    // in so many chunks
         FileReason reason{};         // when failed
@@ -4596,8 +4603,8 @@ class FileReceiver {
           before_(std::move(before)),
           thread_([this] { run(); }) {}
     ~FileReceiver() {
-        stop();
-        thread_.join();
+        stop(Waiting::is_written);
+        if (thread_.joinable()) thread_.join();
     }
     FileReceiver(const FileReceiver&) = delete;
     FileReceiver& operator=(const FileReceiver&) = delete;
@@ -4611,13 +4618,19 @@ class FileReceiver {
         put({offset, std::move(owner), bytes, false});
     }
     void finish() { put({0, {}, {}, true}); }
-    // What has arrived is still written; then the thread ends. Does not wait for it.
-    void stop() noexcept {
+    // The thread ends, and the part stays a part. Does not wait. False, and nothing happens, if the
+    // file is getting its name already. What waits for the disk is still written if it can be
+    // expected to go on soon; else it is dropped, so that it holds no memory while a disk hangs.
+    enum class Waiting { is_written, is_dropped };
+    bool stop(Waiting waiting) noexcept {
         {
             std::lock_guard lock(mutex_);
+            if (publishing_) return false;
             stopping_ = true;
+            if (waiting == Waiting::is_dropped) pieces_.clear();
         }
         changed_.notify_one();
+        return true;
     }
 
   private:
@@ -4651,7 +4664,7 @@ class FileReceiver {
         }
         {
             std::lock_guard lock(mutex_);
-            if (end.path.empty()) end.path = report_.path;
+            end.part = report_.part;
             end.written = report_.written;
             end.chunks = report_.chunks;
             end.held = report_.held;
@@ -4662,7 +4675,11 @@ class FileReceiver {
     }
 
     Report receive() {
-        before_.reset();  // waits for its end
+        if (before_) {  // wait for its end: until then it writes
+            before_->thread_.join();
+            if (!before_->report_.part.empty()) plan_.part = before_->report_.part;
+            before_.reset();
+        }
         Report end;
         PartFile part = prepare();
         for (bool first = true; std::optional<Piece> piece = next(); first = false) {
@@ -4693,7 +4710,7 @@ class FileReceiver {
             std::lock_guard lock(mutex_);
             report_.held = part.size();
             report_.held_hash = hash ? *hash : sha256();
-            report_.path = part.path();
+            report_.part = part.path();
             report_.state = Report::State::ready;
         }
         wake_();
@@ -4704,14 +4721,15 @@ class FileReceiver {
     std::optional<Piece> next() {
         std::unique_lock lock(mutex_);
         changed_.wait(lock, [&] { return stopping_ || !pieces_.empty(); });
-        if (pieces_.empty()) return std::nullopt;
+        if (pieces_.empty() || (stopping_ && pieces_.front().last)) return std::nullopt;
         Piece piece = std::move(pieces_.front());
         pieces_.pop_front();
+        publishing_ = piece.last;
         return piece;
     }
     void note_part(const std::filesystem::path& path) {
         std::lock_guard lock(mutex_);
-        report_.path = path;
+        report_.part = path;
     }
     void note_written(std::size_t bytes) {
         bool tell = false;
@@ -4726,12 +4744,13 @@ class FileReceiver {
     }
 
     static constexpr std::uint64_t tell_every = 256 * 1024;
-    const Plan plan_;
+    Plan plan_;  // the thread's
     const std::function<void()> wake_;
     std::unique_ptr<FileReceiver> before_;  // the thread's
     std::atomic<bool> stopping_ = false;
     mutable std::mutex mutex_;  // guards the rest
     std::condition_variable changed_;
+    bool publishing_ = false;
     std::deque<Piece> pieces_;
     Report report_;
     std::thread thread_;  // last: everything above exists when it starts; joined by ~FileReceiver
@@ -4922,6 +4941,9 @@ class FileTransfers {
         options_.downloads = std::filesystem::absolute(options_.downloads);
     }
 
+    FileTransfers(const FileTransfers&) = delete;  // its threads know where it is
+    FileTransfers& operator=(const FileTransfers&) = delete;
+
     // Tags of Undelivered that are ours.
     static bool is_file_tag(std::uint32_t tag) { return (tag & file_tag) != 0; }
 
@@ -4942,7 +4964,7 @@ class FileTransfers {
     // `number` 0: the only one there is. `name`: another than the offered one, or empty.
     void accept(unsigned number, const std::string& name) {
         Incoming& t = waiting_offer(number);
-        if (accepted_incoming() >= max_files_receiving)
+        if (accepted_incoming() + retired_receivers_.size() >= max_files_receiving)
             throw Error(concat(max_files_receiving,
                                " files are being received already: accept it when one is done, or "
                                "/cancel one."));
@@ -4964,8 +4986,10 @@ class FileTransfers {
             number = outgoing_.empty() ? incoming_.begin()->first : outgoing_.begin()->first;
         if (auto out = outgoing_.find(number); out != outgoing_.end())
             return drop(out->second, FileReason::cancelled, "cancelled");
-        if (auto in = incoming_.find(number); in != incoming_.end())
+        if (auto in = incoming_.find(number); in != incoming_.end()) {
+            if (!may_end(in->second)) throw Error("It is all here already.");
             return drop(in->second, FileReason::cancelled, "cancelled");
+        }
         throw Error(number == 0 ? "Which one? /files lists them." : no_such(number));
     }
     FileList list() const {
@@ -5046,13 +5070,19 @@ class FileTransfers {
         tend_all(outgoing_, now);
         tend_all(incoming_, now);
         std::erase_if(retired_senders_, [](const auto& s) { return s->report().ended; });
-        std::erase_if(retired_receivers_, [](const auto& r) { return r->report().ended; });
+        std::erase_if(retired_receivers_, [this](const auto& receiver) {
+            FileReceiver::Report report = receiver->report();
+            // A part in which nothing is was removed; whatever may be there next is not its
+            // sender's.
+            if (report.ended && report.held + report.written == 0) forget_part(report.part);
+            return report.ended;
+        });
     }
     // When tend() has something to do although nobody wakes it.
     Clock::time_point next_deadline() const {
         Clock::time_point next = Clock::time_point::max();
-        for (const auto& [number, t] : outgoing_)
-            if (t.state != State::running) next = std::min(next, t.expires);
+        for (const auto& [number, t] : outgoing_) next = std::min(next, deadline_of(t));
+        for (const auto& [number, t] : incoming_) next = std::min(next, deadline_of(t));
         return next;
     }
 
@@ -5064,12 +5094,15 @@ class FileTransfers {
     static constexpr std::size_t max_offers = 64;
     static constexpr std::size_t max_offers_of_one = 16;
     static constexpr Milliseconds progress_every{250};
+    static constexpr const char* stalled_sentence =
+        "stopped: nothing has moved for a long time. Offered again, it goes on where it was";
 
     struct Progress {
         std::uint64_t done = 0;
         double bytes_per_second = 0;
         Clock::time_point told = Clock::now();
         std::uint64_t told_done = 0;
+        Clock::time_point moved = Clock::now();  // when `done` last changed
     };
     struct Outgoing {
         FileInfo info;
@@ -5079,6 +5112,7 @@ class FileTransfers {
         LoginId to{};
         std::uint32_t id = 0;                // of the offer, on the wire
         Clock::time_point expires;           // while offered or interrupted
+        bool accepted = false;               // by whom it is for, once
         std::unique_ptr<FileSender> sender;  // while running
         std::uint64_t credit = 0;
         bool begun = false;  // FileStarted was told
@@ -5092,6 +5126,7 @@ class FileTransfers {
         LoginId from{};
         std::uint32_t id = 0;
         std::unique_ptr<FileReceiver> receiver;  // running; interrupted: may still be writing
+        Clock::time_point expires;               // while interrupted
         bool ready = false;                      // FileAccept was sent
         bool begun = false;                      // a chunk has come, or the end
         bool ending = false;                     // FileEnd has come
@@ -5108,6 +5143,14 @@ class FileTransfers {
         bool complained = false;       // about what belongs to no transfer: once
         unsigned refused = 0;          // offers that were too many
     };
+
+    Clock::time_point deadline_of(const Outgoing& t) const {
+        return t.state == State::running ? t.progress.moved + options_.patience : t.expires;
+    }
+    Clock::time_point deadline_of(const Incoming& t) const {
+        if (t.state == State::offered || t.ending) return Clock::time_point::max();
+        return t.state == State::running ? t.progress.moved + options_.patience : t.expires;
+    }
 
     // ---- Finding --------------------------------------------------------------------------------
 
@@ -5183,26 +5226,33 @@ class FileTransfers {
 
     // Forgets a transfer; its thread, if it has one, ends in its own time.
     void forget(Outgoing& t) {
-        retire(retired_senders_, std::move(t.sender));
+        retire(t);
         outgoing_.erase(t.info.number);
     }
     void forget(Incoming& t) {
-        retire(retired_receivers_, std::move(t.receiver));
+        if (t.receiver) {
+            t.receiver->stop(FileReceiver::Waiting::is_dropped);
+            retired_receivers_.push_back(std::move(t.receiver));
+        }
         incoming_.erase(t.info.number);
     }
-    template <class Worker>
-    static void retire(std::vector<std::unique_ptr<Worker>>& retired,
-                       std::unique_ptr<Worker> worker) {
-        if (!worker) return;
-        worker->stop();
-        retired.push_back(std::move(worker));
+    void retire(Outgoing& t) {
+        if (!t.sender) return;
+        t.sender->stop();
+        retired_senders_.push_back(std::move(t.sender));
     }
     // Whether the user here has asked for it: offered or accepted it.
     static bool is_wanted(const Outgoing&) { return true; }
     static bool is_wanted(const Incoming& t) { return t.state != State::offered; }
+    // False for a file that is whole, and is just getting its name: too late to end that.
+    static bool may_end(const Outgoing&) { return true; }
+    static bool may_end(Incoming& t) {
+        return !t.ending || t.receiver->stop(FileReceiver::Waiting::is_dropped);
+    }
     // Ends a transfer and tells both sides.
     template <class Transfer>
     void stop(Transfer& t, FileReason reason, const std::string& sentence) {
+        if (!may_end(t)) return;
         send_end(t, reason);
         host_.tell(FileStopped{t.info, sentence, false, is_wanted(t)});
         forget(t);
@@ -5217,6 +5267,7 @@ class FileTransfers {
     // The other side has ended it.
     template <class Transfer>
     void ended_there(Transfer& t, FileReason reason) {
+        if (!may_end(t)) return;
         host_.tell(
             FileStopped{t.info, concat(t.info.user, " ", meaning_of(reason)), false, is_wanted(t)});
         forget(t);
@@ -5252,13 +5303,13 @@ class FileTransfers {
     }
     // False if that is the end of it: nothing had begun.
     bool interrupt(Outgoing& t, const std::string& reason) {
-        bool had_begun = t.state == State::running;
+        bool had_begun = t.accepted;  // now or before: it may have been offered again since
         host_.tell(FileStopped{t.info,
                                had_begun ? concat("interrupted: ", reason, "; it goes on when ",
                                                   t.info.user, " is back")
                                          : concat(reason, " before it was accepted"),
                                had_begun, !had_begun});
-        retire(retired_senders_, std::move(t.sender));
+        retire(t);
         t.state = State::interrupted;
         t.to = {};
         t.expires = Clock::now() + options_.patience;
@@ -5276,8 +5327,9 @@ class FileTransfers {
                                                   t.info.user, " offers it again")
                                          : concat(reason, ": the offer is gone"),
                                had_begun, false});
-        if (t.receiver) t.receiver->stop();
+        if (t.receiver) t.receiver->stop(FileReceiver::Waiting::is_written);
         t.state = State::interrupted;
+        t.expires = Clock::now() + options_.patience;
         t.from = {};
         return had_begun;
     }
@@ -5300,7 +5352,9 @@ class FileTransfers {
             return stop(*t, FileReason::unreadable, concat("no thread for it: ", e.what()));
         }
         t->state = State::running;
+        t->accepted = true;
         t->credit = accepted.credit;
+        t->progress.moved = Clock::now();
     }
 
     void receive_credit(LoginId from, const std::string&, const FileCredit& credit) {
@@ -5332,13 +5386,13 @@ class FileTransfers {
     template <class Transfer>
     void tell_begin(Transfer& t, std::uint64_t offset) {
         if (std::exchange(t.begun, true)) return;
-        t.progress = {offset, 0, Clock::now(), offset};
+        t.progress = {offset, 0, Clock::now(), offset, Clock::now()};
         host_.tell(FileStarted{t.info, offset});
     }
     template <class Transfer>
     void tell_progress(Transfer& t, std::uint64_t done, Clock::time_point now) {
         Progress& p = t.progress;
-        p.done = done;
+        if (std::exchange(p.done, done) != done) p.moved = now;
         std::chrono::duration<double> passed = now - p.told;
         if (passed < progress_every || done <= p.told_done) return;
         double rate = static_cast<double>(done - p.told_done) / passed.count();
@@ -5354,7 +5408,8 @@ class FileTransfers {
             FileSender::Report report = t.sender->report();
             if (report.begun_at) tell_begin(t, *report.begun_at);
             if (t.begun) tell_progress(t, report.offset, now);
-            if (report.failure) stop(t, report.failure->reason, report.failure->what());
+            if (report.failure) return stop(t, report.failure->reason, report.failure->what());
+            if (now >= deadline_of(t)) stop(t, FileReason::stalled, stalled_sentence);
             return;
         }
         if (t.state == State::interrupted) {
@@ -5413,7 +5468,8 @@ class FileTransfers {
         if (t.info.size > options_.max_size)
             return stop(t, FileReason::too_large,
                         concat("declined: it is larger than ", readable_size(options_.max_size)));
-        if (accepted_incoming() >= max_files_receiving) return;  // later
+        if (accepted_incoming() + retired_receivers_.size() >= max_files_receiving)
+            return;  // later
         try {
             accept(t.info.number, "");
         } catch (const Error& e) {
@@ -5426,6 +5482,15 @@ class FileTransfers {
         FileReceiver::Plan plan{options_.downloads, t.save_as, t.part, t.info.size, t.modified};
         if (t.part.empty() && t.save_as == t.info.name)
             plan.part = partial_files_.find(t.info.user, t.info.name, t.info.size);
+        // An attempt that was just stopped may still hold its part.
+        auto before = std::find_if(
+            retired_receivers_.begin(), retired_receivers_.end(), [&](const auto& receiver) {
+                return !plan.part.empty() && receiver->report().part == plan.part;
+            });
+        if (!t.receiver && before != retired_receivers_.end()) {
+            t.receiver = std::move(*before);
+            retired_receivers_.erase(before);
+        }
         try {
             t.receiver = std::make_unique<FileReceiver>(std::move(plan), std::move(t.receiver),
                                                         [this] { host_.wake(); });
@@ -5434,6 +5499,7 @@ class FileTransfers {
         }
         t.state = State::running;
         t.ready = t.begun = false;
+        t.progress.moved = Clock::now();
         t.received = t.chunks = t.chunks_waiting = 0;
         t.credit = {};
     }
@@ -5443,11 +5509,7 @@ class FileTransfers {
         if (t == nullptr) return;
         if (!t->ready) return break_off(*t, "sent some of it before it was accepted");
         if (!t->begun && chunk.offset == 0) t->next = 0;  // it does not go on: it begins anew
-        if (chunk.offset > t->next)
-            return stop(*t, FileReason::lost,
-                        concat("a part of it was lost on the way. What came before is kept: it "
-                               "goes on there when ",
-                               t->info.user, " offers it again"));
+        if (chunk.offset > t->next) return stop_for_loss(*t);
         if (chunk.offset < t->next || t->ending) return break_off(*t, "sent a part of it twice");
         if (chunk.bytes.empty()) return break_off(*t, "sent an empty part of it");
         if (chunk.bytes.size() > t->info.size - t->next)
@@ -5462,12 +5524,20 @@ class FileTransfers {
         t->receiver->add(chunk.offset, std::move(body), chunk.bytes);
     }
 
+    // The network, the server or a hostile sender has left something out.
+    void stop_for_loss(Incoming& t) {
+        stop(t, FileReason::lost,
+             concat("a part of it was lost on the way. What came before is kept: it goes on there "
+                    "when ",
+                    t.info.user, " offers it again"));
+    }
+
     void receive_end(LoginId from, const std::string&, const FileEnd& end) {
         Incoming* t = find_incoming(from, end.id);
         if (t == nullptr) return;
         if (!t->ready) return break_off(*t, "ended it before it was accepted");
         if (t->ending) return break_off(*t, "ended it twice");
-        if (t->next != t->info.size) return break_off(*t, "ended it before all of it was sent");
+        if (t->next != t->info.size) return stop_for_loss(*t);
         tell_begin(*t, t->next);
         t->ending = true;
         t->receiver->finish();
@@ -5479,29 +5549,34 @@ class FileTransfers {
 
     void tend(Incoming& t, Clock::time_point now) {
         if (t.state == State::offered && options_.auto_accept) return accept_or_refuse(t);
+        if (t.state == State::interrupted && now >= t.expires)
+            return stop(t, FileReason::expired,
+                        concat(t.info.user, " did not come back; what has come is kept"));
         if (t.state != State::running) return;
         FileReceiver::Report report = t.receiver->report();
         switch (report.state) {
             case FileReceiver::Report::State::preparing:
             case FileReceiver::Report::State::stopped:
+                if (now >= deadline_of(t)) stop(t, FileReason::stalled, stalled_sentence);
                 return;
             case FileReceiver::Report::State::failed:
                 return stop(t, report.reason, report.sentence);
             case FileReceiver::Report::State::stored:
                 if (t.from != LoginId{}) send(t.from, t.info.number, FileStored{t.id});
-                forget_part(t);
+                forget_part(report.part);  // and not an older one, if it began anew just now
                 host_.tell(FileFinished{t.info, report.path, report.written});
                 return forget(t);
             case FileReceiver::Report::State::ready:
                 break;
         }
-        if (report.path != t.part) remember_part(t, report.path);
+        if (report.part != t.part) remember_part(t, report.part);
         if (!t.ready) send_accept(t, report);
         t.credit.consumed = report.written;
         t.chunks_waiting -= report.chunks - t.chunks;
         t.chunks = report.chunks;
         grant(t);
         if (t.begun) tell_progress(t, t.next - t.received + report.written, now);
+        if (now >= deadline_of(t)) stop(t, FileReason::stalled, stalled_sentence);
     }
 
     void send_accept(Incoming& t, const FileReceiver::Report& report) {
@@ -5534,9 +5609,9 @@ class FileTransfers {
             host_.complain(e.what());
         }
     }
-    void forget_part(const Incoming& t) {
+    void forget_part(const std::filesystem::path& part) {
         try {
-            partial_files_.remove(t.part);
+            partial_files_.remove(part);
         } catch (const Error& e) {
             host_.complain(e.what());
         }
@@ -7343,8 +7418,8 @@ class Client final : private FileHost {
     // ---- People ---------------------------------------------------------------------------------
 
     Peer& add_peer(const Joined& joined) {
-        if (!is_valid_name(joined.user) || link_->peers.size() >= max_people ||
-            link_->peers.contains(joined.id))
+        if (!is_valid_name(joined.user) || joined.id == LoginId{} ||
+            link_->peers.size() >= max_people || link_->peers.contains(joined.id))
             throw ProtocolError("The server announced somebody who cannot be.");
         link_->by_name[joined.user] = joined.id;
         Peer& peer = link_->peers[joined.id];

@@ -3474,7 +3474,7 @@ TEST_CASE("chapter 9: the numbers of the messages and reasons are part of the pr
         FileReason::declined,       FileReason::cancelled, FileReason::expired,
         FileReason::too_many,       FileReason::too_large, FileReason::file_changed,
         FileReason::unreadable,     FileReason::disk_full, FileReason::not_writable,
-        FileReason::broke_protocol, FileReason::lost,
+        FileReason::broke_protocol, FileReason::lost,      FileReason::stalled,
     };
     std::set<std::string_view> meanings;
     for (std::size_t i = 0; i < std::size(reasons); ++i) {
@@ -3483,7 +3483,7 @@ TEST_CASE("chapter 9: the numbers of the messages and reasons are part of the pr
     }
     CHECK(meanings.size() == std::size(reasons));  // each says something else
     // A newer client may have reasons that we do not know.
-    for (int number : {0, 12, 255}) CHECK(meaning_of(static_cast<FileReason>(number)) == "stopped");
+    for (int number : {0, 13, 255}) CHECK(meaning_of(static_cast<FileReason>(number)) == "stopped");
 }
 
 TEST_CASE("chapter 9: a chunk that claims 4 GiB is refused before anything is taken") {
@@ -5847,7 +5847,8 @@ class FakeHost : public FileHost {
     void tell(FileFinished e) override { finished.push_back(e); }
     void tell(FileStopped e) override { stopped.push_back(e); }
     void complain(const std::string& sentence) override { complaints.push_back(sentence); }
-    std::optional<LoginId> reach(const std::string&) override { return std::nullopt; }
+    std::optional<LoginId> reachable;
+    std::optional<LoginId> reach(const std::string&) override { return reachable; }
     void send(LoginId to, std::uint32_t, Kind kind, ByteView body) override {
         sent.push_back({to, kind, to_bytes(body)});
     }
@@ -5895,8 +5896,17 @@ struct Desk {
     TempDir dir;
     std::filesystem::path downloads = dir.path / "downloads";
     FakeHost host;
-    FileTransfers files{host, {downloads}, dir.path / "partial_files"};
+    FileTransfers files;
 
+    explicit Desk(Milliseconds patience = std::chrono::minutes(10))
+        : files(host, options(downloads, patience), dir.path / "partial_files") {}
+    static FileTransfers::Options options(const std::filesystem::path& downloads,
+                                          Milliseconds patience) {
+        FileTransfers::Options options;
+        options.downloads = downloads;
+        options.patience = patience;
+        return options;
+    }
     ~Desk() { host.outbox->close(); }  // a thread that sends must not wait for ever
 
     template <class T>
@@ -6049,22 +6059,21 @@ TEST_CASE(
         desk.accept(mallory, 5, 1000);
         desk.from(mallory, FileChunk{5, 0, ByteView(chunk).first(999)});
         desk.from(mallory, FileEnd{5});
-        desk.require_ended(5, reason, "ended it before all of it was sent");
+        desk.require_ended(5, FileReason::lost, "was lost on the way");
         CHECK_FALSE(std::filesystem::exists(desk.downloads / "file"));
     }
-    SUBCASE("it ends twice") {
+    SUBCASE("behind the end it says more: the file is whole, or it is a part, and we say which") {
         desk.accept(mallory, 5, 10);
         desk.from(mallory, FileChunk{5, 0, ByteView(chunk).first(10)});
         desk.from(mallory, FileEnd{5});
-        desk.from(mallory, FileEnd{5});
-        desk.require_ended(5, reason, "ended it twice");
-    }
-    SUBCASE("it sends on behind the end") {
-        desk.accept(mallory, 5, 10);
-        desk.from(mallory, FileChunk{5, 0, ByteView(chunk).first(10)});
-        desk.from(mallory, FileEnd{5});
-        desk.from(mallory, FileChunk{5, 0, ByteView(chunk).first(10)});
-        desk.require_ended(5, reason, "sent a part of it twice");
+        std::string more;
+        SUBCASE("another end") { desk.from(mallory, FileEnd{5}); }
+        SUBCASE("a chunk") { desk.from(mallory, FileChunk{5, 0, ByteView(chunk).first(10)}); }
+        SUBCASE("a withdrawal") { desk.from(mallory, FileWithdraw{5, FileReason::cancelled}); }
+        bool stopped = !desk.host.stopped.empty();
+        if (!stopped)
+            desk.host.tend_until(desk.files, [&] { return desk.host.finished.size() == 1; });
+        CHECK(std::filesystem::exists(desk.downloads / "file") == !stopped);
     }
     SUBCASE("it uses a number twice, or one that was never offered: that is told once") {
         desk.from(mallory, FileOffer{5, "x", 10, 0});
@@ -6121,6 +6130,51 @@ TEST_CASE(
     });
     CHECK(std::filesystem::file_size(desk.downloads / "under way") == size);
     desk.honest_transfer(2);
+}
+
+TEST_CASE(
+    "P9: a part that was removed is forgotten: what has its name later is nobody's to ask about") {
+    Desk desk;
+    desk.accept(mallory, 1, 1000, "report.pdf");
+    desk.from(mallory, FileWithdraw{1, FileReason::cancelled});  // nothing had come
+    desk.host.tend_until(
+        desk.files, [&] { return !std::filesystem::exists(desk.downloads / "report.pdf.part"); });
+    desk.honest_transfer(1);  // the thread is gone, too
+    write_text(desk.downloads / "report.pdf.part", "a browser's, and none of mallory's business");
+    FileAccept accepted = desk.accept(mallory, 2, 1000, "report.pdf");
+    CHECK(accepted.offset == 0);
+    CHECK(accepted.held == sha256());
+    CHECK(read_text(desk.downloads / "report.pdf.part").starts_with("a browser's"));
+}
+
+TEST_CASE("P9: what nobody sends or takes for a long time is given up, whatever state it is in") {
+    Desk desk{Milliseconds(0)};
+    desk.from(mallory, FileOffer{1, "x", 1000, 0});
+    desk.files.accept(1, "");
+    CHECK(desk.files.next_deadline() <= Clock::now());
+    desk.host.tend_until(desk.files, [&] { return !desk.host.stopped.empty(); });
+    CHECK(contains(desk.host.stopped[0].sentence, "nothing has moved for a long time"));
+    write_text(desk.dir.path / "mine", "content");
+    desk.files.offer("mallory", mallory, desk.dir.path / "mine");
+    desk.files.tend();
+    CHECK(contains(desk.host.stopped.at(1).sentence, "mallory did not answer"));
+    CHECK(desk.files.list().files.empty());
+    CHECK(desk.files.next_deadline() == Clock::time_point::max());
+}
+
+TEST_CASE(
+    "P9: a file that was accepted is offered again, however often its recipient comes and goes") {
+    OfferingDesk desk;
+    desk.from(mallory, FileAccept{desk.id, 0, sha256(), 100'000});
+    for (std::uint32_t login = 20; login < 23; ++login) {
+        desk.files.person_left(login == 20 ? mallory : LoginId{login - 1}, "mallory");
+        CHECK(desk.host.stopped.back().interrupted);
+        desk.host.reachable = LoginId{login};
+        desk.files.tend();
+        CHECK(desk.host.sent.back().to == LoginId{login});
+        CHECK(desk.host.sent.back().kind == Kind::file_offer);
+        desk.host.reachable.reset();
+    }
 }
 
 TEST_CASE(
