@@ -107,6 +107,41 @@ void draw_text(std::string_view text, int x, int y, int width) {
     fl_draw(part.data(), static_cast<int>(part.size()), x, y);
 }
 
+// FLTK 1.3 draws Hebrew and Arabic letters from left to right. This turns each run of them (with
+// the spaces between two such words) around, which is right for words and phrases; FLTK 1.4 with
+// Pango does the whole of Unicode's bidirectional algorithm itself.
+std::string in_drawing_order(std::string_view text) {
+#if FL_MAJOR_VERSION > 1 || FL_MINOR_VERSION >= 4
+    return std::string(text);
+#else
+    std::string out, run, spaces;  // `run` is turned around already
+    auto flush = [&] {
+        out += run + spaces;
+        run.clear();
+        spaces.clear();
+    };
+    while (!text.empty()) {
+        std::string_view before = text;
+        char32_t point = chatsecure::take_code_point(text);
+        std::string letter(before.substr(0, before.size() - text.size()));
+        bool leftward = (point >= 0x590 && point <= 0x8ff) ||
+                        (point >= 0xfb1d && point <= 0xfdff) ||
+                        (point >= 0xfe70 && point <= 0xfeff);
+        if (leftward) {
+            run = letter + spaces + run;
+            spaces.clear();
+        } else if (point == U' ' && !run.empty()) {
+            spaces += letter;
+        } else {
+            flush();
+            out += letter;
+        }
+    }
+    flush();
+    return out;
+#endif
+}
+
 // Where lines of `text` begin and end, if they are at most `width` wide in the current font. Lines
 // break at spaces; a word that is too long, anywhere.
 struct Span {
@@ -520,7 +555,9 @@ class ConversationView : public Fl_Group {
             std::string_view text = part(entry, line);
             draw_selection(number, line, text, left, at, step);
             fl_color(colour.color());
-            fl_draw(text.data(), static_cast<int>(text.size()), left, at + step - fl_descent() - 2);
+            std::string drawn = in_drawing_order(text);
+            fl_draw(drawn.data(), static_cast<int>(drawn.size()), left,
+                    at + step - fl_descent() - 2);
             rows_.push_back({number, line.begin, line.end, left, at, step});
             at += step;
         }
@@ -1140,7 +1177,7 @@ class SignIn : public Fl_Double_Window {
     };
 
     explicit SignIn(Owner owner)
-        : Fl_Double_Window(420, 560, "ChatSecure"), owner_(std::move(owner)) {
+        : Fl_Double_Window(420, base_height, "ChatSecure"), owner_(std::move(owner)) {
         title_.set("ChatSecure");
         for (Text* error : {&server_error_, &name_error_, &password_error_}) error->set("");
         password_.when(FL_WHEN_ENTER_KEY_ALWAYS);
@@ -1199,7 +1236,6 @@ class SignIn : public Fl_Double_Window {
                                 : password_error_)
             .set(sentence);
         if (field == Field::password) password_.take_focus();
-        chosen_error_ = sentence;
     }
     // First contact: shows the fingerprint, and asks.
     void show_key(const std::optional<chatsecure::Fingerprint>& key) {
@@ -1216,6 +1252,9 @@ class SignIn : public Fl_Double_Window {
     void show_warning(const std::string& text) {
         warning_.set(text);
         if (!text.empty()) show_key(std::nullopt);
+        use_font(small_size, true);
+        int lines = text.empty() ? 0 : static_cast<int>(::wrap(text, w() - 48).size());
+        size(w(), std::max(base_height, 400 + lines * (small_size + 4)));  // all of it is seen
         redraw();
     }
 
@@ -1248,6 +1287,7 @@ class SignIn : public Fl_Double_Window {
     }
 
   private:
+    static constexpr int base_height = 560;
     void submit() {
         if (enter_.active() == 0) return;
         clear_errors();
@@ -1270,7 +1310,6 @@ class SignIn : public Fl_Double_Window {
 
     Owner owner_;
     unsigned dots_ = 0;
-    std::string chosen_error_;
     Text title_{30, 22, 360, 30, 24, &Look::text, true};
     Text label_server_{30, 66, 360, 18, small_size, &Look::quiet};
     Fl_Input server_{30, 84, 360, 32};
@@ -1333,6 +1372,13 @@ class MainWindow : public Fl_Double_Window {
                  this);
         details_.hide();
         redress();
+        compared_.callback(
+            [](Fl_Widget* check, void* button) {
+                bool yes = static_cast<Fl_Check_Button*>(check)->value() != 0;
+                auto* trust = static_cast<Button*>(button);
+                yes ? trust->activate() : trust->deactivate();
+            },
+            &trust_);
         side_.box(FL_FLAT_BOX);
         details_.box(FL_FLAT_BOX);
         layout();
@@ -1516,7 +1562,7 @@ class MainWindow : public Fl_Double_Window {
     Text details_title_{0, 0, 10, 10, text_size, &Look::text, true};
     Text details_text_{0, 0, 10, 10, small_size + 1, &Look::text};
     Button verify_{0, 0, 10, 10, "Mark as verified", [this] { owner_.verify(); }, true};
-    Fl_Check_Button compared_{0, 0, 10, 10, "I have compared the number"};
+    Fl_Check_Button compared_{0, 0, 10, 10, "I compared the number"};
     Button trust_{0, 0, 10, 10, "Trust the new identity", [this] { owner_.trust(); }};
 };
 
