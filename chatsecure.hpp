@@ -7275,7 +7275,7 @@ class Client final : private FileHost {
     }
 
     void read_records() noexcept {
-        std::string reason = "the server closed it";
+        std::string reason = "The server closed it.";
         try {
             for (bool asked = false;;) {
                 try {
