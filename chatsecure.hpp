@@ -3992,6 +3992,17 @@ inline std::string readable_size(std::uint64_t bytes) {
     return out.str();
 }
 
+// How long `bytes` still take, as people read it: "6 s left", "12 min left", "2 h left". Empty if
+// nothing moves.
+inline std::string time_left(std::uint64_t bytes, double bytes_per_second) {
+    if (bytes_per_second < 1) return "";
+    double left = static_cast<double>(bytes) / bytes_per_second;
+    auto seconds = static_cast<std::uint64_t>(std::min(left, 1e9)) + 1;
+    if (seconds < 100) return concat(seconds, " s left");
+    if (seconds < 6000) return concat(seconds / 60, " min left");
+    return concat(seconds / 3600, " h left");
+}
+
 // The number of bytes that a text means: "4096", "500k", "2M", "1.5G" (powers of 1000, too; a B may
 // follow). Throws Error.
 inline std::uint64_t parse_size(std::string_view text) {

@@ -223,12 +223,8 @@ struct Describe {
         std::string text =
             concat(percent(e.file, e.done), " of ", chatsecure::readable_size(e.file.size), ", ",
                    chatsecure::readable_size(static_cast<std::uint64_t>(e.bytes_per_second)), "/s");
-        if (e.bytes_per_second < 1) return text;
-        double left = static_cast<double>(e.file.size - e.done) / e.bytes_per_second;
-        auto seconds = static_cast<std::uint64_t>(std::min(left, 1e9)) + 1;
-        if (seconds < 100) return concat(text, ", ", seconds, " s left");
-        if (seconds < 6000) return concat(text, ", ", seconds / 60, " min left");
-        return concat(text, ", ", seconds / 3600, " h left");
+        std::string left = chatsecure::time_left(e.file.size - e.done, e.bytes_per_second);
+        return left.empty() ? text : concat(text, ", ", left);
     }
     static std::string listed(const std::vector<std::string>& names) {
         std::string text;

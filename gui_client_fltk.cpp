@@ -359,7 +359,7 @@ class ConversationView : public Fl_Group {
         conversation_ = conversation;
         at_end_ = true;
         selection_.reset();
-        focused_action_ = 0;
+        focused_.reset();
         redraw();
     }
     // Something was added, or a card has changed.
@@ -396,12 +396,14 @@ class ConversationView : public Fl_Group {
         update_bar();
         bar_.color(l.window.color(), l.line.color());
         if (shown_ < count()) draw_child(bar_);
-        if (places_.empty()) focused_action_ = 0;
     }
 
     int handle(int event) override {
         switch (event) {
             case FL_FOCUS:
+                if (focused_place() == places_.size()) move_focus(1);
+                redraw();
+                return 1;
             case FL_UNFOCUS:
                 redraw();
                 return 1;
@@ -416,7 +418,7 @@ class ConversationView : public Fl_Group {
             case FL_RELEASE:
                 if (!selecting_) break;
                 selecting_ = false;
-                if (selection_) Fl::copy(selected().data(), static_cast<int>(selected().size()), 0);
+                copy_selection(0);
                 return 1;
             case FL_MOUSEWHEEL:
                 scroll_by(Fl::event_dy() * 3 * line_height());
@@ -439,14 +441,14 @@ class ConversationView : public Fl_Group {
         return Fl_Group::handle(event);
     }
 
-    void copy_selection() {
+    void copy_selection(int where) {  // 0: what the middle button pastes; 1: what Ctrl-V does
         std::string text = selected();
-        if (!text.empty()) Fl::copy(text.data(), static_cast<int>(text.size()), 1);
+        if (!text.empty()) Fl::copy(text.data(), static_cast<int>(text.size()), where);
     }
     void scroll_pages(int pages) { scroll_by(pages * (h() - 2 * line_height())); }
 
   private:
-    static constexpr int bar_width = 10, card_height = 96, padding = 10;
+    static constexpr int bar_width = 10, padding = 10;
 
     // A line of text as it was drawn: what a mouse can point at.
     struct Row {
@@ -469,7 +471,7 @@ class ConversationView : public Fl_Group {
     // ---- Layout ---------------------------------------------------------------------------------
 
     int height_of(Entry& entry) {
-        if (entry.kind == Entry::Kind::file) return card_height + gap;
+        if (entry.kind == Entry::Kind::file) return card_height(owner_.card(entry.file)) + gap;
         bool message = entry.kind == Entry::Kind::message;
         int width = message ? bubble_width() : inner() - 2 * padding;
         if (entry.laid_out_for != width) {
@@ -577,14 +579,18 @@ class ConversationView : public Fl_Group {
         draw_round(left + offset, at, wide, step, 3, dark ? Rgb{70, 96, 140} : Rgb{168, 199, 250});
     }
 
+    static int card_height(const FileCard* card) {
+        return card == nullptr || actions_of(*card).empty() ? 52 : 96;
+    }
     void draw_file(const Entry& entry, int at) {
         const FileCard* card = owner_.card(entry.file);
         if (card == nullptr) return;
         const Look& l = look();
         int wide = std::min(inner(), 440);
         int left = card->file.sending ? x() + gap + inner() - wide : x() + gap;
-        draw_round(left, at, wide, card_height, 9, l.line);
-        draw_round(left + 1, at + 1, wide - 2, card_height - 2, 8, l.panel);
+        int high = card_height(card);
+        draw_round(left, at, wide, high, 9, l.line);
+        draw_round(left + 1, at + 1, wide - 2, high - 2, 8, l.panel);
         int text_width = wide - 2 * padding;
         fl_color(l.text.color());
         use_font(text_size, true);
@@ -630,11 +636,10 @@ class ConversationView : public Fl_Group {
             case FileCard::State::moving: {
                 if (card.bytes_per_second < 1) return size;
                 auto rate = static_cast<std::uint64_t>(card.bytes_per_second);
-                double left =
-                    static_cast<double>(card.file.size - card.done) / card.bytes_per_second;
-                return concat(readable_size(card.done), " of ", size, " \u00b7 ",
-                              readable_size(rate), "/s \u00b7 ",
-                              static_cast<std::uint64_t>(std::min(left, 1e9)) + 1, " s left");
+                return concat(
+                    readable_size(card.done), " of ", size, " \u00b7 ", readable_size(rate),
+                    "/s \u00b7 ",
+                    chatsecure::time_left(card.file.size - card.done, card.bytes_per_second));
             }
             case FileCard::State::interrupted:
             case FileCard::State::stopped:
@@ -651,7 +656,7 @@ class ConversationView : public Fl_Group {
         const Look& l = look();
         use_font(small_size, true);
         int wide = width_of(label_of(action)) + 24, high = 26;
-        bool focus = Fl::focus() == this && places_.size() == focused_action_;
+        bool focus = Fl::focus() == this && focused_ == std::pair(action, file);
         bool strong = action == Action::accept;
         draw_round(button_x, at, wide, high, 6, focus ? l.text : strong ? l.accent : l.line);
         draw_round(button_x + 1, at + 1, wide - 2, high - 2, 5, strong ? l.accent : l.field);
@@ -790,26 +795,42 @@ class ConversationView : public Fl_Group {
                 jump_to_end();
                 return true;
             case FL_Left:
-            case FL_Right: {
-                std::size_t n = std::max<std::size_t>(places_.size(), 1);
-                std::size_t step = Fl::event_key() == FL_Right ? 1 : n - 1;
-                focused_action_ = (focused_action_ + step) % n;
-                redraw();
+                move_focus(-1);
                 return true;
-            }
+            case FL_Right:
+                move_focus(1);
+                return true;
             case FL_Enter:
             case FL_KP_Enter:
             case ' ':
-                if (focused_action_ >= places_.size()) return false;
-                owner_.act(places_[focused_action_].action, places_[focused_action_].file);
+                if (focused_place() < places_.size()) owner_.act(focused_->first, focused_->second);
                 return true;
             case 'c':
                 if (!Fl::event_command()) return false;
-                copy_selection();
+                copy_selection(1);
                 return true;
             default:
                 return false;
         }
+    }
+
+    // The button that Enter presses: it is known by its card, not by its place, because cards come
+    // and go, and nobody shall accept a file by pressing Enter for another one.
+    std::size_t focused_place() const {  // places_.size(): none that can be seen
+        auto found = std::find_if(places_.begin(), places_.end(), [&](const Place& place) {
+            return focused_ == std::pair(place.action, place.file);
+        });
+        return static_cast<std::size_t>(found - places_.begin());
+    }
+    void move_focus(int by) {
+        std::size_t n = places_.size(), at = focused_place();
+        if (n == 0) return;
+        if (at == n)
+            at = by > 0 ? 0 : n - 1;
+        else
+            at = (at + (by > 0 ? 1 : n - 1)) % n;
+        focused_ = {places_[at].action, places_[at].file};
+        redraw();
     }
 
     Fl_Slider bar_;
@@ -826,7 +847,7 @@ class ConversationView : public Fl_Group {
     } jump_;
     std::vector<Row> rows_;
     std::vector<Place> places_;
-    std::size_t focused_action_ = 0;
+    std::optional<std::pair<Action, unsigned>> focused_;
     std::optional<std::pair<Point, Point>> selection_;
     bool selecting_ = false;
 };
@@ -973,6 +994,8 @@ class MessageInput : public Fl_Multiline_Input {
     }
 
     int handle(int event) override {
+        bool page = Fl::event_key() == FL_Page_Up || Fl::event_key() == FL_Page_Down;
+        if (event == FL_KEYBOARD && page && Fl::event_command() != 0) return 0;  // the window's
         if (event == FL_KEYBOARD && key()) return 1;
         if (event == FL_PASTE && Fl::event_text() != nullptr) {
             std::string text(Fl::event_text(), static_cast<std::size_t>(Fl::event_length()));
@@ -1164,7 +1187,8 @@ std::string grouped(const chatsecure::Fingerprint& fingerprint) {
 // ---- Signing in ---------------------------------------------------------------------------------
 
 struct SignInForm {
-    std::string server, user, password;
+    std::string server, user;
+    chatsecure::SecretBytes password;
     bool register_account = false;
 };
 
@@ -1179,10 +1203,24 @@ class SignIn : public Fl_Double_Window {
     explicit SignIn(Owner owner)
         : Fl_Double_Window(420, base_height, "ChatSecure"), owner_(std::move(owner)) {
         title_.set("ChatSecure");
-        for (Text* error : {&server_error_, &name_error_, &password_error_}) error->set("");
+        label_server_.set("Server");
+        label_name_.set("Name");
+        label_password_.set("Password");
+        key_title_.set(
+            "This server is not known yet. Compare its fingerprint with the one that its operator "
+            "gave you:");
         password_.when(FL_WHEN_ENTER_KEY_ALWAYS);
         password_.callback([](Fl_Widget*, void* self) { static_cast<SignIn*>(self)->submit(); },
                            this);
+        show_password_.labelsize(small_size);
+        show_password_.callback(
+            [](Fl_Widget* check, void* field) {
+                bool show = static_cast<Fl_Check_Button*>(check)->value() != 0;
+                auto* password = static_cast<Fl_Secret_Input*>(field);
+                password->input_type(show ? FL_NORMAL_INPUT : FL_SECRET_INPUT);
+                password->redraw();
+            },
+            &password_);
         end();
         callback([](Fl_Widget*, void* self) { static_cast<SignIn*>(self)->owner_.close(); }, this);
         show_key(std::nullopt);
@@ -1193,18 +1231,22 @@ class SignIn : public Fl_Double_Window {
     void fill(const SignInForm& form) {
         server_.value(form.server.c_str());
         name_.value(form.user.c_str());
-        password_.value(form.password.c_str());
+        password_.value(reinterpret_cast<const char*>(form.password.data()),
+                        static_cast<int>(form.password.size()));
         register_.value(form.register_account ? 1 : 0);
         if (form.user.empty())
             name_.take_focus();
         else
             password_.take_focus();
     }
+    void forget_password() {  // value() is the field's own buffer
+        OPENSSL_cleanse(const_cast<char*>(password_.value()),
+                        static_cast<std::size_t>(password_.size()));
+        password_.value("");
+    }
     void redress() {
         color(look().window.color());
         dress(*this);
-        for (Fl_Widget* box : std::initializer_list<Fl_Widget*>{&register_})
-            box->selection_color(look().accent.color());
         redraw();
     }
 
@@ -1212,8 +1254,8 @@ class SignIn : public Fl_Double_Window {
     void set_busy(const std::string& what) {
         status_.set(what);
         bool busy = !what.empty();
-        for (Fl_Widget* field :
-             std::initializer_list<Fl_Widget*>{&server_, &name_, &password_, &register_, &enter_})
+        for (Fl_Widget* field : std::initializer_list<Fl_Widget*>{
+                 &server_, &name_, &password_, &show_password_, &register_, &enter_})
             busy ? field->deactivate() : field->activate();
         if (busy) {
             clear_errors();
@@ -1291,12 +1333,12 @@ class SignIn : public Fl_Double_Window {
     void submit() {
         if (enter_.active() == 0) return;
         clear_errors();
-        SignInForm form{server_.value(), name_.value(), password_.value(), register_.value() != 0};
+        SignInForm form{server_.value(), name_.value(), chatsecure::to_secret(password_.value()),
+                        register_.value() != 0};
         if (form.server.empty()) return show_error(Field::server, "Where is the server?");
         if (form.user.empty()) return show_error(Field::name, "Who are you?");
         if (form.password.empty()) return show_error(Field::password, "The password is missing.");
         owner_.submit(form);
-        OPENSSL_cleanse(form.password.data(), form.password.size());
     }
     // The busy indication.
     static void tick(void* data) {
@@ -1317,29 +1359,18 @@ class SignIn : public Fl_Double_Window {
     Text label_name_{30, 152, 360, 18, small_size, &Look::quiet};
     Fl_Input name_{30, 170, 360, 32};
     Text name_error_{30, 204, 360, 34, small_size, &Look::warning};
-    Text label_password_{30, 238, 360, 18, small_size, &Look::quiet};
+    Text label_password_{30, 238, 200, 18, small_size, &Look::quiet};
     Fl_Secret_Input password_{30, 256, 360, 32};
+    Fl_Check_Button show_password_{332, 236, 60, 18, "Show"};
     Text password_error_{30, 290, 360, 34, small_size, &Look::warning};
     Fl_Check_Button register_{28, 326, 220, 30, "This is a new account"};
     Button enter_{280, 324, 110, 34, "Enter", [this] { submit(); }, true};
     Text status_{30, 366, 360, 20, small_size, &Look::quiet};
     Text warning_{0, 0, 0, 0, small_size, &Look::warning};  // drawn by draw()
-    Text key_title_{30, 386, 360, 54, small_size + 1, &Look::text};
-    Text key_{30, 442, 360, 64, small_size + 1, &Look::text, true};
+    Text key_title_{30, 376, 360, 40, small_size + 1, &Look::text};
+    Text key_{30, 420, 360, 84, small_size + 1, &Look::text, true};
     Button accept_{30, 512, 170, 34, "It is the same", [this] { owner_.answer_key(true); }};
     Button refuse_{220, 512, 170, 34, "Do not connect", [this] { owner_.answer_key(false); }, true};
-
-    friend class App;
-    struct Labels {
-        explicit Labels(SignIn& s) {
-            s.label_server_.set("Server");
-            s.label_name_.set("Name");
-            s.label_password_.set("Password");
-            s.key_title_.set(
-                "This server is not known yet. Compare its fingerprint with the one that its "
-                "operator gave you:");
-        }
-    } labels_{*this};
 };
 
 // ---- The main window ----------------------------------------------------------------------------
@@ -1679,7 +1710,7 @@ class App {
         } catch (const chatsecure::Error& e) {
             return sign_in_.show_error(SignIn::Field::name, e.what());
         }
-        options.password = chatsecure::to_secret(form.password);
+        options.password = form.password;
         options.register_account = registering_ = form.register_account;
         options.home = flags_.home;
         options.files = flags_.files;
@@ -1749,7 +1780,8 @@ class App {
         set_state(concat("online as ", e.user), &Look::online);
         client_->post(chatsecure::ListPeople{});
         if (e.again) return note("Connected again.", Entry::Kind::system);
-        flags_.form.password.clear();
+        flags_.form.password = {};  // wiped, as the field's
+        sign_in_.forget_password();
         save_settings();
         sign_in_.hide();
         sign_in_.set_busy("");
@@ -2281,7 +2313,7 @@ int main(int argc, char** argv) {
             flags.server_key = chatsecure::fingerprint_from(given["server-key"].as<std::string>());
         if (std::optional<chatsecure::SecretBytes> password =
                 chatsecure::find_password(given["password-file"].as<std::string>()))
-            flags.form.password = chatsecure::to_string(*password);
+            flags.form.password = *password;
         flags.ready = !flags.form.user.empty() && !flags.form.password.empty();
     } catch (const std::exception& e) {
         std::cerr << "gui_client_fltk: " << e.what()
@@ -2292,7 +2324,8 @@ int main(int argc, char** argv) {
     std::signal(SIGPIPE, SIG_IGN);
 #endif
     Fl::lock();  // several threads: Fl::awake works
-    Fl::set_boxtype(field_box, draw_field_box, 6, 4, 12, 8);
+    Fl::set_boxtype(field_box, draw_field_box, 6, 7, 12, 13);
     Fl::visible_focus(1);
+    Fl::option(Fl::OPTION_FNFC_USES_GTK, false);  // GTK's chooser stops our events while it is open
     return App(std::move(flags)).run();
 }
