@@ -16,7 +16,7 @@ PACMAN := gcc make pkgconf openssl cxxopts doctest libedit fltk
 APK    := g++ make pkgconf openssl-dev openssl cxxopts-dev doctest-dev libedit-dev fltk-dev
 BREW   := pkg-config openssl@3 cxxopts doctest fltk
 # And for checks of the window: a display that nobody sees, a mouse that nobody holds, a font.
-ifneq ($(filter check-gui,$(MAKECMDGOALS)),)
+ifneq ($(filter %-gui,$(filter-out run-gui,$(MAKECMDGOALS))),)
 APT    += xvfb xdotool fonts-dejavu-core
 DNF    += xorg-x11-server-Xvfb xdotool dejavu-sans-fonts
 PACMAN += xorg-server-xvfb xdotool ttf-dejavu
@@ -71,7 +71,7 @@ else
 
 # ---- Everything else ----------------------------------------------------------------------------
 
-.PHONY: all test demo bench check-gui run-gui clean install help no-window
+.PHONY: all test demo bench bench-gui check-gui run-gui clean install help no-window
 all: $(O)/server $(O)/client
 
 # The window client, where FLTK is.
@@ -134,13 +134,16 @@ bench: $(O)/tests $(O)/server $(O)/client
 	@$(O)/tests --bench
 
 # Drives the real window in a display of its own, with mouse and keys.
+bench-gui: $(O)/tests $(O)/server $(O)/client $(O)/gui_client_fltk
+	@$(O)/tests --bench-gui
+
 check-gui: $(O)/tests $(O)/server $(O)/client $(O)/gui_client_fltk
 	$(O)/tests --check-gui
 
 # A window on the server of this machine; if none runs, on one that lives as long as the window.
 run-gui: $(O)/server $(O)/gui_client_fltk
-	@$(O)/server --data run-gui-data 2>run-gui.log & server=$$!; \
-	until grep -qE 'server key|Cannot|Another' run-gui.log; do sleep 0.1; done; \
+	@: >run-gui.log; $(O)/server --data run-gui-data 2>>run-gui.log & server=$$!; \
+	while kill -0 $$server 2>/dev/null && ! grep -q 'server key' run-gui.log; do sleep 0.1; done; \
 	$(O)/gui_client_fltk localhost:5000; kill $$server 2>/dev/null || true
 
 install: $(O)/server $(O)/client
@@ -165,6 +168,7 @@ help:
 	@echo "make bench     measures logins, relaying, round trips and files"
 	@echo "make run-gui   starts a server, if none runs, and opens a window"
 	@echo "make check-gui drives that window, in a display that nobody sees"
+	@echo "make bench-gui measures it under a flood of messages"
 	@echo "make install   into PREFIX ($(PREFIX)), below DESTDIR; the header too"
 	@echo "make clean     removes what was built"
 	@echo "Variables: CXX, CXXFLAGS, O (where to build):"

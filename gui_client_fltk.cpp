@@ -261,6 +261,35 @@ class Button : public Fl_Button {
     bool important_;
 };
 
+// The keys that mean the same wherever the focus stands.
+bool is_window_key() {
+    int key = Fl::event_key();
+    return (Fl::event_state() & (FL_CTRL | FL_COMMAND)) != 0 &&
+           (key == FL_Page_Up || key == FL_Page_Down || key == 'o' || key == 'd');
+}
+
+// The one menu. It has a box, although none is drawn: FLTK opens a menu without a box with the
+// right mouse button only.
+class MenuButton : public Fl_Menu_Button {
+  public:
+    MenuButton(int x, int y, int w, int h) : Fl_Menu_Button(x, y, w, h) { box(FL_FLAT_BOX); }
+    void draw() override {
+        const Look& l = look();
+        bool focus = Fl::focus() == this;
+        draw_round(x(), y(), w(), h(), 6, focus ? l.text : l.panel);
+        if (focus) draw_round(x() + 1, y() + 1, w() - 2, h() - 2, 5, l.field);
+        fl_color(l.quiet.color());
+        use_font(title_size);
+        fl_draw("\u2261", x(), y(), w(), h(), FL_ALIGN_CENTER, nullptr, 0);
+    }
+    int handle(int event) override {
+        Fl_Widget* focus = Fl::focus();
+        int handled = Fl_Menu_Button::handle(event);
+        if (event == FL_PUSH && focus != nullptr) focus->take_focus();  // whoever types goes on
+        return handled;
+    }
+};
+
 // ---- The model ----------------------------------------------------------------------------------
 
 struct FileCard {
@@ -424,7 +453,7 @@ class ConversationView : public Fl_Group {
                 scroll_by(Fl::event_dy() * 3 * line_height());
                 return 1;
             case FL_KEYBOARD:
-                if (key()) return 1;
+                if (!is_window_key() && key()) return 1;
                 break;
             case FL_DND_ENTER:
             case FL_DND_DRAG:
@@ -994,8 +1023,7 @@ class MessageInput : public Fl_Multiline_Input {
     }
 
     int handle(int event) override {
-        bool page = Fl::event_key() == FL_Page_Up || Fl::event_key() == FL_Page_Down;
-        if (event == FL_KEYBOARD && page && Fl::event_command() != 0) return 0;  // the window's
+        if (event == FL_KEYBOARD && is_window_key()) return 0;
         if (event == FL_KEYBOARD && key()) return 1;
         if (event == FL_PASTE && Fl::event_text() != nullptr) {
             std::string text(Fl::event_text(), static_cast<std::size_t>(Fl::event_length()));
@@ -1139,8 +1167,10 @@ constexpr Fl_Boxtype field_box = FL_FREE_BOXTYPE;
 void draw_field_box(int x, int y, int w, int h, Fl_Color colour) {
     unsigned char r = 0, g = 0, b = 0;
     Fl::get_color(colour, r, g, b);
-    draw_round(x, y, w, h, 6, look().line);
-    draw_round(x + 1, y + 1, w - 2, h - 2, 5, {r, g, b});
+    bool check = h < 20;  // the box of a check mark
+    int radius = check ? 3 : 6;
+    draw_round(x, y, w, h, radius, check ? look().quiet : look().line);
+    draw_round(x + 1, y + 1, w - 2, h - 2, radius - 1, {r, g, b});
 }
 
 // Gives the widgets of FLTK itself the colours of the Look.
@@ -1162,6 +1192,42 @@ void dress(Fl_Widget& widget) {
             dress(child);
         }
     }
+}
+
+// And those that FLTK draws by itself: menus, check marks, the file chooser.
+void dress_toolkit() {
+    const Look& l = look();
+    auto [r, g, b] = l.panel;
+    Fl::background(r, g, b);
+    auto [r2, g2, b2] = l.field;
+    Fl::background2(r2, g2, b2);
+    auto [r3, g3, b3] = l.text;
+    Fl::foreground(r3, g3, b3);
+    auto [r4, g4, b4] = l.accent;
+    Fl::set_color(FL_SELECTION_COLOR, r4, g4, b4);
+}
+
+// Asks in a window before `parent`; what goes on behind it goes on. Enter and Escape mean `no`.
+bool ask(const Fl_Window& parent, const std::string& question, const char* yes, const char* no) {
+    const int width = 400, height = 130;
+    bool answer = false;
+    Fl_Double_Window window(parent.x() + (parent.w() - width) / 2,
+                            parent.y() + (parent.h() - height) / 2, width, height, "ChatSecure");
+    Text text(20, 20, width - 40, 50, text_size, &Look::text);
+    Button yes_button(width - 240, height - 50, 105, 34, yes, [&] {
+        answer = true;
+        window.hide();
+    });
+    Button no_button(
+        width - 125, height - 50, 105, 34, no, [&] { window.hide(); }, true);
+    window.end();
+    text.set(question);
+    window.color(look().panel.color());
+    window.set_modal();
+    window.show();
+    no_button.take_focus();
+    while (window.shown() != 0) Fl::wait();
+    return answer;
 }
 
 // The 60 digits of a safety number, four groups of five to a line.
@@ -1392,7 +1458,6 @@ class MainWindow : public Fl_Double_Window {
         end();
         resizable(nullptr);
         size_range(560, 400);
-        menu_.box(FL_NO_BOX);
         menu_.add(
             "Dark theme", 0, [](Fl_Widget*, void* f) { call(f); }, &owner_.toggle_theme);
         menu_.add(
@@ -1418,7 +1483,7 @@ class MainWindow : public Fl_Double_Window {
     ConversationView& view() { return view_; }
     MessageInput& input() { return input_; }
     PeopleList& list() { return list_; }
-    Fl_Menu_Button& menu() { return menu_; }
+    MenuButton& menu() { return menu_; }
 
     void redress() {
         color(look().window.color());
@@ -1479,20 +1544,19 @@ class MainWindow : public Fl_Double_Window {
                   right - list_width - 2 * gap);
         fl_color((l.*state_colour_).color());
         fl_pie(12, h() - 30, 9, 9, 0, 360);
-        fl_color(l.quiet.color());
-        use_font(title_size);
-        fl_draw("\u2261", menu_.x(), menu_.y(), menu_.w(), menu_.h(), FL_ALIGN_CENTER, nullptr, 0);
         if (!banner_.get().empty()) draw_banner();
         owner_.drawn();
     }
     int handle(int event) override {
         if (event == FL_SHORTCUT || event == FL_KEYBOARD) {
-            bool command = (Fl::event_state() & (FL_CTRL | FL_COMMAND)) != 0;
             int key = Fl::event_key();
-            if (command && key == FL_Page_Up) return list_.step(-1), 1;
-            if (command && key == FL_Page_Down) return list_.step(1), 1;
-            if (command && key == 'o') return owner_.send_file(), 1;
-            if (command && key == 'd') return owner_.toggle_details(), 1;
+            if (is_window_key()) {
+                if (key == FL_Page_Up) list_.step(-1);
+                if (key == FL_Page_Down) list_.step(1);
+                if (key == 'o') owner_.send_file();
+                if (key == 'd') owner_.toggle_details();
+                return 1;
+            }
             if (key == FL_Escape) return input_.take_focus(), 1;  // and never closes the window
         }
         return Fl_Double_Window::handle(event);
@@ -1524,14 +1588,9 @@ class MainWindow : public Fl_Double_Window {
         const Fl_Widget* widget;
     };
     std::vector<Place> places() const {
-        return {{"input", &input_},
-                {"send-file", &send_file_},
-                {"details", &details_button_},
-                {"verify", &verify_},
-                {"compared", &compared_},
-                {"trust", &trust_},
-                {"people", &list_},
-                {"view", &view_}};
+        return {{"input", &input_},   {"send-file", &send_file_}, {"details", &details_button_},
+                {"verify", &verify_}, {"compared", &compared_},   {"trust", &trust_},
+                {"people", &list_},   {"menu", &menu_},           {"view", &view_}};
     }
 
   private:
@@ -1584,7 +1643,7 @@ class MainWindow : public Fl_Double_Window {
     Fl_Box side_{0, 0, list_width, 100};
     PeopleList list_{0, 0, list_width, 100, owner_.list};
     Text state_{0, 0, 10, 10, small_size, &Look::quiet};
-    Fl_Menu_Button menu_{0, 0, 30, 30};
+    MenuButton menu_{0, 0, 30, 30};
     Button send_file_{0, 0, 66, 30, "File\u2026", [this] { owner_.send_file(); }};
     Button details_button_{0, 0, 76, 30, "Details", [this] { owner_.toggle_details(); }};
     ConversationView view_{0, 0, 100, 100, owner_.view};
@@ -1631,8 +1690,8 @@ class App {
 
     int run() {
         while (!quit_) Fl::wait(1000);
-        if (flags_.report) report(concat("slowest ", slowest_ms_, " ms"));
         client_.reset();
+        end_saving();
         return 0;
     }
 
@@ -1659,19 +1718,34 @@ class App {
             if (key == "sound") settings_.sound = value == "1";
         }
     }
+    // On a thread of its own: a window must not wait for a disk.
     void save_settings() {
         std::string text =
             concat("server=", settings_.server, "\nuser=", settings_.user,
                    "\ndark=", settings_.dark ? 1 : 0, "\nsound=", settings_.sound ? 1 : 0, "\n");
-        try {
-            chatsecure::make_private_directory(flags_.home);
-            chatsecure::write_file(settings_file(), chatsecure::as_bytes(text),
-                                   chatsecure::FileMode::owner_only);
-        } catch (const chatsecure::Error& e) {
-            note(e.what(), Entry::Kind::warning);
-        }
+        end_saving();
+        saver_ = std::thread([this, text] {
+            try {
+                chatsecure::make_private_directory(flags_.home);
+                chatsecure::write_file(settings_file(), chatsecure::as_bytes(text),
+                                       chatsecure::FileMode::owner_only);
+            } catch (const chatsecure::Error& e) {
+                unsaved_ = e.what();
+                Fl::awake(&App::settings_unsaved, this);
+            }
+        });
+    }
+    void end_saving() {
+        if (saver_.joinable()) saver_.join();
+    }
+    static void settings_unsaved(void* data) {
+        auto* self = static_cast<App*>(data);
+        self->end_saving();
+        if (!self->unsaved_.empty())
+            self->note(std::exchange(self->unsaved_, ""), Entry::Kind::warning);
     }
     void redress() {
+        dress_toolkit();
         sign_in_.redress();
         main_.redress();
         main_.menu().mode(0, FL_MENU_TOGGLE | (settings_.dark ? FL_MENU_VALUE : 0));
@@ -1682,14 +1756,18 @@ class App {
     void report(const std::string& line) {
         if (flags_.report) std::cout << line << std::endl;
     }
+    void report_file(const char* what, const chatsecure::FileInfo& file) {
+        report(concat(what, file.sending ? " to " : " from ", file.user, " ", visible(file.name)));
+    }
     // How late the window's own timer is, at worst: how long it ever did not listen.
     static constexpr double tick_seconds = 0.02;
     static void tick(void* data) {
         auto* self = static_cast<App*>(data);
         auto now = chatsecure::Clock::now();
-        auto late = std::chrono::duration_cast<chatsecure::Milliseconds>(now - self->last_tick_);
-        if (self->last_tick_ != chatsecure::Clock::time_point{})
-            self->slowest_ms_ = std::max<std::int64_t>(self->slowest_ms_, late.count() - 20);
+        auto took = std::chrono::duration_cast<chatsecure::Milliseconds>(now - self->last_tick_);
+        std::int64_t late = took.count() - 20;
+        if (self->last_tick_ != chatsecure::Clock::time_point{} && late > self->slowest_ms_)
+            self->report(concat("slowest ", self->slowest_ms_ = late, " ms"));
         self->last_tick_ = now;
         Fl::repeat_timeout(tick_seconds, &App::tick, data);
     }
@@ -1872,6 +1950,7 @@ class App {
     }
     void on(const chatsecure::FileStarted& e) {
         card(e.file, FileCard::State::moving).done = e.offset;
+        report_file("file-moving", e.file);
     }
     void on(const chatsecure::FileProgress& e) {
         FileCard& c = card(e.file, FileCard::State::moving);
@@ -1880,8 +1959,7 @@ class App {
     }
     void on(const chatsecure::FileFinished& e) {
         card(e.file, FileCard::State::done).path = e.path;
-        report(concat("file-done ", e.file.sending ? "to " : "from ", e.file.user, " ",
-                      visible(e.file.name)));
+        report_file("file-done", e.file);
     }
     void on(const chatsecure::FileStopped& e) {
         card(e.file, e.interrupted ? FileCard::State::interrupted : FileCard::State::stopped).note =
@@ -2127,10 +2205,11 @@ class App {
         bool moving = std::any_of(cards_.begin(), cards_.end(), [](const auto& entry) {
             return entry.second.state == FileCard::State::moving;
         });
-        if (moving && !quitting_ &&
-            fl_choice("Files are on their way. They can go on next time.", "Stay", "Leave",
-                      nullptr) == 0)
-            return;
+        if (moving && !quitting_) {
+            report("asks-about-leaving");
+            if (!ask(main_, "Files are on their way. They can go on next time.", "Leave", "Stay"))
+                return report("stays");
+        }
         if (std::exchange(quitting_, true) ||
             main_.input().active() == 0) {  // asked twice, or over
             client_->stop();
@@ -2204,6 +2283,7 @@ class App {
         owner.toggle_theme = [this] {
             settings_.dark = dark = !dark;
             redress();
+            report(concat("dark ", dark ? 1 : 0));
             save_settings();
         };
         owner.toggle_sound = [this] {
@@ -2255,10 +2335,12 @@ class App {
     std::string current_, reply_to_, title_, places_;
     Time time_ = std::chrono::system_clock::now();  // of the event that is being handled
     bool registering_ = false, quitting_ = false, quit_ = false;
-    std::int64_t slowest_ms_ = 0;
+    std::int64_t slowest_ms_ = -1;
     chatsecure::Clock::time_point last_tick_;
     SignIn sign_in_{sign_in_owner()};
     MainWindow main_{main_owner()};
+    std::thread saver_;
+    std::string unsaved_;                         // why; written by saver_ before it ends
     std::atomic<bool> woken_ = false;             // take_events is on its way
     std::unique_ptr<chatsecure::Client> client_;  // last: its thread uses the line above
 };
@@ -2325,6 +2407,8 @@ int main(int argc, char** argv) {
 #endif
     Fl::lock();  // several threads: Fl::awake works
     Fl::set_boxtype(field_box, draw_field_box, 6, 7, 12, 13);
+    Fl::set_boxtype(FL_DOWN_BOX, draw_field_box, 2, 2, 4, 4);  // FLTK's own widgets likewise
+    Fl::set_boxtype(FL_UP_BOX, draw_field_box, 2, 2, 4, 4);
     Fl::visible_focus(1);
     Fl::option(Fl::OPTION_FNFC_USES_GTK, false);  // GTK's chooser stops our events while it is open
     return App(std::move(flags)).run();

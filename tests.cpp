@@ -5,6 +5,7 @@
 //      ./tests                 runs all (./tests --help: doctest's flags, to choose some)
 //      ./tests --demo          shows a conversation, and what a wire tap sees of it
 //      ./tests --bench         measures
+//      ./tests --bench-gui     measures the window client under a flood of messages
 //      ./tests --check-gui     drives the window client in a display of its own
 //
 // Nothing here waits by sleeping, and no port is fixed. Keys are small (2048 bits) and passwords
@@ -6840,7 +6841,9 @@ class Process {
         auto arrived = [&] { return (found = output_.find(text, seen_)) != output_.npos; };
         printed_.wait_for(lock, patience, [&] { return arrived() || closed_; });
         if (!arrived())
-            throw Error(concat("\"", text, "\" was not printed. What was printed:\n", output_));
+            throw Error(concat(
+                "\"", text, "\" was not printed. What was printed last:\n",
+                output_.substr(output_.size() - std::min<std::size_t>(output_.size(), 5000))));
         seen_ = found + text.size();
     }
     // Closes the input, waits for the end, and returns the exit code, or 128 and the signal.
@@ -7325,12 +7328,15 @@ TEST_CASE("programs: on a terminal, Ctrl-C and a closed window leave cleanly") {
 
 namespace {
 
-// The largest resident size that a process ever had, in MiB (Linux; 0 elsewhere).
-double peak_mib(const std::string& pid) {
+// A line of a process' memory, in MiB (Linux; 0 elsewhere).
+double memory_mib(const std::string& pid, const std::string& line) {
     std::string status = read_text("/proc/" + pid + "/status");
-    std::size_t at = status.find("VmHWM:");
-    return at == status.npos ? 0 : std::stod(status.substr(at + 6)) / 1024;
+    std::size_t at = status.find(line);
+    return at == status.npos ? 0 : std::stod(status.substr(at + line.size())) / 1024;
 }
+double resident_mib(const std::string& pid) { return memory_mib(pid, "VmRSS:"); }
+// The largest that it ever was.
+double peak_mib(const std::string& pid) { return memory_mib(pid, "VmHWM:"); }
 
 #if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
 constexpr bool memory_is_ours = false;  // sanitizers need memory of their own
@@ -7740,6 +7746,12 @@ class Window {
     }
     void type(const std::string& text) { xdotool(concat("type --delay 2 -- '", text, "'")); }
     void key(const std::string& name) { xdotool("key " + name); }
+    void resize(int width, int height) {
+        xdotool(concat("windowsize $(xdotool search --onlyvisible --name ChatSecure | tail -1) ",
+                       width, " ", height));
+    }
+    // How late the window's own timer has been, at worst.
+    std::string slowest() { return line_with(gui_->output(), "slowest ").substr(8); }
     // Types into a field, over what is there.
     void fill(const std::string& field, const std::string& text) {
         click(field);
@@ -7880,12 +7892,37 @@ int check_gui() {
     bob->write(burst);
     (*window)->wait_for("shown Everyone | bob: message 4999\n", std::chrono::minutes(1));
 
+    step("the menu: the dark theme is chosen, and remembered");
+    window->click("menu");
+    window->key("Down Return");
+    (*window)->wait_for("dark 1");
+
+    step("leaving while a file is on its way asks first");
+    write_text(here.homes.path / "large.bin", "");
+    std::filesystem::resize_file(here.homes.path / "large.bin", 1 << 30);
+    window->click("input");
+    window->type(concat("/file bob ", (here.homes.path / "large.bin").string()));
+    window->key("Return");
+    bob->wait_for("alice offers file");
+    bob->write("/accept\n");
+    bob->wait_for("begins");
+    bob->signal(SIGSTOP);  // so that it does not end too early
+    (*window)->wait_for("file-moving to bob large.bin");
+    window->key("ctrl+q");
+    (*window)->wait_for("asks-about-leaving");
+    window->key("Return");  // Stay
+    (*window)->wait_for("stays");
+
     step("it leaves cleanly");
     window->key("ctrl+q");
+    (*window)->wait_for("asks-about-leaving");
+    window->key("Tab Return");  // Leave
+    bob->signal(SIGCONT);
     bob->wait_for("alice left");
     if ((*window)->await_end() != 0) throw Error("The window did not end well.");
-    show(concat("     the window's timer was late by at most: ",
-                line_with((*window)->output(), "slowest "), "\n"));
+    if (!contains(read_text(here.homes.path / "window/window"), "dark=1\n"))
+        throw Error("The window does not remember its theme.");
+    show(concat("     the window's timer was late by at most ", window->slowest(), "\n"));
 
     step("a server with another key gets no login, and the window says why");
     here.server->signal(SIGTERM);
@@ -8094,6 +8131,58 @@ int bench() {
     return 0;
 }
 
+// Three people write 50,000 messages into a window, as fast as the server takes them. It stays
+// awake, its memory is bounded, and the last message costs what the first did.
+int bench_gui() {
+    constexpr int rounds = 5, messages = 10'000;
+    const std::vector<std::string> people{"bob", "carol", "dave"};
+    Installation here({"alice", "bob", "carol", "dave"});
+    std::vector<std::string> flags = here.command("alice");
+    flags.erase(flags.begin());  // the program
+    Window window(flags, here.environment());
+    window->wait_for("state online as alice");
+    std::vector<std::unique_ptr<Process>> clients;
+    for (const std::string& user : people) {
+        clients.push_back(here.client(user));
+        clients.back()->wait_for("online: ");
+        clients.back()->write("hello\n");
+        window->wait_for(concat("| ", user, ": hello\n"));
+    }
+    std::string pid = window->pid();
+    auto measure = [&](const std::string& what, double count, const auto& work) {
+        double cpu = cpu_of_process(pid), time = seconds_of(work);
+        cpu = cpu_of_process(pid) - cpu;
+        show(concat(what, ": ", count / time, " /s, CPU ", cpu / count * 1e6, " us each, resident ",
+                    resident_mib(pid), " MiB, timer late by at most ", window.slowest(), "\n"));
+    };
+    for (int round = 0; round < rounds; ++round) {
+        std::string lines;
+        auto each = messages / static_cast<int>(people.size());
+        for (int i = 0; i < each; ++i) lines += concat("round ", round, ", message ", i, "\n");
+        std::string last = concat(": round ", round, ", message ", each - 1, "\n");
+        measure(concat(messages, " messages"), messages, [&] {
+            for (auto& client : clients) client->write(lines);
+            for (std::size_t i = 0; i < clients.size(); ++i)
+                window->wait_for(last, std::chrono::minutes(2));
+        });
+    }
+    window.click("view");
+    measure("200 pages read back", 200, [&] {
+        window.key("--delay 5 --repeat 200 Page_Up");
+        window.key("ctrl+Page_Down");
+        window->wait_for("chosen bob\n");  // keys are handled in their order
+    });
+    window.key("ctrl+Page_Up");
+    window->wait_for("chosen Everyone\n");
+    measure("6 other widths", 6, [&] {
+        for (int width : {700, 1200, 800, 1100, 900, 1000}) {
+            window.resize(width, 600);
+            window->wait_for(concat("place view ", (201 + width) / 2, " "));  // right of the list
+        }
+    });
+    return 0;
+}
+
 }  // namespace
 
 // ---- main ---------------------------------------------------------------------------------------
@@ -8130,6 +8219,7 @@ int main(int argc, char** argv) {
     try {
         if (argc == 2 && std::string_view(argv[1]) == "--demo") return demo();
         if (argc == 2 && std::string_view(argv[1]) == "--bench") return bench();
+        if (argc == 2 && std::string_view(argv[1]) == "--bench-gui") return bench_gui();
         if (argc == 2 && std::string_view(argv[1]) == "--check-gui") return check_gui();
     } catch (const std::exception& e) {
         std::cerr << e.what() << '\n';
