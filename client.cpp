@@ -281,17 +281,22 @@ bool is_command(std::string_view line, std::string_view command) {
 
 // ---- Signals, and what wakes the main thread ----------------------------------------------------
 
-chatsecure::Waker* main_waker = nullptr;  // while run() runs
-volatile std::sig_atomic_t asked_to_leave = 0, asked_to_suspend = 0, window_changed = 0;
+// A signal may be delivered to any thread, so the handler runs beside the main thread: what both
+// touch is atomic (and lock-free, which is what a handler may use). The textbook's
+// volatile sig_atomic_t is enough only where there is a single thread.
+std::atomic<chatsecure::Waker*> main_waker = nullptr;  // while run() runs, longer than any thread
+std::atomic<bool> asked_to_leave = false, asked_to_suspend = false, window_changed = false;
+static_assert(std::atomic<chatsecure::Waker*>::is_always_lock_free);
+static_assert(std::atomic<bool>::is_always_lock_free);
 
 extern "C" void on_signal(int signal) {
     if (signal == SIGTSTP)
-        asked_to_suspend = 1;
+        asked_to_suspend = true;
     else if (signal == SIGWINCH)
-        window_changed = 1;
+        window_changed = true;
     else
-        asked_to_leave = 1;
-    if (main_waker != nullptr) main_waker->wake();
+        asked_to_leave = true;
+    if (chatsecure::Waker* waker = main_waker) waker->wake();
 }
 
 void catch_signal(int signal) {
@@ -304,12 +309,12 @@ void catch_signal(int signal) {
 // Returns whether standard input has something. Nobody reading the output any more is a reason to
 // leave, and is noticed without writing.
 bool wait_for_input(bool want_input, int timeout_ms) {
-    std::array<pollfd, 3> entries{{{main_waker->handle(), POLLIN, 0},
+    std::array<pollfd, 3> entries{{{main_waker.load()->handle(), POLLIN, 0},
                                    {want_input ? STDIN_FILENO : -1, POLLIN, 0},
                                    {STDOUT_FILENO, 0, 0}}};
     if (poll(entries.data(), entries.size(), timeout_ms) <= 0) return false;
-    if (entries[0].revents != 0) main_waker->drain();
-    if ((entries[2].revents & (POLLERR | POLLHUP)) != 0) asked_to_leave = 1;
+    if (entries[0].revents != 0) main_waker.load()->drain();
+    if ((entries[2].revents & (POLLERR | POLLHUP)) != 0) asked_to_leave = true;
     return entries[1].revents != 0;
 }
 
@@ -359,7 +364,7 @@ class Script {
         for (LineReader input;;) {
             while (std::optional<chatsecure::Event> event = client_.poll_event())
                 if (show(*event)) return finish(std::get<chatsecure::Stopped>(event->what));
-            if (!std::cout.flush() || asked_to_leave != 0)
+            if (!std::cout.flush() || asked_to_leave)
                 throw chatsecure::Error("Nobody reads the output any more.");
             if (waiting_for_ && find_waited()) waiting_for_.reset();
             if (waiting_for_ && chatsecure::Clock::now() >= deadline_) return give_up();
@@ -632,9 +637,9 @@ class Terminal {
         chatsecure::detail::AtExit done([&] { self->editing_ = false; });
         std::mbstate_t state{};
         for (;;) {
-            if (asked_to_leave != 0 || !self->user_.show_events()) return 0;
-            if (asked_to_suspend != 0) self->suspend();
-            if (std::exchange(window_changed, 0) != 0) el_resize(editor);
+            if (asked_to_leave || !self->user_.show_events()) return 0;
+            if (asked_to_suspend) self->suspend();
+            if (window_changed.exchange(false)) el_resize(editor);
             if (!wait_for_input(true, -1)) continue;
             char byte = 0;
             ssize_t got = read(STDIN_FILENO, &byte, 1);
@@ -652,7 +657,7 @@ class Terminal {
 
     // Ctrl-Z: hand the terminal back as we found it, stop, and go on where we were.
     void suspend() {
-        asked_to_suspend = 0;
+        asked_to_suspend = false;
         el_set(editor_, EL_PREP_TERM, 0);
         std::signal(SIGTSTP, SIG_DFL);
         std::raise(SIGTSTP);
@@ -709,7 +714,7 @@ class Terminal {
     }
     std::optional<std::string> read_line() {
         for (;;) {
-            if (asked_to_leave != 0 || !user_.show_events()) return std::nullopt;
+            if (asked_to_leave || !user_.show_events()) return std::nullopt;
             if (std::optional<std::string> line = input_.next()) return line;
             if (input_.ended()) return std::nullopt;
             if (wait_for_input(true, -1)) input_.read_more();
@@ -742,7 +747,7 @@ class Conversation {
             std::optional<std::string> line = terminal_.read_line();
             if (line && !is_command(*line, "/quit"))
                 take(*line);
-            else if (stopped_ || asked_to_leave != 0 || may_leave())
+            else if (stopped_ || asked_to_leave || may_leave())
                 return leave();
         }
     }
@@ -881,14 +886,14 @@ class Conversation {
 
     // Says goodbye if there is somebody to say it to. A second Ctrl-C does not wait for the answer.
     int leave() {
-        asked_to_leave = 0;
+        asked_to_leave = false;
         if (online_)
             client_.post(chatsecure::Leave{});
         else
             client_.stop();
         while (!stopped_) {
             if (!show_events()) break;
-            if (asked_to_leave != 0) client_.stop();
+            if (asked_to_leave) client_.stop();
             wait_for_input(false, -1);
         }
         say_why(*stopped_);
@@ -1047,7 +1052,7 @@ std::optional<int> chat(const cxxopts::ParseResult& flags, SignIn& sign_in) {
     options.password = complete_sign_in(sign_in);
     options.user = sign_in.user;
     options.register_account = sign_in.register_account;
-    options.on_event = [] { main_waker->wake(); };
+    options.on_event = [] { main_waker.load()->wake(); };
 
     chatsecure::Client client(std::move(options));
     if (!sign_in.interactive)
