@@ -157,8 +157,11 @@ std::vector<Span> wrap(std::string_view text, int width) {
             bool full = false;
             while (at < end && !full) {
                 std::size_t word_end = std::min(text.find(' ', at), end);
-                double word = fl_width(text.data() + at, static_cast<int>(word_end - at));
-                if (used + word > width) {
+                // Measuring a word of 32 KiB anew for each of its lines would take long.
+                bool endless = word_end - at > 1000;
+                double word =
+                    endless ? 0 : fl_width(text.data() + at, static_cast<int>(word_end - at));
+                if (endless || used + word > width) {
                     full = true;
                 } else {
                     last = word_end;
@@ -1999,6 +2002,13 @@ class App {
         c.verified = verified;
     }
     FileCard& card(const chatsecure::FileInfo& file, FileCard::State state) {
+        if (cards_.size() > Conversation::scrollback) {  // those of long ago go, as messages do
+            using enum FileCard::State;
+            auto over = std::find_if(cards_.begin(), cards_.end(), [](const auto& entry) {
+                return entry.second.state == done || entry.second.state == stopped;
+            });
+            if (over != cards_.end()) cards_.erase(over);
+        }
         FileCard& c = cards_[file.number];
         c.file = file;
         c.state = state;
