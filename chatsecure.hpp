@@ -5671,6 +5671,8 @@ class FileTransfers {
 //     the end. If the same user logs in again meanwhile, the old connection gets a few seconds to
 //     answer a Ping; so a dead connection locks nobody out, and a live one is never pushed out
 //     (P8).
+//   - A member that ends the stream while much waits for it: it is off the list at once, and what
+//     waited is thrown away. Only around a goodbye, of either side, is a queue written to its end.
 //   - No descriptor or thread left: the newcomer is turned away, the others do not notice.
 //
 // Two kinds of locks. `members_mutex_` guards who is here; each outbox has its own. They are
@@ -6286,18 +6288,25 @@ class Server {
                 message = s.incoming->next();
                 asked = false;
             } catch (const TimedOut&) {
-                if (asked) return "it fell silent";
+                if (asked) return hang_up(s, "it fell silent");
                 asked = true;
                 s.outbox.push_control(Ping{});
                 continue;
             }
-            if (!message) return "the connection ended";
+            if (!message) return hang_up(s, "the connection ended");
             if (message->type == MessageType::quit) {
                 s.outbox.push_control(Goodbye{"Goodbye."});
                 return "said goodbye";
             }
             handle(s, *message);
         }
+    }
+
+    // Nobody is there any more. What still waits for them must not keep them in the list: where
+    // nobody takes it, the writer would stand until its timeout.
+    static std::string hang_up(Session& s, const std::string& reason) {
+        s.drop(reason);
+        return reason;
     }
 
     void handle(Session& s, const Message& message) {

@@ -4891,6 +4891,25 @@ TEST_CASE("chapter 10: a silent member is pinged and then dropped") {
     CHECK(alice.next<RoomMessage>().text == "still here");
 }
 
+namespace {
+
+// Alice says large things to the room until one cannot be delivered to `stuck`, who reads nothing.
+// The system's own buffers hold some megabytes: nobody is stuck before they are full.
+bool talk_until_refused(Chatter& alice, Chatter& listener, const std::string& stuck) {
+    std::string large(max_text_bytes, 'x');
+    for (int i = 0; i < 20'000 && alice.online.contains(stuck); ++i) {
+        alice->post(Say{large});
+        if (listener.next_room().text != large) return false;
+        while (std::optional<Event> event = alice.poll()) {
+            const auto* not_delivered = std::get_if<NotDelivered>(&event->what);
+            if (not_delivered != nullptr && not_delivered->to == stuck) return true;
+        }
+    }
+    return false;
+}
+
+}  // namespace
+
 TEST_CASE(
     "chapter 10: a member that takes nothing is refused payloads, then dropped; others chat on") {
     Room room({"alice", "bob", "carol"}, [](ServerOptions& o) {
@@ -4903,19 +4922,27 @@ TEST_CASE(
     HandDriven bob((*room.server)->port(), "bob");
     bob.join();  // and never reads again
     alice.meet("bob");
-    std::string large(max_text_bytes, 'x');
-    // The system's own buffers hold some megabytes: bob is not stuck before they are full.
-    bool refused = false;
-    for (int i = 0; i < 20'000 && alice.online.contains("bob"); ++i) {
-        alice->post(Say{large});
-        REQUIRE(carol.next_room().text.size() == large.size());
-        while (std::optional<Event> event = alice.poll()) {
-            const auto* not_delivered = std::get_if<NotDelivered>(&event->what);
-            refused = refused || (not_delivered != nullptr && not_delivered->to == "bob");
-        }
-    }
-    CHECK(refused);
-    CHECK_FALSE(alice.online.contains("bob"));
+    CHECK(talk_until_refused(alice, carol, "bob"));
+    alice.miss("bob");
+    alice->post(Say{"still here"});
+    CHECK(carol.next_room().text == "still here");
+}
+
+TEST_CASE("chapter 10: who ends the stream is gone at once, even if much waits to be written") {
+    Room room({"alice", "bob", "carol"}, [](ServerOptions& o) {
+        o.queue_bound = 256 * 1024;
+        o.write_timeout = 10 * long_enough;
+        o.message_burst = 1e9;
+    });
+    Chatter alice(room.options("alice")), carol(room.options("carol"));
+    alice.meet("carol");
+    HandDriven bob((*room.server)->port(), "bob");
+    bob.join();  // and never reads again
+    alice.meet("bob");
+    REQUIRE(talk_until_refused(alice, carol, "bob"));  // now the writer for bob stands still
+    bob.socket().finish_writing();
+    alice.miss("bob");
+    CHECK(room.server->logs("\"bob\" left: the connection ended"));
 }
 
 TEST_CASE("chapter 10: who talks too fast is read more slowly, and loses nothing") {
@@ -5203,12 +5230,15 @@ class Proxy {
             if (!accepted) continue;
             auto connection = std::make_unique<Connection>();
             connection->client = std::move(accepted->socket);
+            // A narrow line: what is on its way waits in the server's queue, not in here.
+            detail::set_option(connection->client.handle(), SOL_SOCKET, SO_SNDBUF, narrow);
             try {
                 connection->server =
                     connect_to("127.0.0.1", server_port_, Milliseconds(5000), waker_);
             } catch (const NetworkError&) {
                 continue;  // no server at the moment
             }
+            detail::set_option(connection->server.handle(), SOL_SOCKET, SO_RCVBUF, narrow);
             Connection& c = *connection;
             c.up = std::thread([this, &c] { pump(c.client, c.server, true); });
             c.down = std::thread([this, &c] { pump(c.server, c.client, false); });
@@ -5239,6 +5269,7 @@ class Proxy {
         }
     }
 
+    static constexpr int narrow = 16384;
     std::uint16_t server_port_;
     Change change_;
     Listener listener_{"127.0.0.1", 0};
