@@ -6486,12 +6486,16 @@ struct Tell {  // to one person
     std::string user, text;
 };
 struct ListPeople {};  // answered by People
-struct Verify {        // answered by SafetyNumber
+// Answered by SafetyNumber. A click and a change of identity may cross: `compared` says whose number
+// the user had in view (if it is not given: what was told last), and another one is not confirmed.
+struct Verify {
     std::string user;
     bool confirm = false;  // "the numbers agree": remember it
+    std::optional<Fingerprint> compared{};
 };
-struct Trust {  // accept the identity that `user` has now
+struct Trust {  // accept the identity that `user` has now; if `compared` is given, only that one
     std::string user;
+    std::optional<Fingerprint> compared{};
 };
 struct Ignore {  // hide what `user` writes, or show it again
     std::string user;
@@ -6583,6 +6587,7 @@ struct SafetyNumber {
 struct Person {
     std::string user;
     bool self = false, verified = false, trusted = true, ignored = false;
+    bool met = false;  // this login has shown its key card: before, `trusted` is only a hope
 };
 struct People {
     std::vector<Person> people;
@@ -6648,6 +6653,11 @@ inline std::filesystem::path path_from(std::string_view text) {
     if (text.starts_with("~/") && home != nullptr)
         return std::filesystem::path(home) / text.substr(2);
     return text;
+}
+
+// True for "/help", and for "/help " as completion leaves it.
+inline bool is_command(std::string_view line, std::string_view command) {
+    return line.starts_with(command) && line.find_first_not_of(' ', command.size()) == line.npos;
 }
 
 // What a line means. Nothing for an empty line; throws Error with the sentence to show for a line
@@ -6841,7 +6851,23 @@ class Client final : private FileHost {
         if (ended_) return;
         commands_.push_back(std::move(command));
         lock.unlock();
-        changed_.notify_one();
+        changed_.notify_all();
+    }
+    // For a face that must never wait. False, and nothing is done, where post() would block or the
+    // engine has ended.
+    bool try_post(Command command) {
+        {
+            std::lock_guard lock(mutex_);
+            if (ended_ || commands_.size() >= max_commands) return false;
+            commands_.push_back(std::move(command));
+        }
+        changed_.notify_all();
+        return true;
+    }
+    // How many commands wait for the connection. Any thread.
+    std::size_t waiting() const {
+        std::lock_guard lock(mutex_);
+        return commands_.size();
     }
 
     // The next event, if there is one: does not block. One thread takes events.
@@ -6961,16 +6987,26 @@ class Client final : private FileHost {
         if (link_) link_->outbox->close();
         files_.reset();  // joins the transfers' threads, which may still be writing
         end_link();
-        {
-            std::lock_guard lock(mutex_);
-            commands_.clear();
-        }
+        tell_unsent();
         emit(end);
         {
             std::lock_guard lock(mutex_);
             ended_ = true;
         }
         changed_for_faces_.notify_all();
+    }
+
+    // What was written and never left is lost, but not without a word.
+    void tell_unsent() {
+        std::unique_lock lock(mutex_);
+        auto unsent = std::count_if(commands_.begin(), commands_.end(), [](const Command& c) {
+            return std::holds_alternative<Say>(c) || std::holds_alternative<Tell>(c);
+        });
+        commands_.clear();
+        lock.unlock();
+        if (unsent > 0)
+            emit(Problem{
+                concat(unsent, unsent == 1 ? " message was" : " messages were", " not sent.")});
     }
 
     // Connects, again and again; returns when the user has left.
@@ -7267,8 +7303,7 @@ class Client final : private FileHost {
     }
 
     void meet_everybody() {
-        LoggedIn event{user_,           server_, link_->server_key,
-                       identity_file(), {},      std::exchange(been_online_, true)};
+        LoggedIn event{user_, server_, link_->server_key, identity_file(), {}, been_online_};
         for (;;) {
             std::optional<Message> message = link_->incoming->next();
             if (!message) throw NetworkError("The server closed the connection.");
@@ -7278,6 +7313,7 @@ class Client final : private FileHost {
                 throw ProtocolError("The server sent something else than who is online.");
             event.others.push_back(add_peer(from_wire<Joined>(message->body)).user);
         }
+        been_online_ = true;
         emit(std::move(event));
     }
 
@@ -7729,17 +7765,15 @@ class Client final : private FileHost {
 
     bool perform(const ListPeople&, const Job&) {
         People event;
-        auto add = [&](const std::string& user, bool self, bool trusted) {
+        auto add = [&](const std::string& user, bool self, Peer::Standing standing) {
             const Pin* pin = pins_->find(user);
-            event.people.push_back({user, self, !self && pin != nullptr && pin->verified, trusted,
-                                    ignored_.contains(user)});
+            bool met = standing != Peer::Standing::unknown;
+            event.people.push_back({user, self, !self && pin != nullptr && pin->verified,
+                                    !met || standing == Peer::Standing::trusted,
+                                    ignored_.contains(user), met});
         };
-        add(user_, true, true);
-        for (const auto& [user, id] : link_->by_name) {
-            Peer::Standing standing = peer_by_id(id)->standing;
-            add(user, false,
-                standing == Peer::Standing::trusted || standing == Peer::Standing::unknown);
-        }
+        add(user_, true, Peer::Standing::trusted);
+        for (const auto& [user, id] : link_->by_name) add(user, false, peer_by_id(id)->standing);
         emit(std::move(event));
         return true;
     }
@@ -7755,10 +7789,20 @@ class Client final : private FileHost {
         if (verify.confirm && changed)
             throw Error(concat("The identity of ", verify.user, " has changed: /trust ",
                                verify.user, " first, if it is right."));
-        if (verify.confirm) pins_->mark_verified(verify.user);
         // Of somebody whose identity has changed, the number to compare is the new one's.
         Fingerprint mine = identity_->public_key().fingerprint();
         Fingerprint theirs = changed ? peer->card->fingerprint() : pin->fingerprint;
+        if (verify.confirm) {
+            auto told = told_numbers_.find(verify.user);
+            bool other = verify.compared               ? *verify.compared != theirs
+                         : told != told_numbers_.end() ? told->second != theirs
+                                                       : false;
+            if (other)
+                throw Error(concat("What you compared is not the identity that is known of ",
+                                   verify.user, ": /verify ", verify.user, " again."));
+            pins_->mark_verified(verify.user);
+        }
+        told_numbers_.insert_or_assign(verify.user, theirs);
         emit(SafetyNumber{verify.user, safety_number(user_, mine, verify.user, theirs), mine,
                           theirs, pin->verified && !changed});
         return true;
@@ -7770,6 +7814,9 @@ class Client final : private FileHost {
         if (!is_settled(*peer)) return false;
         if (peer->standing != Peer::Standing::changed)
             throw Error(concat("The identity of ", trust.user, " has not changed."));
+        if (trust.compared && *trust.compared != peer->card->fingerprint())
+            throw Error(
+                concat("The identity of ", trust.user, " has changed once more: compare again."));
         pins_->trust(*peer->card);
         peer->standing = Peer::Standing::trusted;
         emit(Notice{
@@ -7877,6 +7924,7 @@ class Client final : private FileHost {
     std::optional<PinStore> pins_;
     bool save_failed_ = false;
     std::set<std::string> ignored_;
+    std::map<std::string, Fingerprint> told_numbers_;  // whose key each SafetyNumber was of
     std::deque<Job> jobs_;
     std::unique_ptr<Link> link_;
     std::optional<FileTransfers> files_;  // from the first login on; its threads call wake()

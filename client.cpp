@@ -23,6 +23,7 @@
 namespace {
 
 using chatsecure::concat;
+using chatsecure::is_command;
 using chatsecure::visible;
 
 // README.md documents these: scripts depend on them.
@@ -273,11 +274,6 @@ class NowAndThen {
   private:
     std::map<unsigned, chatsecure::Clock::time_point> last_;
 };
-
-// True for "/help", and for "/help " as completion leaves it.
-bool is_command(std::string_view line, std::string_view command) {
-    return line.starts_with(command) && line.find_first_not_of(' ', command.size()) == line.npos;
-}
 
 // ---- Signals, and what wakes the main thread ----------------------------------------------------
 

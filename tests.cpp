@@ -5035,6 +5035,25 @@ TEST_CASE("chapter 11: what cannot be done is said: to oneself, to nobody, to st
     CHECK(alice.next<Problem>().text == "bob is not online.");
 }
 
+TEST_CASE("chapter 11: what cannot be sent any more is counted, and nobody waits for it") {
+    Listener silent("127.0.0.1", 0);  // never lets her in
+    TempDir home;
+    Client alice(client_options(silent.port(), "alice", home.path));
+    int taken = 0;
+    while (taken < 5000 && alice.try_post(Say{"hello"})) ++taken;
+    CHECK(taken == 1024);
+    CHECK(alice.waiting() == 1024);
+    alice.stop();
+    std::string last_words;
+    while (std::optional<Event> event = alice.next_event(long_enough)) {
+        if (const auto* problem = std::get_if<Problem>(&event->what)) last_words = problem->text;
+        if (std::holds_alternative<Stopped>(event->what)) break;
+    }
+    CHECK(last_words == "1024 messages were not sent.");
+    CHECK_FALSE(alice.next_event(long_enough));  // it has ended
+    CHECK_FALSE(alice.try_post(Say{"is anybody there?"}));
+}
+
 TEST_CASE("chapter 11: both sides see the same safety number, and verification is remembered") {
     Room room({"alice", "bob"});
     give_identity(room.homes.path / "bob", "bob", 2);
@@ -5050,7 +5069,14 @@ TEST_CASE("chapter 11: both sides see the same safety number, and verification i
     alice->post(Verify{"bob", true});
     CHECK(alice.next<SafetyNumber>().verified);
     alice->post(ListPeople{});
-    CHECK(alice.next<People>().people.at(1).verified);
+    Person listed = alice.next<People>().people.at(1);
+    CHECK(listed.verified);
+    CHECK(listed.met);
+    // Only what was compared is marked: not what is known when the click arrives.
+    alice->post(Verify{"bob", true, at_bob.theirs});
+    CHECK(alice.next<Problem>().text.find("not the identity that is known") != std::string::npos);
+    alice->post(Verify{"bob", true, at_alice.theirs});
+    CHECK(alice.next<SafetyNumber>().verified);
     alice.leave();
     Chatter again(room.options("alice"));
     again.meet("bob");
@@ -5627,9 +5653,35 @@ TEST_CASE(
         CHECK(server.receive<Pong>().number == 7);  // all of it has been handled
         alice->post(Say{"hello?"});  // goes to nobody: the only other one is not trusted
         CHECK(alice.next<RoomMessage>().own);
-        alice->post(Trust{"bob"});
+        alice->post(ListPeople{});
+        CHECK_FALSE(alice.next<People>().people.at(1).trusted);
+        // The number that she sees now is the impostor's. When he has gone, it is not taken for
+        // the number of the bob whom she knows.
+        alice->post(Verify{"bob"});
+        Fingerprint impostors = alice.next<SafetyNumber>().theirs;
+        server.send(Left{LoginId{2}});
+        CHECK(alice.next<PersonLeft>().user == "bob");
+        alice->post(Verify{"bob", true});
+        CHECK(alice.next<Problem>().text.find("not the identity that is known") !=
+              std::string::npos);
+        // He comes back, and she trusts him after all; but nobody else in his place.
+        server.send(Joined{LoginId{3}, "bob"});
+        CHECK(alice.next<PersonJoined>().user == "bob");
+        alice->post(ListPeople{});
+        CHECK_FALSE(alice.next<People>().people.at(1).met);
+        alice->post(Trust{"bob", changed.pinned});
+        server.receive<GetCard>();
+        LoginKeys back(test_key(0), "bob", 2001);
+        server.send(CardOf{LoginId{3}, back.card_bytes()});
+        alice.next<IdentityChanged>();
+        CHECK(alice.next<Problem>().text.find("changed once more") != std::string::npos);
+        Bytes his_open;
+        PairSender his(back, alice_card, his_open);
+        server.send(Delivered{LoginId{3}, Lane::interactive, his_open});
+        alice->post(Trust{"bob", impostors});
         alice.next<Notice>();
-        say("thank you");
+        server.send(Delivered{LoginId{3}, Lane::interactive,
+                              his.seal(Lane::interactive, Kind::text, as_bytes("thank you"))});
         CHECK(alice.next_private().text == "thank you");
     }
     {
