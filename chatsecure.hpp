@@ -6486,8 +6486,9 @@ struct Tell {  // to one person
     std::string user, text;
 };
 struct ListPeople {};  // answered by People
-// Answered by SafetyNumber. A click and a change of identity may cross: `compared` says whose number
-// the user had in view (if it is not given: what was told last), and another one is not confirmed.
+// Answered by SafetyNumber. A click and a change of identity may cross: `compared` says whose
+// number the user had in view (if it is not given: what was told last), and another one is not
+// confirmed.
 struct Verify {
     std::string user;
     bool confirm = false;  // "the numbers agree": remember it
@@ -6694,6 +6695,7 @@ inline std::optional<Command> parse_command(std::string_view line, std::string_v
         if (reply_to.empty()) throw Error("There is nobody to reply to yet.");
         return Tell{std::string(reply_to), checked(line)};
     }
+    need(command != "/help", "/help");  // with something after it
     if (command == "/who") return ListPeople{};
     if (command == "/quit") return Leave{};
     if (command == "/files") return ListFiles{};

@@ -13,8 +13,8 @@
 //      SignIn, MainWindow   the two windows: what stands where
 //      App                  between the windows and the engine: events in, commands out
 //
-// Nothing here waits for the network, a disk or a key: the engine's threads do that, and wake this
-// one with Fl::awake.
+// While the windows are open nothing here waits for the network, a disk or a key: the engine's
+// threads do that, and wake this one with Fl::awake.
 
 #include "chatsecure.hpp"
 
@@ -143,7 +143,8 @@ std::string in_drawing_order(std::string_view text) {
 }
 
 // Where lines of `text` begin and end, if they are at most `width` wide in the current font. Lines
-// break at spaces; a word that is too long, anywhere.
+// break at spaces: as many words as fit are taken, each measured once. A line whose first word
+// already is too long (nothing was taken) is filled letter by letter.
 struct Span {
     std::size_t begin = 0, end = 0;
 };
@@ -170,7 +171,7 @@ std::vector<Span> wrap(std::string_view text, int width) {
                     if (word_end == end) last = at = end;
                 }
             }
-            if (last == begin && full) {  // one word, and too long
+            if (last == begin && full) {
                 std::string_view left = text.substr(begin, end - begin);
                 used = 0;
                 while (!left.empty()) {
@@ -224,6 +225,12 @@ std::string clock_text(Time time) {
     return text.data();
 }
 
+// After a click: the keyboard stays with whom it was, for whoever types goes on typing.
+void leave_focus(Fl_Widget* before) {
+    if (before != nullptr && before != Fl::focus() && before->visible_r() != 0)
+        before->take_focus();
+}
+
 // A flat button with round corners. Tab reaches it, Space and Enter press it.
 class Button : public Fl_Button {
   public:
@@ -256,7 +263,10 @@ class Button : public Fl_Button {
             press_();
             return 1;
         }
-        return Fl_Button::handle(event);
+        Fl_Widget* focus = Fl::focus();
+        int handled = Fl_Button::handle(event);
+        if (event == FL_PUSH) leave_focus(focus);
+        return handled;
     }
 
   private:
@@ -288,7 +298,7 @@ class MenuButton : public Fl_Menu_Button {
     int handle(int event) override {
         Fl_Widget* focus = Fl::focus();
         int handled = Fl_Menu_Button::handle(event);
-        if (event == FL_PUSH && focus != nullptr) focus->take_focus();  // whoever types goes on
+        if (event == FL_PUSH) leave_focus(focus);
         return handled;
     }
 };
@@ -313,6 +323,7 @@ struct Entry {
     unsigned file = 0;      // number of a FileCard
     int laid_out_for = -1;  // the width that `lines` is for
     std::vector<Span> lines{};
+    int widest = 0;  // of the lines
 };
 
 // What was said with one person, or by everyone (then the name is empty).
@@ -320,9 +331,9 @@ struct Conversation {
     static constexpr std::size_t scrollback = 10'000;  // entries: bounds the memory
     std::string name;
     std::deque<Entry> entries;
-    std::size_t dropped = 0;  // entries that are gone, so that numbers of entries stay the same
+    std::size_t dropped = 0;  // entries that are gone: entries[0] has this number
     unsigned unread = 0;
-    bool online = true, verified = false, trusted = true, ignored = false;
+    bool online = false, verified = false, trusted = true, ignored = false;
 
     Entry& add(Entry entry) {
         if (!entries.empty()) {
@@ -366,7 +377,7 @@ class ConversationView : public Fl_Group {
     struct Owner {
         std::function<const FileCard*(unsigned)> card;
         std::function<void(Action, unsigned)> act;
-        std::function<void(const std::string&)> drop_files;  // URLs or paths, one a line
+        std::function<void(const std::string&)> drop_files;  // addresses or paths, one a line
     };
 
     ConversationView(int x, int y, int w, int h, Owner owner)
@@ -389,14 +400,24 @@ class ConversationView : public Fl_Group {
 
     void show_conversation(Conversation* conversation) {
         conversation_ = conversation;
+        dropped_ = conversation->dropped;
         at_end_ = true;
+        newer_ = 0;
+        selecting_ = false;
         selection_.reset();
         focused_.reset();
+        rows_.clear();
+        places_.clear();
         redraw();
     }
-    // Something was added, or a card has changed.
-    void update(bool added) {
-        if (added && !at_end_) ++newer_;
+    // Something was added to the conversation; perhaps its oldest entry is gone for that.
+    void update() {
+        if (conversation_ == nullptr) return;
+        if (!at_end_) ++newer_;
+        for (; dropped_ < conversation_->dropped; ++dropped_) {
+            if (top_ == 0) above_ = 0;
+            top_ -= std::min<std::size_t>(top_, 1);
+        }
         redraw();
     }
     bool is_at_end() const { return at_end_; }
@@ -510,13 +531,16 @@ class ConversationView : public Fl_Group {
             use_font(message ? text_size : small_size);
             entry.lines = wrap(entry.text, width);
             entry.laid_out_for = width;
+            entry.widest = 0;
+            for (const Span& line : entry.lines)
+                entry.widest = std::max(entry.widest, width_of(part(entry, line)));
         }
         int lines = static_cast<int>(entry.lines.size());
         if (!message) return lines * (small_size + 5) + 6;
         return lines * line_height() + padding + (entry.first ? small_size + 10 : 0) + 3;
     }
 
-    // The anchor as an entry at the top and how much of it is above the edge.
+    // Sets the anchor, top_ and above_: where it was left, or so that the newest is at the bottom.
     void find_top() {
         if (!at_end_) {
             top_ = std::min(top_, count() - 1);
@@ -547,16 +571,12 @@ class ConversationView : public Fl_Group {
         if (!at_end_ && top_ + shown_ == count() && at <= y() + h()) {  // read to the end
             at_end_ = true;
             newer_ = 0;
-            redraw();
         }
     }
 
     void draw_message(const Entry& entry, std::size_t number, int at) {
         const Look& l = look();
-        int wide = 0;
-        use_font(text_size);
-        for (const Span& line : entry.lines) wide = std::max(wide, width_of(part(entry, line)));
-        wide = std::min(wide, bubble_width());
+        int wide = std::min(entry.widest, bubble_width());
         int left = entry.own ? x() + gap + inner() - wide - 2 * padding : x() + gap;
         if (entry.first) {
             fl_color(l.quiet.color());
@@ -566,8 +586,11 @@ class ConversationView : public Fl_Group {
             draw_text(head, head_x, at + small_size + 6, inner());
             at += small_size + 10;
         }
-        int height = static_cast<int>(entry.lines.size()) * line_height() + padding;
-        draw_round(left, at, wide + 2 * padding, height, 9, entry.own ? l.own : l.other);
+        // X11 counts pixels in 16 bits: what is far outside must not be drawn, or it is seen here.
+        int bottom = at + static_cast<int>(entry.lines.size()) * line_height() + padding;
+        int from = std::max(at, y() - 2 * line_height());
+        int to = std::min(bottom, y() + h() + 2 * line_height());
+        draw_round(left, from, wide + 2 * padding, to - from, 9, entry.own ? l.own : l.other);
         use_font(text_size);
         draw_lines(entry, number, left + padding, at + padding / 2, line_height(), l.text);
     }
@@ -585,7 +608,11 @@ class ConversationView : public Fl_Group {
 
     void draw_lines(const Entry& entry, std::size_t number, int left, int at, int step,
                     Rgb colour) {
-        for (const Span& line : entry.lines) {
+        int above = std::max((y() - at) / step, 0);  // lines that are not seen
+        auto first = std::min(static_cast<std::size_t>(above), entry.lines.size());
+        at += static_cast<int>(first) * step;
+        for (std::size_t i = first; i < entry.lines.size() && at < y() + h(); ++i) {
+            const Span& line = entry.lines[i];
             std::string_view text = part(entry, line);
             draw_selection(number, line, text, left, at, step);
             fl_color(colour.color());
@@ -773,8 +800,9 @@ class ConversationView : public Fl_Group {
     // The place in the text that is nearest to a point of the window.
     Point point_at(int mx, int my) const {
         const Row* best = nullptr;
-        for (const Row& row : rows_)
-            if (best == nullptr || my >= row.y) best = &row;
+        for (const Row& row : rows_)  // as drawn last: the oldest may have gone since
+            if (row.entry >= conversation_->dropped && (best == nullptr || my >= row.y))
+                best = &row;
         if (best == nullptr) return {};
         const Entry& entry = conversation_->entries[best->entry - conversation_->dropped];
         use_font(entry.kind == Entry::Kind::message ? text_size : small_size);
@@ -835,7 +863,8 @@ class ConversationView : public Fl_Group {
             case FL_Enter:
             case FL_KP_Enter:
             case ' ':
-                if (focused_place() < places_.size()) owner_.act(focused_->first, focused_->second);
+                if (focused_place() == places_.size()) return false;
+                owner_.act(focused_->first, focused_->second);
                 return true;
             case 'c':
                 if (!Fl::event_command()) return false;
@@ -868,12 +897,13 @@ class ConversationView : public Fl_Group {
     Fl_Slider bar_;
     Owner owner_;
     Conversation* conversation_ = nullptr;
-    bool at_end_ = true;
-    std::size_t top_ = 0;    // the entry at the top
-    int above_ = 0;          // pixels of it that are above the edge
-    int lead_ = 0;           // pixels that are free above the first entry
-    std::size_t shown_ = 0;  // entries that were drawn
-    unsigned newer_ = 0;     // entries that came while reading back
+    bool at_end_ = true;       // then the two that follow are computed anew at each drawing
+    std::size_t top_ = 0;      // the entry at the top, counted from the oldest that is there
+    int above_ = 0;            // pixels of it that are above the edge
+    int lead_ = 0;             // pixels that are free above the first entry
+    std::size_t dropped_ = 0;  // of the conversation, when top_ was right
+    std::size_t shown_ = 0;    // entries that were drawn
+    unsigned newer_ = 0;       // entries that came while reading back
     struct {
         int x = 0, y = 0, w = 0, h = 0;
     } jump_;
@@ -905,7 +935,7 @@ class PeopleList : public Fl_Widget {
         fl_rectf(x(), y(), w(), h());
         int at = y() + gap - scroll_;
         for (const Conversation* c : owner_.rows()) {
-            draw_row(*c, at);
+            if (at + row_height > y() && at < y() + h()) draw_row(*c, at);
             at += row_height;
         }
         fl_pop_clip();
@@ -1002,9 +1032,9 @@ class PeopleList : public Fl_Widget {
 class MessageInput : public Fl_Multiline_Input {
   public:
     struct Owner {
-        std::function<void(const std::string&)> send;
+        std::function<bool(const std::string&)> send;  // false: not taken, so it stays here
         std::function<void()> resized;
-        std::function<std::vector<std::string>(const std::string&)> complete;
+        std::function<std::vector<std::string>(const std::string& word, bool is_first)> complete;
         std::function<void(int)> scroll;
         std::function<void(const std::string&)> drop_files;
     };
@@ -1012,6 +1042,7 @@ class MessageInput : public Fl_Multiline_Input {
         : Fl_Multiline_Input(x, y, w, h), owner_(std::move(owner)) {
         wrap(1);
         textsize(text_size);
+        maximum_size(2 * static_cast<int>(chatsecure::max_text_bytes));  // more: a sentence says so
         tab_nav(1);
         when(FL_WHEN_CHANGED);
         callback(
@@ -1028,7 +1059,8 @@ class MessageInput : public Fl_Multiline_Input {
     int handle(int event) override {
         if (event == FL_KEYBOARD && is_window_key()) return 0;
         if (event == FL_KEYBOARD && key()) return 1;
-        if (event == FL_PASTE && Fl::event_text() != nullptr) {
+        if (event == FL_DND_RELEASE) dropping_ = true;  // FL_PASTE follows, with what was dropped
+        if (event == FL_PASTE && std::exchange(dropping_, false)) {
             std::string text(Fl::event_text(), static_cast<std::size_t>(Fl::event_length()));
             if (text.starts_with("file://")) {
                 owner_.drop_files(text);
@@ -1078,9 +1110,9 @@ class MessageInput : public Fl_Multiline_Input {
         if (history_.empty() || history_.back() != text) history_.push_back(text);
         if (history_.size() > 200) history_.pop_front();
         at_ = history_.size();
+        if (!owner_.send(text)) return;
         value("");
         owner_.resized();
-        owner_.send(text);
     }
 
     void recall(int by) {
@@ -1092,14 +1124,14 @@ class MessageInput : public Fl_Multiline_Input {
         owner_.resized();
     }
 
-    // Completes the word before the cursor. False if there is nothing to complete: then Tab moves
+    // Completes the word before the cursor, if it can be. False if there is none: then Tab moves
     // on.
     bool complete() {
         std::string before(value(), static_cast<std::size_t>(cursor()));
         std::size_t space = before.find_last_of(" \n");
         std::string word = before.substr(space == before.npos ? 0 : space + 1);
         if (word.empty()) return false;
-        std::vector<std::string> found = owner_.complete(word);
+        std::vector<std::string> found = owner_.complete(word, word.size() == before.size());
         if (found.empty()) return true;
         std::string common = found[0];
         for (const std::string& other : found)
@@ -1122,6 +1154,7 @@ class MessageInput : public Fl_Multiline_Input {
 #endif
 
     Owner owner_;
+    bool dropping_ = false;
     std::deque<std::string> history_;
     std::size_t at_ = 0;  // which of them is shown; the number of them: the draft
     std::string draft_;
@@ -1342,10 +1375,14 @@ class SignIn : public Fl_Double_Window {
     enum class Field { server, name, password };
     void show_error(Field field, const std::string& sentence) {
         set_busy("");
-        (field == Field::server ? server_error_
-         : field == Field::name ? name_error_
-                                : password_error_)
-            .set(sentence);
+        Text& beside = field == Field::server ? server_error_
+                       : field == Field::name ? name_error_
+                                              : password_error_;
+        beside.set(sentence);
+        if (beside.wanted_height() > beside.h()) {  // a long one gets the room that it needs
+            beside.set("");
+            show_warning(sentence);
+        }
         if (field == Field::password) password_.take_focus();
     }
     // First contact: shows the fingerprint, and asks.
@@ -1460,7 +1497,7 @@ class MainWindow : public Fl_Double_Window {
         details_.end();
         end();
         resizable(nullptr);
-        size_range(560, 400);
+        size_range(720, 480);  // what one compares before trusting somebody is never cut
         menu_.add(
             "Dark theme", 0, [](Fl_Widget*, void* f) { call(f); }, &owner_.toggle_theme);
         menu_.add(
@@ -1484,6 +1521,7 @@ class MainWindow : public Fl_Double_Window {
     }
 
     ConversationView& view() { return view_; }
+    bool is_at_end() const { return view_.is_at_end(); }
     MessageInput& input() { return input_; }
     PeopleList& list() { return list_; }
     MenuButton& menu() { return menu_; }
@@ -1505,6 +1543,10 @@ class MainWindow : public Fl_Double_Window {
         state_colour_ = colour;
         redraw();
     }
+    void end_input() {
+        input_.deactivate();
+        send_file_.deactivate();
+    }
     // A sentence across the window that must not be overlooked; empty: none.
     void set_banner(const std::string& text) {
         banner_.set(text);
@@ -1515,13 +1557,14 @@ class MainWindow : public Fl_Double_Window {
         show ? details_.show() : details_.hide();
         layout();
     }
-    // `changed`: the fingerprint that was known, if it is another one now.
+    // `must_trust`: the identity has changed. Whoever has ticked "I compared" has compared what was
+    // shown then: anything else takes the tick away.
     void set_details(const std::string& heading, const std::string& text, bool can_verify,
                      bool must_trust) {
+        if (heading != details_title_.get() || text != details_text_.get()) compared_.value(0);
         details_title_.set(heading);
         details_text_.set(text);
         can_verify ? verify_.show() : verify_.hide();
-        if (must_trust != (compared_.visible() != 0)) compared_.value(0);
         must_trust ? compared_.show() : compared_.hide();
         must_trust ? trust_.show() : trust_.hide();
         compared_.value() != 0 ? trust_.activate() : trust_.deactivate();
@@ -1561,6 +1604,8 @@ class MainWindow : public Fl_Double_Window {
                 return 1;
             }
             if (key == FL_Escape) return input_.take_focus(), 1;  // and never closes the window
+            if (event == FL_KEYBOARD && is_text() && input_.active() != 0)  // nobody wanted it
+                return input_.take_focus(), input_.handle(event);
         }
         return Fl_Double_Window::handle(event);
     }
@@ -1597,7 +1642,12 @@ class MainWindow : public Fl_Double_Window {
     }
 
   private:
+    static bool is_text() {
+        return Fl::event_length() > 0 && static_cast<unsigned char>(Fl::event_text()[0]) >= ' ' &&
+               (Fl::event_state() & (FL_CTRL | FL_ALT | FL_META)) == 0;
+    }
     static void call(void* function) { (*static_cast<std::function<void()>*>(function))(); }
+    // What the input asks of this window is answered here, all else by the App.
     Owner with_layout(Owner owner) {
         owner.input.resized = [this] { layout(); };
         owner.input.scroll = [this](int pages) { view_.scroll_pages(pages); };
@@ -1688,13 +1738,14 @@ class App {
         sign_in_.fill(form);
         sign_in_.show();
         if (flags_.report) Fl::add_timeout(tick_seconds, &App::tick, this);
+        Fl::add_check(&App::mark_read, this);
         if (flags_.ready) submit(form);
     }
 
     int run() {
         while (!quit_) Fl::wait(1000);
         client_.reset();
-        end_saving();
+        while (saver_.joinable()) Fl::wait(1000);  // settings_saved joins it
         return 0;
     }
 
@@ -1721,12 +1772,15 @@ class App {
             if (key == "sound") settings_.sound = value == "1";
         }
     }
-    // On a thread of its own: a window must not wait for a disk.
+    // On a thread of its own, and one at a time: a window must not wait for a disk.
     void save_settings() {
+        if (saver_.joinable()) {
+            save_again_ = true;
+            return;
+        }
         std::string text =
             concat("server=", settings_.server, "\nuser=", settings_.user,
                    "\ndark=", settings_.dark ? 1 : 0, "\nsound=", settings_.sound ? 1 : 0, "\n");
-        end_saving();
         saver_ = std::thread([this, text] {
             try {
                 chatsecure::make_private_directory(flags_.home);
@@ -1734,18 +1788,16 @@ class App {
                                        chatsecure::FileMode::owner_only);
             } catch (const chatsecure::Error& e) {
                 unsaved_ = e.what();
-                Fl::awake(&App::settings_unsaved, this);
             }
+            Fl::awake(&App::settings_saved, this);
         });
     }
-    void end_saving() {
-        if (saver_.joinable()) saver_.join();
-    }
-    static void settings_unsaved(void* data) {
+    static void settings_saved(void* data) {
         auto* self = static_cast<App*>(data);
-        self->end_saving();
+        self->saver_.join();  // to call us was the last that it did
         if (!self->unsaved_.empty())
             self->note(std::exchange(self->unsaved_, ""), Entry::Kind::warning);
+        if (std::exchange(self->save_again_, false)) self->save_settings();
     }
     void redress() {
         dress_toolkit();
@@ -1845,6 +1897,8 @@ class App {
             self->time_ = event->time;
             std::visit([self](const auto& what) { self->on(what); }, event->what);
         }
+        // There may be more. Whoever sets `woken_` calls us again: the engine for a new event, or
+        // we ourselves, after the window has drawn what there is.
         if (taken == at_once && !self->woken_.exchange(true))
             Fl::add_timeout(0.001, &App::take_events, data);
         if (taken > 0) self->refresh();
@@ -1858,8 +1912,9 @@ class App {
     void on(const chatsecure::MakingIdentity&) { sign_in_.set_busy("Making your identity key"); }
     void on(const chatsecure::LoggedIn& e) {
         for (const std::string& user : e.others) person(user).online = true;
+        online_ = true;
         set_state(concat("online as ", e.user), &Look::online);
-        client_->post(chatsecure::ListPeople{});
+        ask_about_people();
         if (e.again) return note("Connected again.", Entry::Kind::system);
         flags_.form.password = {};  // wiped, as the field's
         sign_in_.forget_password();
@@ -1876,25 +1931,29 @@ class App {
     }
     void on(const chatsecure::ConnectionLost& e) {
         for (auto& [name, c] : conversations_) c.online = false;
-        set_state("reconnecting", &Look::warning);
+        online_ = false;
+        show_waiting();
         note(concat("The connection is lost: ", visible(e.reason),
                     " What you write is sent when it is back."),
              Entry::Kind::system);
     }
     void on(const chatsecure::PersonJoined& e) {
         person(e.user).online = true;
+        asked_.erase(e.user);
         add("", {.kind = Entry::Kind::system, .text = concat(e.user, " joined")});
-        client_->post(chatsecure::ListPeople{});
+        ask_about_people();
     }
     void on(const chatsecure::PersonLeft& e) {
         person(e.user).online = false;
         add("", {.kind = Entry::Kind::system, .text = concat(e.user, " left")});
     }
     void on(const chatsecure::RoomMessage& e) {
+        check_trust(e.from);
         add("", {.from = e.from, .text = shown(e.text), .own = e.own});
     }
     void on(const chatsecure::PrivateMessage& e) {
         reply_to_ = e.peer;
+        check_trust(e.peer);
         add(e.peer,
             {.from = e.own ? client_->user() : e.peer, .text = shown(e.text), .own = e.own});
     }
@@ -1903,20 +1962,28 @@ class App {
                             e.count == 1 ? " was" : " were", " lost on the way."));
     }
     void on(const chatsecure::NotDelivered& e) {
-        warn(e.text.empty() ? "" : e.to,
-             concat("Not delivered to ", e.to, ", who ", e.reason, ": ",
-                    e.text.empty() ? std::string("a message to everyone") : shown(e.text)));
+        std::string text =
+            concat("Not delivered to ", e.to, ", who ", e.reason, ": ",
+                   e.text.empty() ? std::string("a message to everyone") : shown(e.text));
+        if (e.text.empty() || conversations_.contains(e.to))
+            warn(e.text.empty() ? "" : e.to, text);
+        else
+            note(text, Entry::Kind::warning);  // perhaps a slip: nobody is called so
     }
     void on(const chatsecure::IdentityPinned& e) {
+        asked_.erase(e.user);
         add(e.user, {.kind = Entry::Kind::system,
                      .text = concat("First contact with ", e.user,
                                     ". Whoever wants to be certain "
                                     "compares the safety number: Details.")});
+        if (e.user == current_) show_details();
     }
     void on(const chatsecure::IdentityChanged& e) {
         Conversation& c = person(e.user);
         c.trusted = false;
         changed_[e.user] = e;
+        numbers_.erase(e.user);  // it was another one's
+        asked_.erase(e.user);
         warn(e.user, concat("THE IDENTITY OF ", e.user,
                             " HAS CHANGED. Nothing is sent to or shown "
                             "from ",
@@ -1925,23 +1992,41 @@ class App {
     }
     void on(const chatsecure::SafetyNumber& e) {
         numbers_[e.user] = e;
+        check_trust(e.user);
         set_verified(person(e.user), e.verified);
         report(concat("safety-number ", e.user, " ", e.digits));
+        if (e.user == std::exchange(verifying_, "")) {  // a line asked for it
+            choose(e.user);
+            main_.show_details(true);
+        }
         if (e.user == current_) show_details();
     }
     void on(const chatsecure::People& e) {
+        std::string names;
         for (const chatsecure::Person& p : e.people) {
-            if (p.self) continue;
-            Conversation& c = person(p.user);
+            names += concat(names.empty() ? "" : ", ", p.user, p.self ? " (you)" : "");
+            auto found = conversations_.find(p.user);
+            if (p.self || found == conversations_.end()) continue;
+            Conversation& c = found->second;
             set_verified(c, p.verified);
-            c.trusted = p.trusted;
             c.ignored = p.ignored;
-            if (p.trusted) changed_.erase(p.user);
+            if (!p.met) continue;  // what we knew of them still stands
+            c.trusted = p.trusted;
+            if (p.trusted && changed_.erase(p.user) > 0) {
+                numbers_.erase(p.user);  // it may be that of somebody who is not trusted
+                asked_.erase(p.user);
+            }
         }
-        if (main_.has_details()) show_details();
+        if (std::exchange(who_, false)) note(concat("Online: ", names), Entry::Kind::system);
+        people_asked_ = false;
+        if (std::exchange(people_changed_, false)) ask_about_people();
+        show_details();
     }
     void on(const chatsecure::Notice& e) { note(visible(e.text), Entry::Kind::system); }
-    void on(const chatsecure::Problem& e) { note(visible(e.text), Entry::Kind::warning); }
+    void on(const chatsecure::Problem& e) {
+        verifying_.clear();
+        note(visible(e.text), Entry::Kind::warning);
+    }
 
     void on(const chatsecure::FileOffered& e) {
         card(e.file, FileCard::State::offered);
@@ -1984,18 +2069,36 @@ class App {
         } else {
             report(concat("stopped ", visible(e.sentence)));
             for (auto& [name, c] : conversations_) c.online = false;
+            over_ = true;
             set_state("disconnected", &Look::warning);
             main_.set_banner(shown(e.sentence));
-            main_.input().deactivate();
+            main_.end_input();
         }
     }
 
     // ---- The model changes ----------------------------------------------------------------------
 
     Conversation& person(const std::string& user) {
+        if (conversations_.size() >= forget_at_) forget_strangers();
         Conversation& c = conversations_[user];
         c.name = user;
         return c;
+    }
+    // Those who have left and never said a word: a server may announce names without end.
+    void forget_strangers() {
+        std::erase_if(conversations_, [&](const auto& entry) {
+            const auto& [name, c] = entry;
+            return !name.empty() && name != current_ && !c.online && c.trusted && c.entries.empty();
+        });
+        auto is_gone = [&](const auto& entry) { return !conversations_.contains(entry.first); };
+        std::erase_if(numbers_, is_gone);
+        std::erase_if(changed_, is_gone);
+        std::erase_if(asked_, [&](const auto& name) { return !conversations_.contains(name); });
+        forget_at_ = 2 * conversations_.size() + 1000;
+    }
+    // The identity had changed, and here is a sign that it is settled: is it?
+    void check_trust(const std::string& user) {
+        if (changed_.contains(user)) ask_about_people();
     }
     void set_verified(Conversation& c, bool verified) {
         if (verified && !c.verified) report(concat("verified ", c.name));
@@ -2019,16 +2122,28 @@ class App {
         entry.time = time_;
         bool from_others =
             !entry.own && (entry.kind == Entry::Kind::message || entry.kind == Entry::Kind::file);
+        bool news = from_others || entry.kind == Entry::Kind::warning;
         const Entry& added = c.add(std::move(entry));
-        if (where == current_) main_.view().update(true);
-        bool seen = where == current_ && main_.view().is_at_end() && Fl::focus() != nullptr;
-        if (from_others && !seen) ++c.unread;
+        if (where == current_) main_.view().update();
+        bool seen = where == current_ && is_reading();
+        if (news && !seen) ++c.unread;
         if (from_others && !seen && settings_.sound) fl_beep(FL_BEEP_MESSAGE);
         if (flags_.report && added.kind != Entry::Kind::file)
             report(concat("shown ", c.title(), " | ", added.from.empty() ? "*" : added.from, ": ",
                           visible(added.text)));
         if (flags_.report && added.kind == Entry::Kind::file)
             report(concat("card ", added.file, " ", visible(cards_[added.file].file.name)));
+    }
+    // Whether the end of the current conversation is before somebody's eyes. No widget has the
+    // focus while another program has the keyboard.
+    bool is_reading() const { return main_.is_at_end() && Fl::focus() != nullptr; }
+    // FLTK calls it whenever something has happened.
+    static void mark_read(void* data) {
+        auto* self = static_cast<App*>(data);
+        unsigned& unread = self->conversations_.at(self->current_).unread;
+        if (unread == 0 || self->main_.shown() == 0 || !self->is_reading()) return;
+        unread = 0;
+        self->refresh();
     }
     void warn(const std::string& where, const std::string& text) {
         add(where, {.kind = Entry::Kind::warning, .text = text});
@@ -2041,6 +2156,13 @@ class App {
     void set_state(const std::string& text, Rgb Look::*colour) {
         main_.set_state(text, colour);
         report(concat("state ", text));
+    }
+
+    void show_waiting() {
+        std::size_t waiting = client_->waiting();
+        set_state(waiting == 0 ? std::string("reconnecting")
+                               : concat("reconnecting, ", waiting, " to send"),
+                  &Look::warning);
     }
 
     // After some events: the list, the title and the cards are drawn once for all of them.
@@ -2069,39 +2191,66 @@ class App {
 
     // ---- What the user does ---------------------------------------------------------------------
 
+    // False, with a sentence in the conversation, if the engine does not take it.
+    bool post(chatsecure::Command command) {
+        if (client_->try_post(std::move(command))) {
+            if (!online_) show_waiting();
+            return true;
+        }
+        note(over_ ? "You are not connected any more: this was not done."
+                   : "Too much waits to be sent already: this was not done.",
+             Entry::Kind::warning);
+        refresh();
+        return false;
+    }
+    // Who is trusted, verified, ignored. Asked once at a time, however many come and go meanwhile.
+    void ask_about_people() {
+        if (people_asked_)
+            people_changed_ = true;
+        else
+            people_asked_ = client_->try_post(chatsecure::ListPeople{});
+    }
+
     void choose(const std::string& name) {
         current_ = name;
-        Conversation& c = conversations_.at(name);
+        Conversation& c = person(name);
         c.unread = 0;
         main_.view().show_conversation(&c);
-        if (main_.has_details()) show_details();
+        show_details();
         refresh();
         report(concat("chosen ", c.title()));
     }
 
-    void send_line(const std::string& line) {
+    // What was written, or a command. False if nothing came of it: then the line can be corrected.
+    bool send_line(const std::string& line) {
+        using namespace chatsecure;
         try {
-            if (line.starts_with("/help")) {
-                for (const auto& [usage, meaning] : chatsecure::command_help)
+            if (is_command(line, "/help")) {
+                for (const auto& [usage, meaning] : command_help)
                     note(concat(usage, ": ", meaning), Entry::Kind::system);
-                return refresh();
+                refresh();
+                return true;
             }
-            if (line.starts_with("/quit")) return close();
-            std::optional<chatsecure::Command> command = chatsecure::parse_command(line, reply_to_);
-            if (!command) return;
-            if (auto* say = std::get_if<chatsecure::Say>(&*command); say && !current_.empty())
-                command = chatsecure::Tell{current_, std::move(say->text)};
-            if (const auto* tell = std::get_if<chatsecure::Tell>(&*command);
+            if (is_command(line, "/quit")) return close(), true;
+            std::optional<Command> command = parse_command(line, reply_to_);
+            if (!command) return true;
+            if (auto* say = std::get_if<Say>(&*command); say && !current_.empty())
+                command = Tell{current_, std::move(say->text)};
+            if (const auto* tell = std::get_if<Tell>(&*command);
                 tell && tell->user != current_ && conversations_.contains(tell->user))
                 choose(tell->user);
-            bool changes_people = std::holds_alternative<chatsecure::Ignore>(*command) ||
-                                  std::holds_alternative<chatsecure::Trust>(*command) ||
-                                  std::holds_alternative<chatsecure::Verify>(*command);
-            client_->post(std::move(*command));
-            if (changes_people) client_->post(chatsecure::ListPeople{});
-        } catch (const chatsecure::Error& e) {
+            if (const auto* verify = std::get_if<Verify>(&*command)) verifying_ = verify->user;
+            who_ = who_ || std::holds_alternative<ListPeople>(*command);
+            bool changes_people = std::holds_alternative<Ignore>(*command) ||
+                                  std::holds_alternative<Trust>(*command) ||
+                                  std::holds_alternative<Verify>(*command);
+            bool taken = post(std::move(*command));
+            if (taken && changes_people) ask_about_people();
+            return taken;
+        } catch (const Error& e) {
             note(visible(e.what()), Entry::Kind::warning);
             refresh();
+            return false;
         }
     }
 
@@ -2109,11 +2258,11 @@ class App {
     void press(Action action, unsigned number) {
         switch (action) {
             case Action::accept:
-                return client_->post(chatsecure::AcceptFile{number, ""});
+                return static_cast<void>(post(chatsecure::AcceptFile{number, ""}));
             case Action::decline:
-                return client_->post(chatsecure::DeclineFile{number});
+                return static_cast<void>(post(chatsecure::DeclineFile{number}));
             case Action::cancel:
-                return client_->post(chatsecure::CancelFile{number});
+                return static_cast<void>(post(chatsecure::CancelFile{number}));
             case Action::open_folder: {
                 std::string folder = cards_[number].path.parent_path().string();
                 std::array<char, 512> problem{};
@@ -2130,7 +2279,7 @@ class App {
         if (current_.empty())
             note("Files go to one person: choose one on the left.", Entry::Kind::warning);
         else
-            client_->post(chatsecure::SendFile{current_, path});
+            post(chatsecure::SendFile{current_, path});
         refresh();
     }
     void send_file() {
@@ -2140,7 +2289,7 @@ class App {
         chooser.title(title.c_str());
         if (chooser.show() == 0) offer(chooser.filename());
     }
-    // Paths, or file:// addresses, one on each line.
+    // Absolute paths, or file:// addresses, one on each line.
     void drop_files(const std::string& text) {
         std::istringstream in(text);
         for (std::string line; std::getline(in, line);) {
@@ -2150,7 +2299,12 @@ class App {
                 fl_decode_uri(line.data());
                 line.resize(std::strlen(line.c_str()));
             }
-            if (!line.empty()) offer(line);
+            if (line.empty()) continue;
+            if (std::filesystem::path(line).is_relative()) {  // some other text
+                note("Only files can be dropped here.", Entry::Kind::warning);
+                return refresh();
+            }
+            offer(line);
         }
     }
 
@@ -2158,11 +2312,11 @@ class App {
 
     void toggle_details() {
         main_.show_details(!main_.has_details());
-        if (!main_.has_details()) return;
+        asked_.erase(current_);
         show_details();
-        if (!current_.empty()) client_->post(chatsecure::Verify{current_});
     }
     void show_details() {
+        if (!main_.has_details()) return;
         if (current_.empty())
             return main_.set_details("Everyone",
                                      "Each message is sealed for each of those who are online. The "
@@ -2176,32 +2330,37 @@ class App {
             text = concat("This is not the identity that you know.\n \nKnown:\n",
                           grouped(changed->second.pinned), "\n \nNow:\n",
                           grouped(changed->second.seen), "\n \n");
-        if (number == numbers_.end() || number->second.user != current_) {
-            if (!asked_.contains(current_)) client_->post(chatsecure::Verify{current_});
-            asked_.insert(current_);
-        } else if (changed != changed_.end()) {
+        bool must_trust = changed != changed_.end();
+        bool known = number != numbers_.end() &&
+                     (!must_trust || number->second.theirs == changed->second.seen);
+        if (!known && asked_.insert(current_).second)
+            client_->try_post(chatsecure::Verify{current_});
+        if (must_trust && !known && !conversations_.at(current_).online)
+            text += concat(current_, " is offline. When they are back, compare safety numbers.");
+        if (known && must_trust)
             text += concat("Safety number with the new one:\n", grouped(number->second.digits));
-        } else {
+        else if (known)
             text += concat(
                 "Safety number: compare it by telephone, or face to face.\n \n",
                 grouped(number->second.digits), "\n \nIdentity:\n", grouped(number->second.theirs),
                 "\n \n",
                 number->second.verified ? "\u2713 You have compared it." : "Not compared yet.");
-        }
-        bool verified = number != numbers_.end() && number->second.verified;
-        main_.set_details(current_, text,
-                          number != numbers_.end() && !verified && changed == changed_.end(),
-                          changed != changed_.end());
+        main_.set_details(current_, text, known && !must_trust && !number->second.verified,
+                          known && must_trust);
     }
     void verify() {
-        client_->post(chatsecure::Verify{current_, true});
-        client_->post(chatsecure::ListPeople{});
+        auto number = numbers_.find(current_);
+        if (number == numbers_.end()) return;
+        post(chatsecure::Verify{current_, true, number->second.theirs});
+        ask_about_people();
     }
     void trust() {
+        auto changed = changed_.find(current_);
+        if (changed == changed_.end()) return;
+        if (!post(chatsecure::Trust{current_, changed->second.seen})) return;
         numbers_.erase(current_);
-        client_->post(chatsecure::Trust{current_});
-        client_->post(chatsecure::ListPeople{});
-        client_->post(chatsecure::Verify{current_});
+        asked_.erase(current_);
+        ask_about_people();
     }
 
     // ---- Leaving --------------------------------------------------------------------------------
@@ -2220,13 +2379,16 @@ class App {
             if (!ask(main_, "Files are on their way. They can go on next time.", "Leave", "Stay"))
                 return report("stays");
         }
-        if (std::exchange(quitting_, true) ||
-            main_.input().active() == 0) {  // asked twice, or over
+        bool unsent = !online_ && !over_ && client_->waiting() > 0;
+        if (unsent && !quitting_ &&
+            !ask(main_, "What waits to be sent is lost if you leave now.", "Leave", "Stay"))
+            return report("stays");
+        // Asked twice, or nobody is there to say goodbye to.
+        if (std::exchange(quitting_, true) || over_ || !client_->try_post(chatsecure::Leave{})) {
             client_->stop();
             quit_ = true;
             return;
         }
-        client_->post(chatsecure::Leave{});
         Fl::add_timeout(
             3, [](void* self) { static_cast<App*>(self)->quit_ = true; }, this);
     }
@@ -2267,7 +2429,7 @@ class App {
                 [this](bool accept) {
                     sign_in_.show_key(std::nullopt);
                     sign_in_.set_busy("Connecting");
-                    client_->post(chatsecure::AcceptServerKey{accept});
+                    client_->try_post(chatsecure::AcceptServerKey{accept});
                 },
                 [this] { close(); }, [this] { report_places(); }};
     }
@@ -2281,11 +2443,12 @@ class App {
                       },
                       [this](Action action, unsigned number) { press(action, number); },
                       [this](const std::string& text) { drop_files(text); }};
-        owner.input = {[this](const std::string& line) { send_line(line); },
-                       {},
-                       [this](const std::string& word) { return complete(word); },
-                       {},
-                       [this](const std::string& text) { drop_files(text); }};
+        owner.input = {
+            [this](const std::string& line) { return send_line(line); },
+            {},
+            [this](const std::string& word, bool first) { return complete(word, first); },
+            {},
+            [this](const std::string& text) { drop_files(text); }};
         owner.send_file = [this] { send_file(); };
         owner.verify = [this] { verify(); };
         owner.trust = [this] { trust(); };
@@ -2323,12 +2486,12 @@ class App {
                                    : "",
                       c.ignored ? " \u00b7 ignored" : "");
     }
-    // Names, and commands at the beginning of a line.
-    std::vector<std::string> complete(const std::string& word) const {
+    // Names, and commands if it is the first word.
+    std::vector<std::string> complete(const std::string& word, bool first) const {
         std::vector<std::string> found;
         for (const auto& help : chatsecure::command_help) {
             std::string_view command = help.usage.substr(0, help.usage.find(' '));
-            if (word[0] == '/' && command.starts_with(word)) found.emplace_back(command);
+            if (first && word[0] == '/' && command.starts_with(word)) found.emplace_back(command);
         }
         for (const auto& [name, c] : conversations_)
             if (!name.empty() && name.starts_with(word)) found.push_back(name);
@@ -2338,18 +2501,24 @@ class App {
     Flags flags_;
     Settings settings_;
     std::map<std::string, Conversation> conversations_;  // by name
+    std::size_t forget_at_ = 5000;                       // so many are too many
     std::map<unsigned, FileCard> cards_;                 // by number
     std::map<std::string, chatsecure::SafetyNumber> numbers_;
     std::map<std::string, chatsecure::IdentityChanged> changed_;
     std::set<std::string> asked_;  // whose safety number we have asked for
+    std::string verifying_;        // whose safety number a line has asked for
+    bool people_asked_ = false;    // ListPeople is on its way,
+    bool people_changed_ = false;  // and to be sent once more
+    bool who_ = false;             // and its answer to be shown
     std::string current_, reply_to_, title_, places_;
     Time time_ = std::chrono::system_clock::now();  // of the event that is being handled
-    bool registering_ = false, quitting_ = false, quit_ = false;
+    bool registering_ = false, online_ = false, over_ = false, quitting_ = false, quit_ = false;
     std::int64_t slowest_ms_ = -1;
     chatsecure::Clock::time_point last_tick_;
     SignIn sign_in_{sign_in_owner()};
     MainWindow main_{main_owner()};
-    std::thread saver_;
+    std::thread saver_;                           // joinable while settings are being saved
+    bool save_again_ = false;                     // they have changed since
     std::string unsaved_;                         // why; written by saver_ before it ends
     std::atomic<bool> woken_ = false;             // take_events is on its way
     std::unique_ptr<chatsecure::Client> client_;  // last: its thread uses the line above

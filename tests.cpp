@@ -7967,9 +7967,40 @@ int check_gui() {
     if (bob->end() != 7) throw Error("Bob's client should remember that a file was declined.");
     (*window)->wait_for("shown Everyone | *: bob left");
 
-    step("5,000 messages in one go: the window stays awake");
+    step("bob is back with another identity: nothing goes to him until its number was compared");
+    give_identity(here.homes.path / "bob", "bob", 2);
     bob = start_bob();
     bob->wait_for("online: alice");
+    bob->write("/msg alice it is me\n/verify alice\n");
+    (*window)->wait_for("shown bob | *: THE IDENTITY OF bob HAS CHANGED");
+    bob->wait_for("safety number with alice: ");
+    bob->wait_for("\n");
+    line = line_with(bob->output(), "safety number with alice: ");
+    if (line.substr(line.find(": ") + 2) == digits) throw Error("The number has not changed.");
+    (*window)->wait_for("safety-number bob " + line.substr(line.find(": ") + 2));
+    window->click("trust");  // does nothing without a tick
+    window->click("row-bob");
+    window->type("is it you?");  // goes to the input, although the list was clicked
+    window->key("Return");
+    (*window)->wait_for("shown bob | *: Nothing is sent to bob");
+    window->click("compared");
+    window->click("trust");
+    (*window)->wait_for("shown bob | *: From now on bob is");
+    window->click("row-bob");
+    window->type("welcome back");
+    window->key("Return");
+    bob->wait_for("alice -> you: welcome back\n");
+    if (contains(bob->output(), "is it you?")) throw Error("Something went to a stranger.");
+
+    step("a slip in a name is shown where one looks, and /who answers");
+    window->type("/msg bbo hello");
+    window->key("Return");
+    (*window)->wait_for("shown bob | *: Not delivered to bbo");
+    window->type("/who");
+    window->key("Return");
+    (*window)->wait_for("shown bob | *: Online: alice (you), bob");
+
+    step("5,000 messages in one go: the window stays awake");
     std::string burst;
     for (int i = 0; i < 5000; ++i) burst += concat("message ", i, "\n");
     bob->write(burst);
