@@ -655,10 +655,10 @@ inline int open_file(const std::filesystem::path& path, bool create, FileMode) {
     return ::_wopen(path.c_str(), flags | _O_BINARY, _S_IREAD | _S_IWRITE);
 }
 inline int sync_file(int file) { return ::_commit(file); }
-inline std::ptrdiff_t read_file(int file, ByteSpan into) {
+inline std::ptrdiff_t read_some(int file, ByteSpan into) {
     return ::_read(file, into.data(), static_cast<unsigned>(into.size()));
 }
-inline std::ptrdiff_t write_file(int file, ByteView bytes) {
+inline std::ptrdiff_t write_some(int file, ByteView bytes) {
     return ::_write(file, bytes.data(), static_cast<unsigned>(bytes.size()));
 }
 inline int close_file(int file) { return ::_close(file); }
@@ -669,10 +669,10 @@ inline int open_file(const std::filesystem::path& path, bool create, FileMode mo
     return ::open(path.c_str(), flags | O_CLOEXEC, mode == FileMode::owner_only ? 0600 : 0644);
 }
 inline int sync_file(int file) { return ::fsync(file); }
-inline std::ptrdiff_t read_file(int file, ByteSpan into) {
+inline std::ptrdiff_t read_some(int file, ByteSpan into) {
     return ::read(file, into.data(), into.size());
 }
-inline std::ptrdiff_t write_file(int file, ByteView bytes) {
+inline std::ptrdiff_t write_some(int file, ByteView bytes) {
     return ::write(file, bytes.data(), bytes.size());
 }
 inline int close_file(int file) { return ::close(file); }
@@ -713,7 +713,7 @@ inline std::optional<SecretBytes> read_file(const std::filesystem::path& path,
     detail::AtExit close([&] { detail::close_file(file); });
     SecretBytes content;
     for (std::array<std::uint8_t, 16384> block;;) {
-        std::ptrdiff_t got = detail::read_file(file, block);
+        std::ptrdiff_t got = detail::read_some(file, block);
         if (got < 0 && errno == EINTR) continue;
         if (got < 0) throw Error(concat("Cannot read ", path.string(), ": ", system_reason(), "."));
         content.insert(content.end(), block.begin(), block.begin() + got);
@@ -742,7 +742,7 @@ inline void write_file(const std::filesystem::path& path, ByteView content, File
     {
         detail::AtExit close([&] { detail::close_file(file); });
         for (ByteView left = content; !left.empty();) {
-            std::ptrdiff_t wrote = detail::write_file(file, left);
+            std::ptrdiff_t wrote = detail::write_some(file, left);
             if (wrote < 0 && errno == EINTR) continue;
             if (wrote < 0) fail("write");
             left = left.subspan(static_cast<std::size_t>(wrote));
@@ -1506,8 +1506,8 @@ class FrameReader {
 //      tool           does                                        wrong use that does not compile
 //      -------------  ------------------------------------------  --------------------------------
 //      random_bytes   unpredictable bytes                         -
-//      RSA-OAEP       boxes up to a few hundred bytes for         a label left out
-//                     whoever has the private key
+//      RSA-OAEP       encapsulates a secret of up to some         a label left out
+//                     hundred bytes for who has the private key
 //      RSA-PSS        signs; everybody can check                  checking with a private key
 //      X25519         two public keys -> one shared secret        sending the private half
 //      HKDF           one secret -> as many keys as needed        two keys with the same label
@@ -1520,10 +1520,10 @@ class FrameReader {
 // nothing left to steal ("forward secrecy"). One construction serves both layers of this program:
 //
 //      agree(initiator, responder):
-//          the initiator sends 32 random bytes in an RSA-OAEP box for the responder's long-lived
-//          key, and both sides mix that secret with an ephemeral X25519 exchange:
+//          the initiator draws 32 random bytes and sends them, encapsulated under the responder's
+//          long-lived key, and both sides mix that secret with an ephemeral X25519 exchange:
 //
-//              prk = HKDF-Extract(salt = transcript hash, ikm = boxed secret || X25519 secret)
+//              prk = HKDF-Extract(salt = transcript hash, ikm = OAEP secret || X25519 secret)
 //
 //          RSA says WHO can read. X25519 says that it is over when it is over.
 //
@@ -1665,9 +1665,10 @@ inline Secret<32> hkdf_expand(const Secret<32>& prk, std::string_view label) {
 
 // The construction of the chapter's introduction: both long-lived and ephemeral secret, bound to
 // the transcript.
-inline Secret<32> agree(ByteView transcript, const Secret<32>& boxed, const Secret<32>& ephemeral) {
+inline Secret<32> agree(ByteView transcript, const Secret<32>& oaep_secret,
+                        const Secret<32>& ephemeral) {
     Secret<64> ikm;
-    std::copy(boxed.view().begin(), boxed.view().end(), ikm.span().begin());
+    std::copy(oaep_secret.view().begin(), oaep_secret.view().end(), ikm.span().begin());
     std::copy(ephemeral.view().begin(), ephemeral.view().end(), ikm.span().begin() + 32);
     return hkdf_extract(transcript, ikm.view());
 }
@@ -1750,8 +1751,8 @@ inline void require_usable_rsa(const PkeyPtr& key, std::string_view what) {
         throw Error(concat(what, " holds an RSA key with an unusual public exponent."));
 }
 
-// OAEP with SHA-256 (RFC 8017 section 7.1). The label is authenticated with the box: a box that
-// was made for one handshake does not open in another.
+// OAEP with SHA-256 (RFC 8017 section 7.1). The label is authenticated with the secret: what was
+// encapsulated for one handshake does not open in another.
 inline std::array<OSSL_PARAM, 5> oaep_params(ByteView label) {
     return {text_param(OSSL_ASYM_CIPHER_PARAM_PAD_MODE, OSSL_PKEY_RSA_PAD_MODE_OAEP),
             text_param(OSSL_ASYM_CIPHER_PARAM_OAEP_DIGEST, "SHA256"),
@@ -1802,7 +1803,7 @@ class RsaPublicKey {
 
     const Bytes& der() const { return der_; }
     Fingerprint fingerprint() const { return {sha256(der_)}; }
-    std::size_t box_bytes() const {
+    std::size_t modulus_bytes() const {
         return static_cast<std::size_t>(::EVP_PKEY_get_size(key_.get()));
     }
 
@@ -1813,17 +1814,18 @@ class RsaPublicKey {
         return to_string(detail::bio_content(bio));
     }
 
-    // RSA-OAEP: a box that only the private key opens; box_bytes() long.
+    // RSA-OAEP: the secret, encapsulated so that only the private key opens it; modulus_bytes()
+    // long.
     Bytes encrypt(const Secret<32>& secret, ByteView label) const {
         auto params = detail::oaep_params(label);
         detail::PkeyContext context(::EVP_PKEY_CTX_new(key_.get(), nullptr));
-        Bytes box(box_bytes());
-        std::size_t size = box.size();
-        require_openssl(
-            ::EVP_PKEY_encrypt_init_ex(context.get(), params.data()) == 1 &&
-                ::EVP_PKEY_encrypt(context.get(), box.data(), &size, secret.view().data(), 32) == 1,
-            "RSA encryption");
-        return box;
+        Bytes encapsulated(modulus_bytes());
+        std::size_t size = encapsulated.size();
+        require_openssl(::EVP_PKEY_encrypt_init_ex(context.get(), params.data()) == 1 &&
+                            ::EVP_PKEY_encrypt(context.get(), encapsulated.data(), &size,
+                                               secret.view().data(), 32) == 1,
+                        "RSA encryption");
+        return encapsulated;
     }
 
     // RSA-PSS: true if `signature` was made over `message` by the private key.
@@ -1894,29 +1896,29 @@ class RsaPrivateKey {
 
     const RsaPublicKey& public_key() const { return public_; }
 
-    // Opens an RSA-OAEP box with 32 bytes in it; nothing if it does not open.
+    // Opens an encapsulated secret of 32 bytes (RSA-OAEP); nothing if it does not open.
     //
-    // Careful with "nothing": whoever can ask us many times whether a box opens can, with a
-    // padding oracle, open one that was not meant for them (Manger's attack on OAEP, 2001). Where
-    // strangers can ask, use decrypt_or_random.
-    std::optional<Secret<32>> decrypt(ByteView box, ByteView label) const {
+    // Careful with "nothing": whoever can ask us many times whether something opens can, with a
+    // padding oracle, open a secret that was not meant for them (Manger's attack on OAEP, 2001).
+    // Where strangers can ask, use decrypt_or_random.
+    std::optional<Secret<32>> decrypt(ByteView encapsulated, ByteView label) const {
         Secret<32> secret;
-        if (!decrypt_into(box, label, secret)) return std::nullopt;
+        if (!decrypt_into(encapsulated, label, secret)) return std::nullopt;
         return secret;
     }
-    // The same, and a random secret when the box does not open ("implicit rejection"): the
+    // The same, and a random secret when it does not open ("implicit rejection"): the
     // conversation goes on and fails later, in the same way and at the same place for every cause.
-    Secret<32> decrypt_or_random(ByteView box, ByteView label) const {
+    Secret<32> decrypt_or_random(ByteView encapsulated, ByteView label) const {
         Secret<32> random = random_secret<32>();
         Secret<32> secret;
-        return decrypt_into(box, label, secret) ? std::move(secret) : std::move(random);
+        return decrypt_into(encapsulated, label, secret) ? std::move(secret) : std::move(random);
     }
 
     // RSA-PSS over the SHA-256 of `message`.
     Bytes sign(ByteView message) const {
         auto params = detail::pss_params();
         detail::DigestContext context(::EVP_MD_CTX_new());
-        Bytes signature(public_.box_bytes());
+        Bytes signature(public_.modulus_bytes());
         std::size_t size = signature.size();
         require_openssl(::EVP_DigestSignInit_ex(context.get(), nullptr, "SHA256", nullptr, nullptr,
                                                 key_.get(), params.data()) == 1 &&
@@ -1950,14 +1952,14 @@ class RsaPrivateKey {
         std::copy(bytes.begin(), bytes.end(), buffer);
         return static_cast<int>(bytes.size());
     }
-    bool decrypt_into(ByteView box, ByteView label, Secret<32>& secret) const {
+    bool decrypt_into(ByteView encapsulated, ByteView label, Secret<32>& secret) const {
         auto params = detail::oaep_params(label);
         detail::PkeyContext context(::EVP_PKEY_CTX_new(key_.get(), nullptr));
         Secret<max_rsa_bytes> opened;  // OpenSSL wants room for a whole block
         std::size_t size = max_rsa_bytes;
         bool ok = ::EVP_PKEY_decrypt_init_ex(context.get(), params.data()) == 1 &&
-                  ::EVP_PKEY_decrypt(context.get(), opened.span().data(), &size, box.data(),
-                                     box.size()) == 1 &&
+                  ::EVP_PKEY_decrypt(context.get(), opened.span().data(), &size,
+                                     encapsulated.data(), encapsulated.size()) == 1 &&
                   size == 32;
         ::ERR_clear_error();
         if (ok) secret = Secret<32>(opened.view().first(32));
@@ -2120,11 +2122,11 @@ class GcmOpener {
 //     server is the one whose key it showed. The client sends nothing before that.
 //   - x25519_c and x25519_s are new for each connection and forgotten at its end, so an RSA key
 //     that is stolen next year does not open this year's recordings (P1).
-//   - The label ties the box to these two hellos: taken out and put into another handshake, it does
-//     not open. The transcript hash ties the keys to all three frames: a man in the middle who
+//   - The label ties the encapsulated secret to these two hellos: put into another handshake, it
+//     does not open. The transcript hash ties the keys to all three frames: a man in the middle who
 //     changes one bit leaves the two sides with different keys (P2).
-//   - A box that does not open is not reported: the server goes on with a random secret, and the
-//     next record fails instead. Whoever probes the server with bad boxes learns nothing.
+//   - A secret that does not open is not reported: the server goes on with a random one, and the
+//     next record fails instead. Whoever probes the server with bad ones learns nothing.
 //   - The channel binding is a value that only the two ends of this channel share. Chapter 6 mixes
 //     it into the login, so a man in the middle cannot pass a login on from his channel to another.
 //
@@ -2882,7 +2884,7 @@ class LoginThrottle {
 //      GetCard(id)                     -->                     on first need
 //                                      <--   CardOf
 //      Send(to id, sealed bytes)       -->   Delivered         to that member alone
-//      Fanout(text, a lid for each)    -->   RoomDelivered     to each member: the text, their lid
+//      Fanout(text, a key for each)    -->   RoomDelivered     to each member: the text, their key
 //                                      <--   Undelivered       "that member is gone", "too slow"
 //                                      <--   Joined, Left      as people come and go
 //      Ping  <-->  Pong                                        are you still there?
@@ -3064,28 +3066,29 @@ struct Delivered {
     static void fields(auto& self, auto& io) { io(self.from, self.lane, self.payload); }
 };
 
-// A lid is the small part of a room message that is different for each member (chapter 8).
-inline constexpr std::size_t lid_bytes = 8 + 1 + 32 + gcm_tag_bytes;
-using Lid = std::array<std::uint8_t, lid_bytes>;
+// A wrapped key is the small part of a room message that is different for each member (chapter 8).
+inline constexpr std::size_t wrapped_key_bytes = 8 + 1 + 32 + gcm_tag_bytes;
+using WrappedKey = std::array<std::uint8_t, wrapped_key_bytes>;
 
-// Uploaded once for the whole room. `lids` is a row of (LoginId, Lid). A room that is too large for
-// one record gets the same text in several Fanouts, each with other members' lids.
+// Uploaded once for the whole room. `wrapped_keys` is a row of (LoginId, WrappedKey). A room that
+// is too large for one record gets the same text in several Fanouts, each with the wrapped keys of
+// other members.
 struct Fanout {
     static constexpr MessageType type = MessageType::fanout;
-    static constexpr std::size_t entry_bytes = sizeof(std::uint32_t) + lid_bytes;
+    static constexpr std::size_t entry_bytes = sizeof(std::uint32_t) + wrapped_key_bytes;
     std::uint32_t tag = 0;
     ByteView text;
-    ByteView lids;
-    static void fields(auto& self, auto& io) { io(self.tag, self.text, self.lids); }
+    ByteView wrapped_keys;
+    static void fields(auto& self, auto& io) { io(self.tag, self.text, self.wrapped_keys); }
 };
-// The lid comes last, so that everything before it is the same for all members: the server keeps
-// it once, however many queues it stands in.
+// The wrapped key comes last, so that everything before it is the same for all members: the server
+// keeps it once, however many queues it stands in.
 struct RoomDelivered {
     static constexpr MessageType type = MessageType::room_delivered;
     LoginId from{};
     ByteView text;
-    Lid lid{};
-    static void fields(auto& self, auto& io) { io(self.from, self.text, self.lid); }
+    WrappedKey wrapped_key{};
+    static void fields(auto& self, auto& io) { io(self.from, self.text, self.wrapped_key); }
 };
 struct Undelivered {
     static constexpr MessageType type = MessageType::undelivered;
@@ -3177,14 +3180,14 @@ class MessageReader {
 //                          it goes far over, the connection is given up
 //
 // What many members get alike is in the queue as a pointer to one shared buffer, never as a copy;
-// only the lid is each member's own.
+// only the wrapped key is each member's own.
 
 struct Outgoing {
     std::shared_ptr<const Bytes> shared;  // a message, or the part of it that all recipients share
-    Lid lid{};                            // the rest of it
-    std::uint8_t lid_size = 0;            // 0, or all of the lid
+    WrappedKey own{};                     // the rest of it, each member's own
+    std::uint8_t own_size = 0;            // 0, or all of it
 
-    std::size_t size() const { return shared->size() + lid_size; }
+    std::size_t size() const { return shared->size() + own_size; }
 };
 
 class Outbox {
@@ -3242,7 +3245,7 @@ class Outbox {
             record.resize(frame_header_bytes);
             for (const Outgoing& message : batch) {
                 append(record, *message.shared);
-                append(record, ByteView(message.lid).first(message.lid_size));
+                append(record, ByteView(message.own).first(message.own_size));
             }
             batch.clear();  // the last owner of a shared buffer frees it: not under the lock
             if (on_room) on_room();
@@ -3352,9 +3355,9 @@ void send_now(Socket& socket, RecordSealer& sealer, const T& message) {
 //
 // For each direction of each pair of logins, on first need (agree() is in chapter 4):
 //
-//      A -> B   Open:    1 (u8) || card_A (blob) || box (blob)
-//                        box = RSA-OAEP(identity_B, secret[32],
-//                                       label = SHA-256(card_A) || SHA-256(card_B))
+//      A -> B   Open:    1 (u8) || card_A (blob) || encapsulated secret (blob)
+//               encapsulated secret = RSA-OAEP(identity_B, secret[32],
+//                                              label = SHA-256(card_A) || SHA-256(card_B))
 //               keys     prk = agree(SHA-256(card_A) || SHA-256(card_B), secret, X25519(a, b))
 //                        interactive = HKDF-Expand(prk, "chatsecure pair interactive lane")
 //                        bulk        = HKDF-Expand(prk, "chatsecure pair bulk lane")
@@ -3362,7 +3365,7 @@ void send_now(Socket& socket, RecordSealer& sealer, const T& message) {
 //                                                           aad, kind (u8) || body )
 //
 //   - B knows that it is A: only A's login holds `a`, whose public half A's identity signed.
-//   - A knows that only B reads it: only B's identity opens the box.
+//   - A knows that only B reads it: only B's identity opens the secret.
 //   - Nothing else is signed, so B cannot prove to a third person what A said: B could have made
 //     all of it with the same keys. That is how a conversation between two people should be.
 //   - seq begins at 1 and grows by one. A repeat is dropped; a gap is reported: "2 messages from
@@ -3370,15 +3373,15 @@ void send_now(Socket& socket, RecordSealer& sealer, const T& message) {
 //     and is refused.
 //
 // A ROOM MESSAGE goes to everyone. Encrypting it anew for each of 500 members would be 500 times
-// the bytes. So the text is sealed once, under a key k made for it alone, and each member gets a
-// LID: k, sealed for that pair.
+// the bytes. So the text is sealed once, under a key k made for it alone, and each member gets k
+// as a WRAPPED KEY: sealed for that pair.
 //
 //      sealed text = AES-256-GCM(k, nonce 0, text)
-//      lid         = seq || AES-256-GCM(interactive key, 0 || seq, aad = SHA-256(sealed text),
+//      wrapped key = seq || AES-256-GCM(interactive key, 0 || seq, aad = SHA-256(sealed text),
 //                                       room_key (u8) || k)
 //
-// The aad ties the lid to this sealed text. Every member knows k, so every member could seal
-// another text under it; but no member can make a lid that only the sender shares with you (P6).
+// The aad ties the wrapped key to this sealed text. Every member knows k, so every member could
+// seal another text under it; but only the sender shares a key with you to wrap it with (P6).
 //
 // The weak point of all this is the first meeting: is the key on bob's card bob's, or one that the
 // server made up? Clients PIN the identity that they see first and are loud when it changes.
@@ -3396,7 +3399,7 @@ inline constexpr std::size_t max_payload_bytes = max_message_body - 16;
 // What is inside a sealed payload. The server never sees it.
 enum class Kind : std::uint8_t {
     text = 1,         // a private message: UTF-8
-    room_key = 2,     // a lid: the key of a room message
+    room_key = 2,     // a wrapped key: the key of a room message
     file_offer = 10,  // the rest: chapter 9
     file_accept = 11,
     file_credit = 12,
@@ -3596,11 +3599,11 @@ class PairSender {
         payload.assign(1, static_cast<std::uint8_t>(PayloadType::sealed));
         this->lane(lane).seal_to(payload, kind, body);
     }
-    Lid make_lid(const Secret<32>& room_key, const Digest& sealed_text_hash) {
+    WrappedKey wrap_key(const Secret<32>& room_key, const Digest& sealed_text_hash) {
         Bytes sealed = interactive_.seal(Kind::room_key, room_key.view(), sealed_text_hash);
-        Lid lid{};
-        std::copy(sealed.begin(), sealed.end(), lid.begin());
-        return lid;
+        WrappedKey wrapped_key{};
+        std::copy(sealed.begin(), sealed.end(), wrapped_key.begin());
+        return wrapped_key;
     }
 
   private:
@@ -3608,10 +3611,10 @@ class PairSender {
         detail::PairSecrets keys;
         Secrets(const LoginKeys& me, const CheckedCard& to, Bytes& open_payload) {
             Secret<32> secret = random_secret<32>();
-            Bytes box = to.identity().encrypt(secret, join(me.card_hash(), to.hash()));
+            Bytes encapsulated = to.identity().encrypt(secret, join(me.card_hash(), to.hash()));
             keys = detail::derive_pair_keys(me.card_hash(), to.hash(), secret,
                                             me.ephemeral().shared_secret(to.ephemeral()));
-            append_fields(open_payload, PayloadType::open, me.card_bytes(), box);
+            append_fields(open_payload, PayloadType::open, me.card_bytes(), encapsulated);
         }
     };
     explicit PairSender(const Secrets& s) : interactive_(s.keys.interactive), bulk_(s.keys.bulk) {}
@@ -3622,28 +3625,29 @@ class PairSender {
 
 // An Open, taken apart. Throws ProtocolError.
 struct OpenPayload {
-    ByteView card, box;
-    static void fields(auto& self, auto& io) { io(self.card, self.box); }
+    ByteView card, encapsulated;
+    static void fields(auto& self, auto& io) { io(self.card, self.encapsulated); }
 };
 
 // All that arrives from one login of A.
 class PairReceiver {
   public:
-    // One RSA decryption (about a millisecond). Throws ProtocolError if the box is not for us.
-    PairReceiver(const LoginKeys& me, const CheckedCard& from, ByteView box)
-        : PairReceiver(secrets(me, from, box)) {}
+    // One RSA decryption (about a millisecond). Throws ProtocolError if it is not for us.
+    PairReceiver(const LoginKeys& me, const CheckedCard& from, ByteView encapsulated)
+        : PairReceiver(secrets(me, from, encapsulated)) {}
 
     OpenedPayload open(Lane lane, ByteView sealed) {
         return (lane == Lane::bulk ? bulk_ : interactive_).open(sealed);
     }
-    OpenedPayload open_lid(const Lid& lid, const Digest& sealed_text_hash) {
-        return interactive_.open(lid, sealed_text_hash);
+    OpenedPayload unwrap_key(const WrappedKey& wrapped_key, const Digest& sealed_text_hash) {
+        return interactive_.open(wrapped_key, sealed_text_hash);
     }
 
   private:
-    static detail::PairSecrets secrets(const LoginKeys& me, const CheckedCard& from, ByteView box) {
+    static detail::PairSecrets secrets(const LoginKeys& me, const CheckedCard& from,
+                                       ByteView encapsulated) {
         std::optional<Secret<32>> secret =
-            me.identity().decrypt(box, join(from.hash(), me.card_hash()));
+            me.identity().decrypt(encapsulated, join(from.hash(), me.card_hash()));
         if (!secret)
             throw ProtocolError(concat("The keys that came from ", from.user(), " do not open."));
         return detail::derive_pair_keys(from.hash(), me.card_hash(), *secret,
@@ -4100,11 +4104,11 @@ inline std::string numbered_name(const std::string& name, unsigned number) {
 
 namespace detail {
 
-struct FileStatus {
+struct FileAttributes {
     bool regular = false, directory = false;
     std::uint64_t size = 0;
     std::uint64_t modified = 0;  // nanoseconds since 1970; 0: not known
-    friend bool operator==(const FileStatus&, const FileStatus&) = default;
+    friend bool operator==(const FileAttributes&, const FileAttributes&) = default;
 };
 
 #ifdef _WIN32
@@ -4115,21 +4119,21 @@ inline int open_part(const std::filesystem::path& path, bool create) {
     return ::_wsopen(path.c_str(), _O_RDWR | _O_BINARY | (create ? _O_CREAT | _O_EXCL : 0),
                      _SH_DENYRW, _S_IREAD | _S_IWRITE);
 }
-inline bool status_of(int file, FileStatus& status) {
+inline bool attributes_of(int file, FileAttributes& attributes) {
     struct _stat64 raw {};
     if (::_fstat64(file, &raw) != 0) return false;
-    status = {(raw.st_mode & _S_IFREG) != 0, (raw.st_mode & _S_IFDIR) != 0,
-              static_cast<std::uint64_t>(raw.st_size),
-              static_cast<std::uint64_t>(raw.st_mtime) * 1'000'000'000};
+    attributes = {(raw.st_mode & _S_IFREG) != 0, (raw.st_mode & _S_IFDIR) != 0,
+                  static_cast<std::uint64_t>(raw.st_size),
+                  static_cast<std::uint64_t>(raw.st_mtime) * 1'000'000'000};
     return true;
 }
-inline std::ptrdiff_t read_file_at(int file, ByteSpan into, std::uint64_t offset) {
+inline std::ptrdiff_t read_some_at(int file, ByteSpan into, std::uint64_t offset) {
     if (::_lseeki64(file, static_cast<std::int64_t>(offset), SEEK_SET) < 0) return -1;
-    return read_file(file, into);
+    return read_some(file, into);
 }
-inline std::ptrdiff_t write_file_at(int file, ByteView bytes, std::uint64_t offset) {
+inline std::ptrdiff_t write_some_at(int file, ByteView bytes, std::uint64_t offset) {
     if (::_lseeki64(file, static_cast<std::int64_t>(offset), SEEK_SET) < 0) return -1;
-    return write_file(file, bytes);
+    return write_some(file, bytes);
 }
 inline bool lock_file(int) { return true; }  // _SH_DENYRW
 inline void set_modified(int file, std::uint64_t nanoseconds) {
@@ -4153,7 +4157,7 @@ inline int open_part(const std::filesystem::path& path, bool create) {
                   O_RDWR | O_NOFOLLOW | O_NONBLOCK | O_CLOEXEC | (create ? O_CREAT | O_EXCL : 0),
                   0666);
 }
-inline bool status_of(int file, FileStatus& status) {
+inline bool attributes_of(int file, FileAttributes& attributes) {
     struct stat raw {};
     if (::fstat(file, &raw) != 0) return false;
 #ifdef __APPLE__
@@ -4161,16 +4165,17 @@ inline bool status_of(int file, FileStatus& status) {
 #else
     const timespec& modified = raw.st_mtim;
 #endif
-    status = {S_ISREG(raw.st_mode), S_ISDIR(raw.st_mode), static_cast<std::uint64_t>(raw.st_size),
-              modified.tv_sec <= 0 ? 0
-                                   : static_cast<std::uint64_t>(modified.tv_sec) * 1'000'000'000 +
-                                         static_cast<std::uint64_t>(modified.tv_nsec)};
+    attributes = {
+        S_ISREG(raw.st_mode), S_ISDIR(raw.st_mode), static_cast<std::uint64_t>(raw.st_size),
+        modified.tv_sec <= 0 ? 0
+                             : static_cast<std::uint64_t>(modified.tv_sec) * 1'000'000'000 +
+                                   static_cast<std::uint64_t>(modified.tv_nsec)};
     return true;
 }
-inline std::ptrdiff_t read_file_at(int file, ByteSpan into, std::uint64_t offset) {
+inline std::ptrdiff_t read_some_at(int file, ByteSpan into, std::uint64_t offset) {
     return ::pread(file, into.data(), into.size(), static_cast<off_t>(offset));
 }
-inline std::ptrdiff_t write_file_at(int file, ByteView bytes, std::uint64_t offset) {
+inline std::ptrdiff_t write_some_at(int file, ByteView bytes, std::uint64_t offset) {
     return ::pwrite(file, bytes.data(), bytes.size(), static_cast<off_t>(offset));
 }
 inline bool lock_file(int file) {  // false only if somebody else has it
@@ -4218,7 +4223,7 @@ class File {
     std::optional<std::size_t> read_at(std::uint64_t offset, ByteSpan into) const {
         std::size_t done = 0;
         while (done < into.size()) {
-            std::ptrdiff_t got = read_file_at(handle_, into.subspan(done), offset + done);
+            std::ptrdiff_t got = read_some_at(handle_, into.subspan(done), offset + done);
             if (got < 0 && errno == EINTR) continue;
             if (got < 0) return std::nullopt;
             if (got == 0) break;
@@ -4228,7 +4233,7 @@ class File {
     }
     bool write_at(std::uint64_t offset, ByteView bytes) const {
         while (!bytes.empty()) {
-            std::ptrdiff_t wrote = write_file_at(handle_, bytes, offset);
+            std::ptrdiff_t wrote = write_some_at(handle_, bytes, offset);
             if (wrote < 0 && errno == EINTR) continue;
             if (wrote < 0) return false;
             offset += static_cast<std::uint64_t>(wrote);
@@ -4274,18 +4279,18 @@ class SourceFile {
     // Throws Error for what cannot be sent.
     explicit SourceFile(const std::filesystem::path& path)
         : path_(path), file_(detail::open_to_send(path)) {
-        if (!file_.is_open() || !detail::status_of(file_.handle(), status_))
+        if (!file_.is_open() || !detail::attributes_of(file_.handle(), attributes_))
             throw Error(concat("Cannot read ", path.string(), ": ", system_reason(), "."));
-        if (status_.directory)
+        if (attributes_.directory)
             throw Error(concat(path.string(),
                                " is a directory. Pack it into one file, with tar or zip, and send "
                                "that."));
-        if (!status_.regular)
+        if (!attributes_.regular)
             throw Error(concat(path.string(), " is a device or a pipe, and has no end to send."));
     }
     std::string name() const { return path_.filename().string(); }
-    std::uint64_t size() const { return status_.size; }
-    std::uint64_t modified() const { return status_.modified; }
+    std::uint64_t size() const { return attributes_.size; }
+    std::uint64_t modified() const { return attributes_.modified; }
 
     // Fills `into`. Throws FileError if the file has changed or does not let itself be read.
     void read(std::uint64_t offset, ByteSpan into) const {
@@ -4297,8 +4302,8 @@ class SourceFile {
         if (*got != into.size()) throw changed();
     }
     void require_unchanged() const {
-        detail::FileStatus now;
-        if (!detail::status_of(file_.handle(), now) || now != status_) throw changed();
+        detail::FileAttributes now;
+        if (!detail::attributes_of(file_.handle(), now) || now != attributes_) throw changed();
     }
     std::optional<Digest> hash_of_beginning(std::uint64_t size,
                                             const std::atomic<bool>& stop) const {
@@ -4313,7 +4318,7 @@ class SourceFile {
     }
     std::filesystem::path path_;
     detail::File file_;
-    detail::FileStatus status_;
+    detail::FileAttributes attributes_;
 };
 
 // A file that is being received: NAME.part in a directory, later NAME. If nothing has come when it
@@ -4347,11 +4352,11 @@ class PartFile {
     static std::optional<PartFile> reopen(const std::filesystem::path& part,
                                           std::uint64_t largest) {
         detail::File file(detail::open_part(part, false));
-        detail::FileStatus status;
-        if (!file.is_open() || !detail::status_of(file.handle(), status) || !status.regular ||
-            status.size > largest || !detail::lock_file(file.handle()))
+        detail::FileAttributes attributes;
+        if (!file.is_open() || !detail::attributes_of(file.handle(), attributes) ||
+            !attributes.regular || attributes.size > largest || !detail::lock_file(file.handle()))
             return std::nullopt;
-        return PartFile(std::move(file), part, status.size);
+        return PartFile(std::move(file), part, attributes.size);
     }
 
     PartFile(PartFile&&) = default;
@@ -4864,9 +4869,9 @@ class PartialFiles {
     std::vector<Entry> entries_;
 };
 
-// ---- Events: from the transfers to a face (chapter 11) ------------------------------------------
+// ---- Events: from the transfers to a front end (chapter 11) -------------------------------------
 //
-// Names and sentences contain what other people chose: a face passes them through visible().
+// Names and sentences contain what other people chose: a front end passes them through visible().
 
 struct FileInfo {
     unsigned number = 0;  // ours, counting from 1: what /accept and /cancel take
@@ -6360,21 +6365,22 @@ class Server {
     }
 
     void relay_to_room(Session& s, const Fanout& fanout) {
-        if (fanout.lids.size() % Fanout::entry_bytes != 0)
-            throw ProtocolError("Received a room message with a broken list of lids.");
-        // Everything but the lid is the same for all: it is encoded once.
+        if (fanout.wrapped_keys.size() % Fanout::entry_bytes != 0)
+            throw ProtocolError("Received a room message with a broken list of wrapped keys.");
+        // Everything but the wrapped key is the same for all: it is encoded once.
         Bytes prefix = to_wire(RoomDelivered{s.id, fanout.text, {}});
-        prefix.resize(prefix.size() - lid_bytes);
-        Outgoing outgoing{std::make_shared<const Bytes>(std::move(prefix)), {}, lid_bytes};
-        Reader lids(fanout.lids, "a list of lids");
+        prefix.resize(prefix.size() - wrapped_key_bytes);
+        Outgoing outgoing{std::make_shared<const Bytes>(std::move(prefix)), {}, wrapped_key_bytes};
+        Reader wrapped_keys(fanout.wrapped_keys, "a list of wrapped keys");
         std::vector<LoginId> busy;
         std::size_t reached = 0;
         {
             std::shared_lock lock(members_mutex_);
-            for (LoginId id{}, before{}; !lids.empty(); before = id) {
-                lids(id, outgoing.lid);
+            for (LoginId id{}, before{}; !wrapped_keys.empty(); before = id) {
+                wrapped_keys(id, outgoing.own);
                 if (id <= before)  // ascending, so nobody can be flooded by naming him often
-                    throw ProtocolError("Received a room message whose lids are out of order.");
+                    throw ProtocolError(
+                        "Received a room message whose wrapped keys are out of order.");
                 auto found = members_.find(id);
                 if (found == members_.end()) continue;  // left in the meantime
                 Outbox::Result result = found->second->outbox.push(Lane::interactive, outgoing);
@@ -6442,14 +6448,14 @@ class Server {
 //  Chapter 11. The client
 // =================================================================================================
 //
-// The engine that a face is put on: a terminal, a window, a test. A face posts commands and takes
+// The engine behind a front end: a terminal, a window, a test. A front end posts commands and takes
 // events; it never waits for the network, the disk or an RSA operation.
 //
-//      face --- post(Say{"hi"}) --> [commands] --+
-//                                                +--> engine --> [outbox] --> writer --> socket
-//      socket --> reader --------> [records] ----+    |
-//                                                     v
-//      face <-- next_event() <------------------- [events]
+//      front end -- post(Say{"hi"}) -> [commands] --+
+//                                                   +--> engine --> [outbox] --> writer --> socket
+//      socket ----> reader ----------> [records] ---+    |
+//                                                        v
+//      front end <- next_event() <------------------ [events]
 //
 // The engine thread alone knows the conversation's state: the people, their keys, the pins. State
 // that one thread owns needs no lock, and everything happens in an order that one can follow.
@@ -6477,7 +6483,7 @@ class Server {
 // <server> is the beginning of the server key's fingerprint, in hexadecimal: the same server under
 // two addresses is one server, and two servers that have the same address in turn are two.
 
-// ---- Commands: from a face to the engine --------------------------------------------------------
+// ---- Commands: from a front end to the engine ---------------------------------------------------
 
 struct Say {  // to everybody
     std::string text;
@@ -6525,10 +6531,10 @@ struct Leave {                 // say goodbye when everything before it has been
 using Command = std::variant<Say, Tell, ListPeople, Verify, Trust, Ignore, SendFile, AcceptFile,
                              DeclineFile, CancelFile, ListFiles, AcceptServerKey, Leave>;
 
-// ---- Events: from the engine to a face ----------------------------------------------------------
+// ---- Events: from the engine to a front end -----------------------------------------------------
 //
-// Texts of other people, and sentences that contain some, are as they came: a face passes them
-// through visible() before it shows them.
+// Texts of other people, and sentences that contain some, are as they came: a front end passes
+// them through visible() before it shows them.
 
 struct Connecting {
     std::string server;
@@ -6623,7 +6629,7 @@ struct Event {
         what;
 };
 
-// ---- Lines of input, for every face alike -------------------------------------------------------
+// ---- Lines of input, for every front end alike --------------------------------------------------
 
 struct CommandHelp {
     std::string_view usage, meaning;
@@ -6663,7 +6669,7 @@ inline bool is_command(std::string_view line, std::string_view command) {
 
 // What a line means. Nothing for an empty line; throws Error with the sentence to show for a line
 // that cannot be done. `reply_to` is the last private partner, or empty. Commands that concern the
-// face alone (/help) are the face's to catch before.
+// front end alone (/help) are its own to catch before.
 inline std::optional<Command> parse_command(std::string_view line, std::string_view reply_to) {
     auto checked = [](std::string_view text) {
         if (text.size() > max_text_bytes)
@@ -6849,14 +6855,15 @@ class Client final : private FileHost {
     // Any thread. Does not block, except for a caller that is a thousand commands ahead.
     void post(Command command) {
         std::unique_lock lock(mutex_);
-        changed_for_faces_.wait(lock, [&] { return commands_.size() < max_commands || ended_; });
+        changed_for_front_end_.wait(lock,
+                                    [&] { return commands_.size() < max_commands || ended_; });
         if (ended_) return;
         commands_.push_back(std::move(command));
         lock.unlock();
         changed_.notify_all();
     }
-    // For a face that must never wait. False, and nothing is done, where post() would block or the
-    // engine has ended.
+    // For a front end that must never wait. False, and nothing is done, where post() would block or
+    // the engine has ended.
     bool try_post(Command command) {
         {
             std::lock_guard lock(mutex_);
@@ -6880,7 +6887,7 @@ class Client final : private FileHost {
     // Waits for one. Nothing after Stopped was taken, or when `patience` is over.
     std::optional<Event> next_event(Milliseconds patience = std::chrono::hours(24)) {
         std::unique_lock lock(mutex_);
-        changed_for_faces_.wait_for(lock, patience, [&] { return !events_.empty() || ended_; });
+        changed_for_front_end_.wait_for(lock, patience, [&] { return !events_.empty() || ended_; });
         return take_event(lock);
     }
 
@@ -6901,7 +6908,7 @@ class Client final : private FileHost {
   private:
     static constexpr std::size_t max_commands = 1024;
     static constexpr std::size_t max_records = 64;     // received and not yet handled
-    static constexpr std::size_t max_events = 20'000;  // until the face takes some, we read no more
+    static constexpr std::size_t max_events = 20'000;  // until some are taken, we read no more
     static constexpr std::size_t comfortable_outbox = std::size_t{1} << 20;
     static constexpr std::size_t max_remembered = 256;  // private messages that may come back
     static constexpr std::size_t max_people = 100'000;
@@ -6961,7 +6968,7 @@ class Client final : private FileHost {
             std::lock_guard lock(mutex_);
             events_.push_back(Event{std::chrono::system_clock::now(), std::move(what)});
         }
-        changed_for_faces_.notify_all();
+        changed_for_front_end_.notify_all();
         options_.on_event();
     }
 
@@ -6995,7 +7002,7 @@ class Client final : private FileHost {
             std::lock_guard lock(mutex_);
             ended_ = true;
         }
-        changed_for_faces_.notify_all();
+        changed_for_front_end_.notify_all();
     }
 
     // What was written and never left is lost, but not without a word.
@@ -7358,8 +7365,8 @@ class Client final : private FileHost {
         changed_.notify_all();
     }
 
-    // Waits while the engine or the face is behind: then TCP makes the server wait, and the server
-    // bounds what it keeps for us.
+    // Waits while the engine or the front end is behind: then TCP makes the server wait, and the
+    // server bounds what it keeps for us.
     bool hand_over(Bytes record) {
         std::unique_lock lock(mutex_);
         changed_.wait(lock, [&] {
@@ -7398,7 +7405,7 @@ class Client final : private FileHost {
                 }
             }
             changed_.notify_all();
-            changed_for_faces_.notify_all();
+            changed_for_front_end_.notify_all();
             if (record && !handle_record(*record)) return;
             if (tend_files || Clock::now() >= files_->next_deadline()) files_->tend();
             run_jobs();
@@ -7578,7 +7585,7 @@ class Client final : private FileHost {
                 throw ProtocolError(
                     concat("Keys came from ", peer.user,
                            " that are not the ones of this login. They are not used."));
-            peer.receiver.emplace(*link_->keys, *peer.card, open.box);
+            peer.receiver.emplace(*link_->keys, *peer.card, open.encapsulated);
         } catch (const ProtocolError& e) {
             emit(Problem{e.what()});
         }
@@ -7615,7 +7622,7 @@ class Client final : private FileHost {
             case Kind::file_refuse:
                 files_->receive(peer.id, peer.user, opened.kind, std::move(opened.body));
                 return;
-            case Kind::room_key:  // belongs into a lid
+            case Kind::room_key:  // belongs into a RoomDelivered
                 return;
         }
         // any other: from a newer program
@@ -7625,11 +7632,12 @@ class Client final : private FileHost {
         Peer* peer = peer_by_id(message.from);
         if (peer == nullptr) return;
         if (!peer->receiver) return tell_unopenable(*peer);
-        OpenedPayload lid = peer->receiver->open_lid(message.lid, sha256(message.text));
-        if (!check_opened(*peer, lid) || ignored_.contains(peer->user) ||
-            lid.kind != Kind::room_key || lid.body.size() != 32)
+        OpenedPayload opened =
+            peer->receiver->unwrap_key(message.wrapped_key, sha256(message.text));
+        if (!check_opened(*peer, opened) || ignored_.contains(peer->user) ||
+            opened.kind != Kind::room_key || opened.body.size() != 32)
             return;
-        if (std::optional<std::string> text = open_room_text(message.text, Secret<32>(lid.body)))
+        if (std::optional<std::string> text = open_room_text(message.text, Secret<32>(opened.body)))
             emit(RoomMessage{peer->user, std::move(*text), false});
     }
 
@@ -7671,16 +7679,17 @@ class Client final : private FileHost {
         SealedRoomText room = seal_room_text(text);
         Digest hash = sha256(room.sealed);
         std::uint32_t tag = ++link_->last_tag;
-        const std::size_t room_for_lids = max_message_body - 12 - room.sealed.size();
-        Bytes lids;
+        const std::size_t room_for_keys = max_message_body - 12 - room.sealed.size();
+        Bytes wrapped_keys;
         auto flush = [&] {
-            if (!lids.empty()) push(Lane::interactive, Fanout{tag, room.sealed, lids});
-            lids.clear();
+            if (!wrapped_keys.empty())
+                push(Lane::interactive, Fanout{tag, room.sealed, wrapped_keys});
+            wrapped_keys.clear();
         };
         for (auto& [id, peer] : link_->peers) {
             if (!open_to(peer)) continue;
-            if (lids.size() + Fanout::entry_bytes > room_for_lids) flush();
-            append_fields(lids, id, peer.sender->make_lid(room.key, hash));
+            if (wrapped_keys.size() + Fanout::entry_bytes > room_for_keys) flush();
+            append_fields(wrapped_keys, id, peer.sender->wrap_key(room.key, hash));
         }
         flush();
     }
@@ -7932,9 +7941,9 @@ class Client final : private FileHost {
     std::optional<FileTransfers> files_;  // from the first login on; its threads call wake()
 
     Waker cancel_;
-    mutable std::mutex mutex_;                   // guards the rest
-    std::condition_variable changed_;            // for the engine and the reader
-    std::condition_variable changed_for_faces_;  // for post() and next_event()
+    mutable std::mutex mutex_;                       // guards the rest
+    std::condition_variable changed_;                // for the engine and the reader
+    std::condition_variable changed_for_front_end_;  // for post() and next_event()
     std::deque<Command> commands_;
     std::deque<Bytes> records_;
     std::deque<Event> events_;

@@ -1,6 +1,6 @@
 // client: ChatSecure on a terminal. All of the work is in chatsecure.hpp, chapter 11; this program
-// puts a face on it. It has two: one for a person at a terminal, and one for scripts, when standard
-// input is a pipe or a file.
+// puts a front end on it. It has two: one for a person at a terminal, and one for scripts, when
+// standard input is a pipe or a file.
 //
 //      chatsecure::Client  -- events -->  describe()  -- lines -->  Terminal or Script
 //                          <-- commands --  parse_command()  <-- what was typed
@@ -260,7 +260,7 @@ bool is_failure(const chatsecure::Event& event) {
            std::holds_alternative<chatsecure::Problem>(event.what);
 }
 
-// Lets one progress event of each file through every few seconds, for faces that print lines.
+// Lets one progress event of each file through every few seconds, for front ends that print lines.
 class NowAndThen {
   public:
     bool is_due(const chatsecure::FileProgress& e) {
@@ -345,7 +345,7 @@ class LineReader {
     bool ended_ = false;
 };
 
-// ---- The face for scripts -----------------------------------------------------------------------
+// ---- The front end for scripts ------------------------------------------------------------------
 //
 // Prints one event per line. "/wait TEXT" holds the script up until an event line contains TEXT,
 // and looks at the lines since the last /wait that was fulfilled: a line is never missed because it
@@ -452,7 +452,7 @@ class Script {
     bool leaving_ = false, failed_ = false;
 };
 
-// ---- The face for a person ----------------------------------------------------------------------
+// ---- The front end for a person -----------------------------------------------------------------
 
 // Shows lines on a terminal, with local time and colour.
 class Printer {

@@ -1326,37 +1326,37 @@ TEST_CASE("chapter 4: random bytes are all different") {
     CHECK(hex_of(random_secret<32>()) != hex_of(random_secret<32>()));
 }
 
-TEST_CASE("chapter 4: an OAEP box opens with its key and its label, and not otherwise") {
+TEST_CASE("chapter 4: an encapsulated secret opens with its key and its label, and not otherwise") {
     const RsaPublicKey& to = test_key(0).public_key();
     Secret<32> secret = secret_of(5);
     Bytes label = bytes_of("label");
-    Bytes box = to.encrypt(secret, label);
-    CHECK(box.size() == 256);
-    CHECK(box != to.encrypt(secret, label));  // no two boxes are alike
+    Bytes encapsulated = to.encrypt(secret, label);
+    CHECK(encapsulated.size() == 256);
+    CHECK(encapsulated != to.encrypt(secret, label));  // no two are alike
 
-    auto opened = test_key(0).decrypt(box, label);
+    auto opened = test_key(0).decrypt(encapsulated, label);
     REQUIRE(opened);
     CHECK(hex_of(*opened) == hex_of(secret));
-    CHECK_FALSE(test_key(0).decrypt(box, bytes_of("Label")));
-    CHECK_FALSE(test_key(0).decrypt(box, {}));
-    CHECK_FALSE(test_key(1).decrypt(box, label));
+    CHECK_FALSE(test_key(0).decrypt(encapsulated, bytes_of("Label")));
+    CHECK_FALSE(test_key(0).decrypt(encapsulated, {}));
+    CHECK_FALSE(test_key(1).decrypt(encapsulated, label));
     CHECK_FALSE(test_key(0).decrypt({}, label));
-    CHECK_FALSE(test_key(0).decrypt(ByteView(box).first(255), label));
-    CHECK_FALSE(test_key(0).decrypt(join(box, Bytes(1)), label));
+    CHECK_FALSE(test_key(0).decrypt(ByteView(encapsulated).first(255), label));
+    CHECK_FALSE(test_key(0).decrypt(join(encapsulated, Bytes(1)), label));
     CHECK_FALSE(test_key(0).decrypt(Bytes(256, 0xff), label));
     for (std::size_t at : {0U, 1U, 100U, 254U, 255U}) {
-        Bytes changed = box;
+        Bytes changed = encapsulated;
         changed[at] ^= 1;
         CHECK_FALSE(test_key(0).decrypt(changed, label));
     }
 }
 
-TEST_CASE("chapter 4: instead of a box that does not open there is a random secret") {
-    Bytes box = test_key(0).public_key().encrypt(secret_of(5), {});
-    CHECK(hex_of(test_key(0).decrypt_or_random(box, {})) == hex_of(secret_of(5)));
-    box[100] ^= 1;
-    std::string once = hex_of(test_key(0).decrypt_or_random(box, {}));
-    std::string twice = hex_of(test_key(0).decrypt_or_random(box, {}));
+TEST_CASE("chapter 4: instead of a secret that does not open there is a random one") {
+    Bytes encapsulated = test_key(0).public_key().encrypt(secret_of(5), {});
+    CHECK(hex_of(test_key(0).decrypt_or_random(encapsulated, {})) == hex_of(secret_of(5)));
+    encapsulated[100] ^= 1;
+    std::string once = hex_of(test_key(0).decrypt_or_random(encapsulated, {}));
+    std::string twice = hex_of(test_key(0).decrypt_or_random(encapsulated, {}));
     CHECK(once != twice);
     CHECK(once != std::string(64, '0'));
 }
@@ -1500,7 +1500,7 @@ TEST_CASE("chapter 4: we read private keys of the openssl command") {
           pem);
 }
 
-TEST_CASE("chapter 4: OAEP boxes go both ways between us and the openssl command") {
+TEST_CASE("chapter 4: encapsulated secrets go both ways between us and the openssl command") {
     TempDir dir;
     test_key(0).save(dir.path / "key.pem", {}, 0);
     write_text(dir.path / "public.pem", test_key(0).public_key().pem());
@@ -1512,15 +1512,15 @@ TEST_CASE("chapter 4: OAEP boxes go both ways between us and the openssl command
 
     write_text(dir.path / "theirs.txt", std::string(32, 'T'));
     shell("openssl pkeyutl -encrypt -pubin -inkey " + quoted(dir.path / "public.pem") + " -in " +
-          quoted(dir.path / "theirs.txt") + " -out " + quoted(dir.path / "theirs.box") + options);
-    auto opened = test_key(0).decrypt(as_bytes(read_text(dir.path / "theirs.box")), label);
+          quoted(dir.path / "theirs.txt") + " -out " + quoted(dir.path / "theirs.bin") + options);
+    auto opened = test_key(0).decrypt(as_bytes(read_text(dir.path / "theirs.bin")), label);
     REQUIRE(opened);
     CHECK(as_text(opened->view()) == std::string(32, 'T'));
 
-    Bytes box = test_key(0).public_key().encrypt(secret_of('U'), label);
-    write_text(dir.path / "ours.box", as_text(box));
+    Bytes encapsulated = test_key(0).public_key().encrypt(secret_of('U'), label);
+    write_text(dir.path / "ours.bin", as_text(encapsulated));
     CHECK(shell("openssl pkeyutl -decrypt -inkey " + quoted(dir.path / "key.pem") + " -in " +
-                quoted(dir.path / "ours.box") + options) == std::string(32, 'U'));
+                quoted(dir.path / "ours.bin") + options) == std::string(32, 'U'));
 }
 
 TEST_CASE("chapter 4: PSS signatures go both ways between us and the openssl command") {
@@ -1676,7 +1676,7 @@ TEST_CASE("chapter 5: a bit changed in any frame is noticed, or leaves no key in
 }
 
 TEST_CASE("chapter 5: a man in the middle with his own X25519 keys has no key in common") {
-    // He knows both ephemeral secrets then, but not what is in the box, and the hashes differ.
+    // He knows both ephemeral secrets then, but not what is encapsulated, and the hashes differ.
     X25519Key his = X25519Key::generate();
     auto swap_key = [&](Bytes& hello) {
         std::copy(his.public_key().begin(), his.public_key().end(), hello.begin() + 8);
@@ -1727,23 +1727,25 @@ TEST_CASE("chapter 5: an X25519 key that makes the secret zero is refused on bot
     CHECK(throws<ProtocolError>([&] { shake_hands(changing(2, zero)); }));
 }
 
-TEST_CASE("chapter 5: a box that does not open is not reported: the keys are just other ones") {
-    const Change bad_boxes[]{
-        [](Bytes& box) { box[100] ^= 1; },
-        [](Bytes& box) { box.clear(); },
-        [](Bytes& box) { box.pop_back(); },
-        [](Bytes& box) { box.push_back(0); },
-        [](Bytes& box) { std::fill(box.begin(), box.end(), 0xff); },
-        [](Bytes& box) { std::fill(box.begin(), box.end(), 0); },
-        [](Bytes& box) { box = test_key(0).public_key().encrypt(secret_of(1), {}); },  // no label
+TEST_CASE("chapter 5: a secret that does not open is not reported: the keys are just other ones") {
+    const Change bad_frames[]{
+        [](Bytes& frame3) { frame3[100] ^= 1; },
+        [](Bytes& frame3) { frame3.clear(); },
+        [](Bytes& frame3) { frame3.pop_back(); },
+        [](Bytes& frame3) { frame3.push_back(0); },
+        [](Bytes& frame3) { std::fill(frame3.begin(), frame3.end(), 0xff); },
+        [](Bytes& frame3) { std::fill(frame3.begin(), frame3.end(), 0); },
+        [](Bytes& frame3) {
+            frame3 = test_key(0).public_key().encrypt(secret_of(1), {});
+        },  // no label
     };
-    for (const Change& change : bad_boxes)
+    for (const Change& change : bad_frames)
         CHECK(shake_hands(changing(3, change)).agree_in_nothing());
 }
 
-TEST_CASE("chapter 5: a box recorded in one handshake is of no use in another") {
+TEST_CASE("chapter 5: a secret recorded in one handshake is of no use in another") {
     Bytes recorded = shake_hands().frames[2];
-    CHECK(shake_hands(changing(3, [&](Bytes& box) { box = recorded; })).agree_in_nothing());
+    CHECK(shake_hands(changing(3, [&](Bytes& frame3) { frame3 = recorded; })).agree_in_nothing());
 }
 
 TEST_CASE("chapter 5: records go through, one after the other, of every size") {
@@ -2309,10 +2311,10 @@ void check_message(const T& message, const std::string& body_hex) {
 
 const Bytes two_bytes{0xaa, 0xbb}, three_bytes{0x11, 0x22, 0x33};
 
-Lid lid_of(std::uint8_t fill) {
-    Lid lid;
-    lid.fill(fill);
-    return lid;
+WrappedKey wrapped_key_of(std::uint8_t fill) {
+    WrappedKey wrapped_key;
+    wrapped_key.fill(fill);
+    return wrapped_key;
 }
 
 // What arrives when an outbox is written to a connection: the records, and the messages in them.
@@ -2411,7 +2413,7 @@ TEST_CASE("chapter 7: messages with payloads: their bytes, and every way to cut 
                   "00000005"
                   "00000002aabb"
                   "00000003112233");
-    check_message(RoomDelivered{LoginId{9}, two_bytes, lid_of(0xcc)},
+    check_message(RoomDelivered{LoginId{9}, two_bytes, wrapped_key_of(0xcc)},
                   "00000009"
                   "00000002aabb" +
                       to_hex(Bytes(57, 0xcc)));
@@ -2464,18 +2466,18 @@ TEST_CASE("chapter 7: a message may fill a record, and may not be larger") {
     CHECK(write_and_read(outbox).records.at(0).size() == max_record_bytes);
 }
 
-TEST_CASE("chapter 7: the part that all share and the own lid arrive as one message") {
-    Bytes whole = to_wire(RoomDelivered{LoginId{1}, two_bytes, lid_of(0)});
-    whole.resize(whole.size() - lid_bytes);
+TEST_CASE("chapter 7: the part that all share and the own wrapped key arrive as one message") {
+    Bytes whole = to_wire(RoomDelivered{LoginId{1}, two_bytes, wrapped_key_of(0)});
+    whole.resize(whole.size() - wrapped_key_bytes);
     auto shared = std::make_shared<const Bytes>(whole);
     Outbox outbox(1 << 20, 1 << 20);
     for (std::uint8_t fill : Bytes{1, 2})
-        outbox.push(Lane::interactive, {shared, lid_of(fill), lid_bytes});
+        outbox.push(Lane::interactive, {shared, wrapped_key_of(fill), wrapped_key_bytes});
     outbox.finish();
     Arrived arrived = write_and_read(outbox);
     REQUIRE(arrived.messages.size() == 2);
-    CHECK(from_wire<RoomDelivered>(arrived.messages[0].second).lid == lid_of(1));
-    CHECK(from_wire<RoomDelivered>(arrived.messages[1].second).lid == lid_of(2));
+    CHECK(from_wire<RoomDelivered>(arrived.messages[0].second).wrapped_key == wrapped_key_of(1));
+    CHECK(from_wire<RoomDelivered>(arrived.messages[1].second).wrapped_key == wrapped_key_of(2));
     CHECK(shared.use_count() == 1);  // the outbox has let go of it
 }
 
@@ -2631,12 +2633,12 @@ struct Conversation {
     CheckedCard bob_card{bob.card_bytes(), "bob"};
     Bytes open;
     PairSender sender{alice, bob_card, open};
-    PairReceiver receiver{bob, alice_card, box()};
+    PairReceiver receiver{bob, alice_card, encapsulated()};
 
     OpenPayload opened() const {
         return decode<OpenPayload>(ByteView(open).subspan(1), "somebody's keys");
     }
-    ByteView box() const { return opened().box; }
+    ByteView encapsulated() const { return opened().encapsulated; }
 
     // A sealed payload without its type, as the receiver wants it.
     Bytes seal(std::string_view text, Lane lane = Lane::interactive) {
@@ -2797,24 +2799,25 @@ TEST_CASE("chapter 8: each direction has its own keys: a reflected payload does 
     Bytes open;
     PairSender back(c.bob, c.alice_card, open);
     PairReceiver alice_receives(
-        c.alice, c.bob_card, decode<OpenPayload>(ByteView(open).subspan(1), "somebody's keys").box);
+        c.alice, c.bob_card,
+        decode<OpenPayload>(ByteView(open).subspan(1), "somebody's keys").encapsulated);
     CHECK(alice_receives.open(Lane::interactive, c.seal("hello")).state == State::damaged);
     Bytes answer = back.seal(Lane::interactive, Kind::text, as_bytes("hi"));
     CHECK(is_text(alice_receives.open(Lane::interactive, ByteView(answer).subspan(1)), "hi"));
 }
 
-TEST_CASE("chapter 8: an Open holds the sender's card and a box of the receiver's size") {
+TEST_CASE("chapter 8: an Open holds the sender's card and a secret of the receiver's size") {
     Conversation c;
     CHECK(c.open[0] == static_cast<std::uint8_t>(PayloadType::open));
     CHECK(to_bytes(c.opened().card) == c.alice.card_bytes());
-    CHECK(c.opened().box.size() == 256);
+    CHECK(c.opened().encapsulated.size() == 256);
 }
 
 TEST_CASE("chapter 8: the keys of a pair are computed as the chapter says") {
     // A receiver written from the description alone.
     Conversation c;
     Bytes salt = join(sha256(c.alice.card_bytes()), sha256(c.bob.card_bytes()));
-    std::optional<Secret<32>> secret = test_key(1).decrypt(c.box(), salt);
+    std::optional<Secret<32>> secret = test_key(1).decrypt(c.encapsulated(), salt);
     REQUIRE(secret);
     Secret<32> prk =
         agree(salt, *secret, c.bob.ephemeral().shared_secret(c.alice_card.ephemeral()));
@@ -2826,7 +2829,7 @@ TEST_CASE("chapter 8: the keys of a pair are computed as the chapter says") {
 
 TEST_CASE("chapter 8: an Open is for one login of one person, from one login of another") {
     Conversation c;
-    Bytes box = to_bytes(c.box());
+    Bytes encapsulated = to_bytes(c.encapsulated());
     LoginKeys carol(test_key(2), "carol", 3000);
     LoginKeys bob_again(test_key(1), "bob", 3000);
     LoginKeys alice_again(test_key(0), "alice", 3000);
@@ -2835,20 +2838,20 @@ TEST_CASE("chapter 8: an Open is for one login of one person, from one login of 
 
     // To another person; to the same one, who logged in again; as if from another person; as if
     // from a later login of the same one.
-    CHECK(throws<ProtocolError>([&] { PairReceiver(carol, c.alice_card, box); }));
-    CHECK(throws<ProtocolError>([&] { PairReceiver(bob_again, c.alice_card, box); }));
-    CHECK(throws<ProtocolError>([&] { PairReceiver(c.bob, carol_card, box); }));
-    CHECK(throws<ProtocolError>([&] { PairReceiver(c.bob, alice_again_card, box); }));
-    box[100] ^= 1;
-    CHECK(throws<ProtocolError>([&] { PairReceiver(c.bob, c.alice_card, box); }));
+    CHECK(throws<ProtocolError>([&] { PairReceiver(carol, c.alice_card, encapsulated); }));
+    CHECK(throws<ProtocolError>([&] { PairReceiver(bob_again, c.alice_card, encapsulated); }));
+    CHECK(throws<ProtocolError>([&] { PairReceiver(c.bob, carol_card, encapsulated); }));
+    CHECK(throws<ProtocolError>([&] { PairReceiver(c.bob, alice_again_card, encapsulated); }));
+    encapsulated[100] ^= 1;
+    CHECK(throws<ProtocolError>([&] { PairReceiver(c.bob, c.alice_card, encapsulated); }));
     CHECK(throws<ProtocolError>([&] { PairReceiver(c.bob, c.alice_card, {}); }));
 }
 
 TEST_CASE("chapter 8: who has bob's identity key but not his login's reads nothing") {
-    // His identity was stolen later. It opens the box, and then the X25519 half is missing.
+    // His identity was stolen later. It opens the secret, and then the X25519 half is missing.
     Conversation c;
     Digest a = c.alice_card.hash(), b = c.bob_card.hash();
-    std::optional<Secret<32>> secret = test_key(1).decrypt(c.box(), join(a, b));
+    std::optional<Secret<32>> secret = test_key(1).decrypt(c.encapsulated(), join(a, b));
     REQUIRE(secret);
     Secret<32> guess = X25519Key::generate().shared_secret(c.alice_card.ephemeral());
     OpeningLane lane(detail::derive_pair_keys(a, b, *secret, guess).interactive);
@@ -2876,38 +2879,38 @@ TEST_CASE("chapter 8: a room message opens with its key, and not when it or the 
     CHECK(hex_of(seal_room_text("x").key) != hex_of(seal_room_text("x").key));
 }
 
-TEST_CASE("chapter 8: a lid brings the key of its room message") {
+TEST_CASE("chapter 8: a wrapped key brings the key of its room message") {
     Conversation c;
     SealedRoomText room = seal_room_text("hello, everybody");
     Digest hash = sha256(room.sealed);
-    OpenedPayload lid = c.receiver.open_lid(c.sender.make_lid(room.key, hash), hash);
-    REQUIRE(lid.state == State::good);
-    CHECK(lid.kind == Kind::room_key);
-    CHECK(open_room_text(room.sealed, Secret<32>(lid.body)) == "hello, everybody");
+    OpenedPayload opened = c.receiver.unwrap_key(c.sender.wrap_key(room.key, hash), hash);
+    REQUIRE(opened.state == State::good);
+    CHECK(opened.kind == Kind::room_key);
+    CHECK(open_room_text(room.sealed, Secret<32>(opened.body)) == "hello, everybody");
     CHECK(is_text(c.receive(c.seal("private")), "private"));  // they count together: no gap
 }
 
-TEST_CASE("chapter 8: a lid does not open with another room text") {
-    // A member who knows the key seals other words under it (P6): the lid is not for them.
+TEST_CASE("chapter 8: a wrapped key does not open with another room text") {
+    // A member who knows the key seals other words under it (P6): the wrapped key is not for them.
     Conversation c;
     SealedRoomText room = seal_room_text("I agree");
-    Lid lid = c.sender.make_lid(room.key, sha256(room.sealed));
+    WrappedKey wrapped_key = c.sender.wrap_key(room.key, sha256(room.sealed));
     Bytes forged = gcm_seal(room.key, 0, {}, as_bytes("I refuse"));
     REQUIRE(open_room_text(forged, room.key) == "I refuse");
-    CHECK(c.receiver.open_lid(lid, sha256(forged)).state == State::damaged);
-    CHECK(c.receiver.open_lid(lid, sha256(room.sealed)).state == State::good);
-    CHECK(c.receiver.open_lid(lid, sha256(room.sealed)).state == State::repeated);
+    CHECK(c.receiver.unwrap_key(wrapped_key, sha256(forged)).state == State::damaged);
+    CHECK(c.receiver.unwrap_key(wrapped_key, sha256(room.sealed)).state == State::good);
+    CHECK(c.receiver.unwrap_key(wrapped_key, sha256(room.sealed)).state == State::repeated);
 }
 
-TEST_CASE("chapter 8: a lid is no private message and a private message no lid") {
+TEST_CASE("chapter 8: a wrapped key is no private message and a private message no wrapped key") {
     Conversation c;
     SealedRoomText room = seal_room_text("x");
-    CHECK(c.receive(c.sender.make_lid(room.key, sha256(room.sealed))).state == State::damaged);
+    CHECK(c.receive(c.sender.wrap_key(room.key, sha256(room.sealed))).state == State::damaged);
     Bytes sealed = c.seal(std::string(32, 'k'));
-    Lid lid{};
-    REQUIRE(sealed.size() == lid.size());
-    std::copy(sealed.begin(), sealed.end(), lid.begin());
-    CHECK(c.receiver.open_lid(lid, sha256(room.sealed)).state == State::damaged);
+    WrappedKey wrapped_key{};
+    REQUIRE(sealed.size() == wrapped_key.size());
+    std::copy(sealed.begin(), sealed.end(), wrapped_key.begin());
+    CHECK(c.receiver.unwrap_key(wrapped_key, sha256(room.sealed)).state == State::damaged);
 }
 
 TEST_CASE("chapter 8: the safety number is the same on both sides: 60 digits in groups of five") {
@@ -5414,14 +5417,14 @@ TEST_CASE("P1: who records today and steals the server's key tomorrow reads noth
     append(record, as_bytes("the plan"));
     RecordSealer(std::move(keys.client_to_server)).seal(record);
 
-    // The thief has the transcript, the record and the RSA key: enough for the boxed secret.
-    std::optional<Secret<32>> boxed =
+    // The thief has the transcript, the record and the RSA key: enough for the encapsulated secret.
+    std::optional<Secret<32>> oaep_secret =
         test_key(0).decrypt(frame3, sha256(client.hello(), server.hello()));
-    REQUIRE(boxed);
+    REQUIRE(oaep_secret);
     // What is missing is an X25519 secret, and each that can be made from public things is wrong.
     auto try_to_open = [&](const Secret<32>& x25519) {
         HopKeys guess =
-            detail::derive_hop_keys(client.hello(), server.hello(), frame3, *boxed, x25519);
+            detail::derive_hop_keys(client.hello(), server.hello(), frame3, *oaep_secret, x25519);
         Bytes copy(record.begin() + frame_header_bytes, record.end());
         RecordOpener(std::move(guess.client_to_server)).open(copy);
     };
@@ -5472,7 +5475,7 @@ TEST_CASE("P2: a server with another key gets nothing but a hello, and is named 
 
 TEST_CASE("P2: a man in the middle who passes bytes on and puts in his key gets no login") {
     Room room({"alice"});
-    // He shows the real RSA key and his own X25519 key: the box does not fit his hello.
+    // He shows the real RSA key and his own X25519 key: the secret does not fit his hello.
     int hellos = 0;
     Proxy swaps_x25519((*room.server)->port(), [&](bool from_client, Bytes& bytes) {
         if (!from_client && hellos++ == 0) bytes.at(frame_header_bytes + 8 + 5) ^= 1;
@@ -5722,8 +5725,8 @@ TEST_CASE("P5: a message to a login that has gone is sealed again for the new on
     CheckedCard alice_card(server.alice_card(), "alice");
     auto read_as = [&](const LoginKeys& bob, std::uint32_t& tag) {
         Send open = server.receive<Send>();
-        OpenPayload box = decode<OpenPayload>(open.payload.subspan(1), "an open");
-        PairReceiver receiver(bob, alice_card, box.box);
+        OpenPayload parts = decode<OpenPayload>(open.payload.subspan(1), "an open");
+        PairReceiver receiver(bob, alice_card, parts.encapsulated);
         Send sealed = server.receive<Send>();
         tag = sealed.tag;
         return to_string(receiver.open(Lane::interactive, sealed.payload.subspan(1)).body);
@@ -5756,17 +5759,18 @@ TEST_CASE("P6: a room member who knows a text's key cannot make others read anot
     Bytes open;
     PairSender to_bob(alice, bob_card, open);
     OpenPayload parts = decode<OpenPayload>(ByteView(open).subspan(1), "an open");
-    PairReceiver at_bob(bob, alice_card, parts.box);
+    PairReceiver at_bob(bob, alice_card, parts.encapsulated);
     SealedRoomText honest = seal_room_text("I owe mallory nothing");
-    Lid lid = to_bob.make_lid(honest.key, sha256(honest.sealed));
+    WrappedKey wrapped_key = to_bob.wrap_key(honest.key, sha256(honest.sealed));
     // Mallory is a member, so she has the key. With the server's help she sends bob her own text.
     Bytes forged = to_bytes(as_bytes("I owe mallory a lot!!"));
     forged.resize(forged.size() + gcm_tag_bytes);
     ByteSpan all(forged);
     GcmSealer(honest.key).seal(Nonce(0), {}, all.first(forged.size() - 16), all.last<16>());
     REQUIRE(open_room_text(forged, honest.key) == "I owe mallory a lot!!");
-    CHECK(at_bob.open_lid(lid, sha256(forged)).state == OpenedPayload::State::damaged);
-    CHECK(at_bob.open_lid(lid, sha256(honest.sealed)).state == OpenedPayload::State::good);
+    CHECK(at_bob.unwrap_key(wrapped_key, sha256(forged)).state == OpenedPayload::State::damaged);
+    CHECK(at_bob.unwrap_key(wrapped_key, sha256(honest.sealed)).state ==
+          OpenedPayload::State::good);
 }
 
 TEST_CASE("P7: users.db lets nobody log in") {
@@ -8114,10 +8118,10 @@ std::string percentiles(std::vector<double> trips) {
 int bench() {
     raise_descriptor_limit();
     RsaPrivateKey key = RsaPrivateKey::generate(default_rsa_bits);
-    Bytes box = key.public_key().encrypt(Secret<32>(), {});
+    Bytes encapsulated = key.public_key().encrypt(Secret<32>(), {});
     constexpr int operations = 300;
     double rsa = seconds_of([&] {
-                     for (int i = 0; i < operations; ++i) key.decrypt(box, {});
+                     for (int i = 0; i < operations; ++i) key.decrypt(encapsulated, {});
                  }) /
                  operations;
     show(concat("one RSA-3072 decryption       ", rsa * 1e3, " ms\n"));
