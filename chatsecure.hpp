@@ -51,7 +51,6 @@
 #include <algorithm>
 #include <array>
 #include <atomic>
-#include <bit>
 #include <charconv>
 #include <chrono>
 #include <condition_variable>
@@ -68,7 +67,6 @@
 #include <map>
 #include <memory>
 #include <mutex>
-#include <new>
 #include <optional>
 #include <semaphore>
 #include <set>
@@ -403,42 +401,10 @@ void append_fields(Bytes& out, const Field&... field) {
     writer(field...);
 }
 
-// How many bytes a Writer would append: it takes the same fields and only counts.
-class Sizer {
-  public:
-    template <class... Field>
-    Sizer& operator()(const Field&... field) {
-        (count(field), ...);
-        return *this;
-    }
-    std::size_t size() const { return size_; }
-
-  private:
-    template <class Number>
-    requires std::unsigned_integral<Number> || std::is_enum_v<Number>
-    void count(Number) { size_ += sizeof(Number); }
-    void count(const std::string& text) { size_ += 2 + text.size(); }
-    void count(ByteView blob) { size_ += 4 + blob.size(); }
-    void count(const Bytes& blob) { size_ += 4 + blob.size(); }
-    template <std::size_t N>
-    void count(const std::array<std::uint8_t, N>&) {
-        size_ += N;
-    }
-
-    std::size_t size_ = 0;
-};
-template <class T>
-std::size_t encoded_size(const T& value) {
-    Sizer sizer;
-    T::fields(value, sizer);
-    return sizer.size();
-}
-
 // The bytes of a value that has `fields`, behind those that are in `out`, or alone; and the value
-// that some bytes hold. (Memory is taken once: a buffer that grows step by step is copied at each.)
+// that some bytes hold.
 template <class T>
 void encode_to(Bytes& out, const T& value) {
-    out.reserve(out.size() + encoded_size(value));
     Writer writer(out);
     T::fields(value, writer);
 }
@@ -465,19 +431,6 @@ inline std::string to_hex(ByteView bytes) {
     for (std::uint8_t byte : bytes) {
         out += digits[byte >> 4];
         out += digits[byte & 15];
-    }
-    return out;
-}
-
-// Throws Error if `text` is not an even number of hexadecimal digits.
-inline Bytes from_hex(std::string_view text) {
-    if (text.size() % 2 != 0) throw Error("A hexadecimal text has an odd number of digits.");
-    Bytes out(text.size() / 2);
-    for (std::size_t i = 0; i < out.size(); ++i) {
-        const char* digits = text.data() + 2 * i;
-        auto [end, failure] = std::from_chars(digits, digits + 2, out[i], 16);
-        if (failure != std::errc{} || end != digits + 2)
-            throw Error("A hexadecimal text has a character that is no digit.");
     }
     return out;
 }
@@ -1118,8 +1071,12 @@ class Socket {
 #endif
     }
 
-    Endpoint local_endpoint() const { return name_of(&::getsockname); }
-    Endpoint remote_endpoint() const { return name_of(&::getpeername); }
+    Endpoint local_endpoint() const {
+        Endpoint endpoint;
+        endpoint.size = static_cast<socklen_t>(sizeof endpoint.storage);
+        if (::getsockname(handle_, endpoint.address(), &endpoint.size) != 0) endpoint.size = 0;
+        return endpoint;
+    }
 
   private:
 #ifdef _WIN32
@@ -1127,13 +1084,6 @@ class Socket {
 #else
     static std::size_t length(std::size_t n) { return n; }
 #endif
-    template <class NameFunction>
-    Endpoint name_of(NameFunction function) const {
-        Endpoint endpoint;
-        endpoint.size = static_cast<socklen_t>(sizeof endpoint.storage);
-        if (function(handle_, endpoint.address(), &endpoint.size) != 0) endpoint.size = 0;
-        return endpoint;
-    }
     detail::SocketHandle handle_ = detail::no_socket;
 };
 
@@ -3104,15 +3054,27 @@ inline constexpr std::size_t message_header_bytes = 1 + 4;
 // So that each message fits into a record.
 inline constexpr std::size_t max_message_body = max_record_bytes - message_header_bytes;
 
-// type || length || body
+// Appends type || length || body. The length is known only when the body stands there, so its place
+// is kept and filled in afterwards. Throws Error if the body does not fit; then `out` is as before.
+template <class T>
+void append_message(Bytes& out, const T& message) {
+    const std::size_t start = out.size();
+    try {
+        append_fields(out, T::type, std::uint32_t{0});
+        encode_to(out, message);
+        std::size_t body = out.size() - start - message_header_bytes;
+        if (body > max_message_body) throw Error("A message must fit into a record.");
+        auto length = frame_header(body);  // four bytes, as before a frame
+        std::copy(length.begin(), length.end(), &out[start + sizeof(T::type)]);
+    } catch (const Error&) {
+        out.resize(start);
+        throw;
+    }
+}
 template <class T>
 Bytes to_wire(const T& message) {
-    std::size_t size = encoded_size(message);
-    if (size > max_message_body) throw Error("A message must fit into a record.");
     Bytes out;
-    out.reserve(message_header_bytes + size);
-    append_fields(out, T::type, static_cast<std::uint32_t>(size));
-    encode_to(out, message);
+    append_message(out, message);
     return out;
 }
 
@@ -3394,7 +3356,6 @@ void send_now(Socket& socket, RecordSealer& sealer, const T& message) {
 
 inline constexpr std::size_t max_text_bytes = 32 * 1024;
 inline constexpr std::size_t max_card_bytes = 2048;
-inline constexpr std::size_t max_payload_bytes = max_message_body - 16;
 
 // What is inside a sealed payload. The server never sees it.
 enum class Kind : std::uint8_t {

@@ -129,6 +129,13 @@ constexpr auto owner_read_write =
 Secret<32> secret_of(std::uint8_t fill) { return Secret<32>(Bytes(32, fill)); }
 std::string hex_of(const Secret<32>& secret) { return to_hex(secret.view()); }
 Bytes bytes_of(std::string_view text) { return to_bytes(as_bytes(text)); }
+Bytes from_hex(std::string_view digits) {
+    Bytes out;
+    for (std::size_t i = 0; i < digits.size(); i += 2)
+        out.push_back(
+            static_cast<std::uint8_t>(std::stoi(std::string(digits.substr(i, 2)), nullptr, 16)));
+    return out;
+}
 
 }  // namespace
 
@@ -215,16 +222,9 @@ TEST_CASE("chapter 1: a text field holds 65535 bytes and not one more") {
     CHECK_THROWS_AS(append_fields(out, std::string(65536, 'x')), Error);
 }
 
-TEST_CASE("chapter 1: hexadecimal there and back") {
-    Bytes bytes{0x00, 0x01, 0x7f, 0x80, 0xff};
-    CHECK(to_hex(bytes) == "00017f80ff");
-    CHECK(from_hex("00017f80ff") == bytes);
-    CHECK(from_hex("00017F80FF") == bytes);
-    CHECK(from_hex("") == Bytes{});
-    for (std::string_view bad : {"0", "0g", "g0", "0x", " 1", "+1", "-1", "1 ", "00 1"}) {
-        CAPTURE(bad);
-        CHECK(throws<Error>([&] { from_hex(bad); }));
-    }
+TEST_CASE("chapter 1: hexadecimal") {
+    CHECK(to_hex(Bytes{0x00, 0x01, 0x7f, 0x80, 0xff}) == "00017f80ff");
+    CHECK(to_hex({}) == "");
 }
 
 TEST_CASE("chapter 1: base64, the vectors of RFC 4648 section 10") {
@@ -728,7 +728,6 @@ TEST_CASE("chapter 2: a listener tells who came") {
     auto accepted = listener.accept(never);
     REQUIRE(accepted);
     CHECK(accepted->from.text() == client.local_endpoint().text());
-    CHECK(accepted->socket.remote_endpoint().text() == client.local_endpoint().text());
     CHECK(listener.addresses() == std::vector<std::string>{concat("127.0.0.1:", listener.port())});
 }
 
@@ -2432,6 +2431,17 @@ TEST_CASE("chapter 7: a message that claims to be longer than its record is refu
     CHECK(throws<ProtocolError>([&] { take_message(record); }));
 }
 
+TEST_CASE("chapter 7: a message that does not fit is not appended at all") {
+    Bytes out{1, 2, 3}, most(max_message_body - 4), more(max_message_body - 3);
+    CHECK(throws<Error>([&] { append_message(out, PublishCard{more}); }));
+    CHECK(throws<Error>([&] { append_message(out, Goodbye{std::string(65'536, 'x')}); }));
+    CHECK(out == Bytes{1, 2, 3});
+    append_message(out, PublishCard{most});
+    CHECK(out.size() == 3 + max_record_bytes);
+    CHECK(ByteView(out).subspan(3).front() == static_cast<std::uint8_t>(MessageType::publish_card));
+    CHECK(frame_length(ByteView(out).subspan(4), max_message_body) == max_message_body);
+}
+
 TEST_CASE("chapter 7: what was queued arrives, in its order, in one record") {
     Outbox outbox(1 << 20, 1 << 20);
     for (std::uint64_t number = 0; number < 100; ++number)
@@ -3507,7 +3517,10 @@ TEST_CASE("chapter 9: a chunk that claims 4 GiB is refused before anything is ta
 
 TEST_CASE("chapter 9: a full chunk fits into one message") {
     Bytes bytes(file_chunk_bytes);
-    CHECK(encode(FileChunk{1, UINT64_MAX, bytes}).size() <= max_payload_bytes);
+    Bytes payload = encode(FileChunk{1, UINT64_MAX, bytes});
+    payload.resize(1 + 8 + 1 + payload.size() + gcm_tag_bytes);  // type, seq, kind, tag
+    CHECK_NOTHROW(to_wire(Send{LoginId{1}, Lane::bulk, 1, payload}));
+    CHECK_NOTHROW(to_wire(Delivered{LoginId{1}, Lane::bulk, payload}));
 }
 
 // ---- Files that are sent ----
