@@ -570,6 +570,17 @@ inline std::vector<std::string> split_words(std::string_view line) {
     return words;
 }
 
+// The number that a text is: digits and nothing else, no sign, no blanks. Nothing if it is
+// something else, or does not fit into a T.
+template <std::unsigned_integral T>
+std::optional<T> parse_number(std::string_view text) {
+    T number{};
+    const char* end = text.data() + text.size();
+    std::from_chars_result result = std::from_chars(text.data(), end, number);
+    if (result.ec != std::errc{} || result.ptr != end) return std::nullopt;
+    return number;
+}
+
 // Now, as RFC 3339 writes it, in UTC: 2026-11-23T09:41:00Z
 inline std::string rfc3339_now() {
     auto now = std::chrono::floor<std::chrono::seconds>(std::chrono::system_clock::now());
@@ -709,6 +720,27 @@ inline void write_file(const std::filesystem::path& path, ByteView content, File
         fail("rename");
     }
     detail::sync_directory(detail::directory_of(path));
+}
+
+// Gives the words of each line of a file to `handle`, which throws Error for what it cannot accept;
+// it is thrown on with the file, the number of the line, and `advice`. Empty lines and comments (#)
+// are left out. Returns the file's content; nothing if there is no such file.
+inline std::optional<SecretBytes> read_lines(
+    const std::filesystem::path& path, std::size_t max_size, std::string_view advice,
+    const std::function<void(const std::vector<std::string>& words)>& handle) {
+    std::optional<SecretBytes> content = read_file(path, max_size);
+    std::istringstream in{content ? to_string(*content) : ""};
+    std::string line;
+    for (int number = 1; std::getline(in, line); ++number) {
+        std::vector<std::string> words = split_words(line);
+        if (words.empty() || words[0].starts_with('#')) continue;
+        try {
+            handle(words);
+        } catch (const Error& e) {
+            throw Error(concat(path.string(), ", line ", number, ": ", e.what(), " ", advice));
+        }
+    }
+    return content;
 }
 
 // Creates a directory, and those above it, for the owner alone. No error if it exists.
@@ -897,12 +929,7 @@ struct Endpoint {  // one IPv4 or IPv6 address with its port, as the system keep
 
     // The host alone ("127.0.0.1", "::1"), or with the port ("127.0.0.1:5000", "[::1]:5000").
     std::string host() const { return numeric().first; }
-    std::uint16_t port() const {
-        std::uint16_t value = 0;
-        std::string text = numeric().second;
-        std::from_chars(text.data(), text.data() + text.size(), value);
-        return value;
-    }
+    std::uint16_t port() const { return parse_number<std::uint16_t>(numeric().second).value_or(0); }
     std::string text() const {
         auto [host, port] = numeric();
         bool ipv6 = host.find(':') != host.npos;
@@ -948,8 +975,8 @@ inline HostPort parse_host_port(std::string_view text, std::uint16_t default_por
     HostPort result{std::string(host), default_port};
     if (host.empty()) throw Error(concat("\"", visible(text), "\" has no host name."));
     if (!port.empty()) {
-        auto [end, failure] = std::from_chars(port.data(), port.data() + port.size(), result.port);
-        if (failure != std::errc{} || end != port.data() + port.size() || result.port == 0)
+        result.port = parse_number<std::uint16_t>(port).value_or(0);
+        if (result.port == 0)
             throw Error(
                 concat("\"", visible(port), "\" is not a port: give a number from 1 to 65535."));
     }
@@ -2424,11 +2451,8 @@ struct ScramVerifier {
         ScramVerifier verifier;
         if (take_until('$') != "SCRAM-SHA-256")
             throw Error("The password entry is not SCRAM-SHA-256.");
-        std::string_view count = take_until(':');
-        auto [end, failure] =
-            std::from_chars(count.data(), count.data() + count.size(), verifier.iterations);
-        if (failure != std::errc{} || end != count.data() + count.size() ||
-            verifier.iterations < min_iterations || verifier.iterations > max_iterations)
+        verifier.iterations = parse_number<std::uint32_t>(take_until(':')).value_or(0);
+        if (verifier.iterations < min_iterations || verifier.iterations > max_iterations)
             throw Error(concat("The password entry's iteration count is not between ",
                                min_iterations, " and ", max_iterations, "."));
         verifier.salt = from_base64(take_until('$'));
@@ -2516,11 +2540,10 @@ class ScramClient {
         } catch (const Error& e) {
             throw ProtocolError(e.what());
         }
-        std::string_view count = detail::take_attribute(left, 'i');
-        auto [end, failure] =
-            std::from_chars(count.data(), count.data() + count.size(), challenge.iterations);
-        if (failure != std::errc{} || end != count.data() + count.size() || challenge.salt.empty())
+        auto iterations = parse_number<std::uint32_t>(detail::take_attribute(left, 'i'));
+        if (!iterations || challenge.salt.empty())
             throw ProtocolError("The server sent a login challenge that makes no sense.");
+        challenge.iterations = *iterations;
         if (challenge.iterations < min_iterations || challenge.iterations > max_iterations)
             throw ProtocolError(concat("The server asks for a login with ", challenge.iterations,
                                        " iterations; this client accepts ", min_iterations, " to ",
@@ -2631,8 +2654,7 @@ struct Account {
                       identity.empty() ? std::string("-") : to_base64(identity), " ", created);
     }
     // Throws Error.
-    static Account parse(std::string_view line) {
-        std::vector<std::string> words = split_words(line);
+    static Account parse(const std::vector<std::string>& words) {
         if (words.size() != 4)
             throw Error(concat("it has ", words.size(),
                                " fields; 4 are needed: name, password "
@@ -2653,98 +2675,89 @@ class AuthStore {
     // Reads `path`; no file means no accounts yet. Throws Error, with the line number, for a line
     // that cannot be understood: guessing would one day lose somebody's account.
     explicit AuthStore(std::filesystem::path path) : path_(std::move(path)) {
-        std::optional<SecretBytes> content = read_file(path_, max_users_db_bytes);
-        if (!content) return;
-        on_disk_ = sha256(*content);
-        std::istringstream in{to_string(*content)};
-        for (std::string line; std::getline(in, line);) {
-            if (!line.empty() && line.back() == '\r') line.pop_back();
-            lines_.push_back(line);
-            if (split_words(line).empty() || split_words(line)[0].starts_with('#')) continue;
-            try {
-                Account account = Account::parse(line);
-                if (!by_name_.emplace(account.user, Entry{lines_.size() - 1, account}).second)
+        std::optional<SecretBytes> content = read_lines(
+            path_, max_users_db_bytes, "Correct the line, or put # before it.",
+            [&](const std::vector<std::string>& words) {
+                Account account = Account::parse(words);
+                if (!accounts_.emplace(account.user, account).second)
                     throw Error(concat("the name \"", account.user, "\" stands there twice."));
-            } catch (const Error& e) {
-                throw Error(concat(path_.string(), ", line ", lines_.size(), ": ", e.what(),
-                                   " Correct the line, or put # before it."));
-            }
-        }
+            });
+        if (content) on_disk_ = sha256(*content);
     }
 
     std::optional<Account> find(const std::string& user) const {
         std::lock_guard lock(mutex_);
-        auto found = by_name_.find(user);
-        if (found == by_name_.end()) return std::nullopt;
-        return found->second.account;
+        auto found = accounts_.find(user);
+        if (found == accounts_.end()) return std::nullopt;
+        return found->second;
     }
 
     // Adds an account and has it on disk when it returns. False if the name is taken. Blocks;
     // throws Error if it cannot be written (then nothing has changed).
     bool add(const Account& account) {
         std::lock_guard lock(mutex_);
-        if (by_name_.contains(account.user)) return false;
-        std::vector<std::string> lines = lines_;
-        lines.push_back(account.line());
-        save(std::move(lines));
-        by_name_.emplace(account.user, Entry{lines_.size() - 1, account});
+        if (accounts_.contains(account.user)) return false;
+        std::string content = read_unchanged();
+        if (!content.empty() && content.back() != '\n') content += '\n';
+        write(content + account.line() + "\n");
+        accounts_.emplace(account.user, account);
         return true;
     }
 
     // Records the identity key of a user; as add().
     void set_identity(const std::string& user, ByteView identity) {
         std::lock_guard lock(mutex_);
-        auto found = by_name_.find(user);
-        if (found == by_name_.end()) throw Error(concat("There is no account \"", user, "\"."));
-        Entry& entry = found->second;
-        Account changed = entry.account;
+        auto found = accounts_.find(user);
+        if (found == accounts_.end()) throw Error(concat("There is no account \"", user, "\"."));
+        Account changed = found->second;
         changed.identity = to_bytes(identity);
-        std::vector<std::string> lines = lines_;
-        lines[entry.line] = changed.line();
-        save(std::move(lines));
-        entry.account = std::move(changed);
+        std::string content;
+        std::istringstream in{read_unchanged()};
+        for (std::string line; std::getline(in, line);) {
+            std::vector<std::string> words = split_words(line);
+            bool own = !words.empty() && words[0] == user;
+            content += (own ? changed.line() : line) + "\n";
+        }
+        write(content);
+        found->second = std::move(changed);
     }
 
     std::vector<std::string> users_with_example_password() const {
         std::lock_guard lock(mutex_);
         std::vector<std::string> users;
-        for (const auto& [user, entry] : by_name_)
-            if (as_text(entry.account.verifier.salt) == example_salt) users.push_back(user);
+        for (const auto& [user, account] : accounts_)
+            if (as_text(account.verifier.salt) == example_salt) users.push_back(user);
         return users;
     }
     std::size_t size() const {
         std::lock_guard lock(mutex_);
-        return by_name_.size();
+        return accounts_.size();
     }
 
   private:
     static constexpr std::size_t max_users_db_bytes = 1U << 30;
-    struct Entry {
-        std::size_t line;
-        Account account;
-    };
 
-    // Somebody may have edited the file while we run. Writing our copy over it would lose the edit.
-    void save(std::vector<std::string> lines) {
-        std::optional<SecretBytes> now = read_file(path_, max_users_db_bytes);
+    // The file, comments and all. Somebody may have edited it while we run: then it is not what we
+    // know, and writing our accounts over it would lose the edit. Throws Error.
+    std::string read_unchanged() const {
+        std::optional<SecretBytes> content = read_file(path_, max_users_db_bytes);
         std::optional<Digest> found;
-        if (now) found = sha256(*now);
+        if (content) found = sha256(*content);
         if (found != on_disk_)
             throw Error(concat(path_.string(),
                                " was changed by another program while the server "
                                "runs, so the server does not write it. Restart the server."));
-        std::string content;
-        for (const std::string& line : lines) content += line + "\n";
+        return content ? to_string(*content) : "";
+    }
+    void write(std::string_view content) {
         write_file(path_, as_bytes(content), FileMode::owner_only);
         on_disk_ = sha256(as_bytes(content));
-        lines_ = std::move(lines);
     }
 
     mutable std::mutex mutex_;  // guards everything below
     std::filesystem::path path_;
-    std::vector<std::string> lines_;        // the file, line by line, comments too
-    std::map<std::string, Entry> by_name_;  // where each account stands in it
-    std::optional<Digest> on_disk_;         // of the file as we last read or wrote it
+    std::map<std::string, Account> accounts_;
+    std::optional<Digest> on_disk_;  // of the file as we last read or wrote it
 };
 
 // ---- Guessing is slow ---------------------------------------------------------------------------
@@ -3689,29 +3702,17 @@ class PinStore {
 
     // No file means no pins. Throws Error, with the line number, for a damaged line.
     explicit PinStore(std::filesystem::path path) : path_(std::move(path)) {
-        std::optional<SecretBytes> content = read_file(path_, 64U << 20);
-        if (!content) return;
-        std::istringstream in{to_string(*content)};
-        std::string line;
-        for (std::size_t number = 1; std::getline(in, line); ++number) {
-            std::vector<std::string> words = split_words(line);
-            if (words.empty() || words[0].starts_with('#')) continue;
-            try {
-                if (words.size() != 4 || !is_valid_name(words[0]) ||
-                    (words[3] != "verified" && words[3] != "unverified"))
-                    throw Error("it is damaged.");
-                Pin pin{Fingerprint::parse(words[1]), 0, words[3] == "verified"};
-                auto [end, failure] =
-                    std::from_chars(words[2].data(), words[2].data() + words[2].size(), pin.issued);
-                if (failure != std::errc{} || end != words[2].data() + words[2].size())
-                    throw Error("its number is damaged.");
-                if (!pins_.emplace(words[0], pin).second)
-                    throw Error(concat("the name \"", words[0], "\" stands there twice."));
-            } catch (const Error& e) {
-                throw Error(concat(path_.string(), ", line ", number, ": ", e.what(),
-                                   " Correct or remove the line."));
-            }
-        }
+        read_lines(path_, 64U << 20, "Correct or remove the line.",
+                   [&](const std::vector<std::string>& words) {
+                       if (words.size() != 4 || !is_valid_name(words[0]) ||
+                           (words[3] != "verified" && words[3] != "unverified"))
+                           throw Error("it is damaged.");
+                       auto issued = parse_number<std::uint64_t>(words[2]);
+                       if (!issued) throw Error("its number is damaged.");
+                       Pin pin{Fingerprint::parse(words[1]), *issued, words[3] == "verified"};
+                       if (!pins_.emplace(words[0], pin).second)
+                           throw Error(concat("the name \"", words[0], "\" stands there twice."));
+                   });
     }
 
     const Pin* find(const std::string& user) const {
@@ -4774,28 +4775,17 @@ class PartialFiles {
 
     // No file means none. Throws Error, with the line number, for a damaged line.
     explicit PartialFiles(std::filesystem::path path) : path_(std::move(path)) {
-        std::optional<SecretBytes> content = read_file(path_, std::size_t{16} << 20);
-        if (!content) return;
-        std::istringstream in{to_string(*content)};
-        std::string line;
-        for (std::size_t number = 1; std::getline(in, line); ++number) {
-            std::vector<std::string> words = split_words(line);
-            if (words.empty() || words[0].starts_with('#')) continue;
-            try {
-                if (words.size() != 4 || !is_valid_name(words[0])) throw Error("it is damaged.");
-                Entry entry{words[0], 0, to_string(from_base64(words[2])),
-                            path_of(to_string(from_base64(words[3])))};
-                auto [end, failure] =
-                    std::from_chars(words[1].data(), words[1].data() + words[1].size(), entry.size);
-                if (failure != std::errc{} || end != words[1].data() + words[1].size())
-                    throw Error("its number is damaged.");
-                std::error_code ignored;
-                if (std::filesystem::exists(entry.part, ignored)) entries_.push_back(entry);
-            } catch (const Error& e) {
-                throw Error(concat(path_.string(), ", line ", number, ": ", e.what(),
-                                   " Correct or remove the line."));
-            }
-        }
+        read_lines(path_, std::size_t{16} << 20, "Correct or remove the line.",
+                   [&](const std::vector<std::string>& words) {
+                       if (words.size() != 4 || !is_valid_name(words[0]))
+                           throw Error("it is damaged.");
+                       auto size = parse_number<std::uint64_t>(words[1]);
+                       if (!size) throw Error("its number is damaged.");
+                       Entry entry{words[0], *size, to_string(from_base64(words[2])),
+                                   path_of(to_string(from_base64(words[3])))};
+                       std::error_code ignored;
+                       if (std::filesystem::exists(entry.part, ignored)) entries_.push_back(entry);
+                   });
     }
 
     // The part of what looks like the same file; empty if there is none.
@@ -6673,9 +6663,8 @@ inline std::optional<Command> parse_command(std::string_view line, std::string_v
     }
     if (command == "/accept" || command == "/decline" || command == "/cancel") {
         std::string_view rest = line, word = take_word();
-        unsigned number = 0;
-        auto [end, failure] = std::from_chars(word.data(), word.data() + word.size(), number);
-        bool is_number = failure == std::errc{} && end == word.data() + word.size() && number > 0;
+        unsigned number = parse_number<unsigned>(word).value_or(0);
+        bool is_number = number > 0;
         if (command == "/accept") return AcceptFile{number, std::string(is_number ? line : rest)};
         need(word.empty() || (is_number && line.empty()), concat(command, " [NUMBER]"));
         if (command == "/decline") return DeclineFile{number};
@@ -6748,21 +6737,11 @@ class KnownServers {
   private:
     std::map<std::string, Fingerprint> read() const {
         std::map<std::string, Fingerprint> pins;
-        std::optional<SecretBytes> content = read_file(path_, std::size_t{1} << 20);
-        if (!content) return pins;
-        std::istringstream in{to_string(*content)};
-        std::string line;
-        for (int number = 1; std::getline(in, line); ++number) {
-            std::vector<std::string> words = split_words(line);
-            if (words.empty() || words[0].starts_with('#')) continue;
-            try {
-                if (words.size() != 2) throw Error("it is damaged.");
-                pins[words[0]] = Fingerprint::parse(words[1]);
-            } catch (const Error& e) {
-                throw Error(concat(path_.string(), ", line ", number, ": ", e.what(),
-                                   " Correct or remove the line."));
-            }
-        }
+        read_lines(path_, std::size_t{1} << 20, "Correct or remove the line.",
+                   [&](const std::vector<std::string>& words) {
+                       if (words.size() != 2) throw Error("it is damaged.");
+                       pins[words[0]] = Fingerprint::parse(words[1]);
+                   });
         return pins;
     }
     std::filesystem::path home_, path_;

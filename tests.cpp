@@ -453,6 +453,32 @@ TEST_CASE("chapter 1: words of a line") {
     CHECK(split_words("  ").empty());
 }
 
+TEST_CASE("chapter 1: a number is digits and nothing else") {
+    CHECK(parse_number<std::uint16_t>("65535") == 65535);
+    CHECK(parse_number<std::uint16_t>("007") == 7);
+    CHECK(parse_number<std::uint64_t>("18446744073709551615") == UINT64_MAX);
+    for (std::string_view bad : {"", "65536", "-1", "+1", " 1", "1 ", "1x", "0x1", "1.0"}) {
+        CAPTURE(bad);
+        CHECK_FALSE(parse_number<std::uint16_t>(bad));
+    }
+}
+
+TEST_CASE("chapter 1: the lines of a file, and the one that is wrong by its number") {
+    TempDir dir;
+    std::filesystem::path path = dir.path / "lines";
+    std::vector<std::string> seen;
+    auto handle = [&](const std::vector<std::string>& words) {
+        if (words[0] == "bad") throw Error("it is bad.");
+        seen.push_back(words.back());
+    };
+    CHECK_FALSE(read_lines(path, 100, "Mend it.", handle));
+    write_text(path, "# one two\n\n one two\r\n\tthree\n #\nbad");
+    CHECK(contains(complaint([&] { read_lines(path, 100, "Mend it.", handle); }),
+                   "lines, line 6: it is bad. Mend it."));
+    CHECK(seen == std::vector<std::string>{"two", "three"});
+    CHECK(throws<Error>([&] { read_lines(path, 10, "Mend it.", handle); }));
+}
+
 TEST_CASE("chapter 1: the time as RFC 3339 writes it, the same as `date` says") {
     std::string before = shell("date -u +%Y-%m-%dT%H:%M:%SZ");
     std::string now = rfc3339_now() + "\n";
@@ -2155,7 +2181,7 @@ TEST_CASE("chapter 6: a line of users.db that is not understood is named, and no
     const std::string key = to_base64(Bytes(32)), salt = to_base64(Bytes(16));
     const std::string entry = "SCRAM-SHA-256$4096:" + salt + "$" + key + ":" + key;
     const std::string time = " - 2026-11-23T09:41:00Z";
-    CHECK_NOTHROW(Account::parse("bob " + entry + time));
+    CHECK_NOTHROW(Account::parse(split_words("bob " + entry + time)));
     const std::string bad_lines[]{
         "bob",
         "bob " + entry,
