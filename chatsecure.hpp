@@ -1,10 +1,9 @@
 // ChatSecure: encrypted chat over raw TCP sockets, in one C++20 header, written to be read.
 //
 // You hold a whole chat system: sockets, framing, key exchange, passwords, end-to-end encryption,
-// a threaded server and a client engine. Read it from the top. Every chapter uses only the chapters
-// above it, so nothing is needed before it was explained; when you reach the end you can write a
-// compatible client in another language, because every byte on the wire is described next to the
-// code that writes it.
+// a threaded server and a client engine. Read it from the top: every chapter uses only the chapters
+// above it (a few helpers stand further down; where one is declared, its chapter is named). Every
+// byte on the wire is described next to the code that writes it.
 //
 //      alice's client                   server (blind relay)                    bob's client
 //      +----------------+  hop channel  +--------------------+  hop channel  +---------------+
@@ -24,11 +23,23 @@
 //      4. RSA & friends  the cryptographic tools, all from OpenSSL
 //      5. Hop channel    a handshake and encrypted records
 //      6. Passwords      SCRAM: log in without ever sending the password
-//      7. Messages       what client and server say to each other, and the queue they wait in
+//      7. Messages       what client and server say to each other
 //      8. End to end     identities, safety numbers, sealed messages
 //      9. Files          offer, consent, credit, resume, and names that cannot do harm
-//     10. Server         the engine: one relay, many threads
-//     11. Client         the engine: one queue of commands in, one queue of events out
+//     10. Connections    who writes when, and the queue in which messages wait for it
+//     11. Server         the engine: one relay, many threads, and its accounts
+//     12. Client         the engine: one queue of commands in, one queue of events out
+//     13. Programs       asking for a password, sizes for people, lines that become commands
+//     14. Other systems  what POSIX and Windows do differently, side by side
+//
+// Three ways through it:
+//
+//      an hour      2, 3, 5   How two programs talk over a network at all, and how they keep it to
+//                             themselves: you can put an encrypted channel under anything.
+//      an evening   1 to 9    The whole protocol: you can write a compatible client in another
+//                             language from what you have read.
+//      a weekend    all       And how to build on it: a server for a thousand people at once, a
+//                             client that survives a lost connection, and programs for people.
 //
 // A server in five lines, a client in five lines:
 //
@@ -947,42 +958,6 @@ struct Endpoint {  // one IPv4 or IPv6 address with its port, as the system keep
     }
 };
 
-// "HOST", "HOST:PORT", "[IPV6]:PORT" or a bare IPv6 address, taken apart. Throws Error.
-struct HostPort {
-    std::string host;
-    std::uint16_t port = 0;
-};
-inline HostPort parse_host_port(std::string_view text, std::uint16_t default_port) {
-    std::string_view host = text, port;
-    std::size_t colon = text.rfind(':');
-    if (text.starts_with('[')) {
-        std::size_t bracket = text.find(']');
-        if (bracket == text.npos) throw Error(concat("\"", visible(text), "\" lacks a closing ]."));
-        host = text.substr(1, bracket - 1);
-        port = text.substr(bracket + 1);
-        if (!port.empty() && port[0] != ':')
-            throw Error(
-                concat("\"", visible(text), "\": after ] comes : and the port, or nothing."));
-        if (port == ":")
-            throw Error(concat("\"", visible(text), "\" lacks a port after the colon."));
-        if (!port.empty()) port.remove_prefix(1);
-    } else if (colon != text.npos && text.find(':') == colon) {  // one colon: HOST:PORT
-        host = text.substr(0, colon);
-        port = text.substr(colon + 1);
-        if (port.empty())
-            throw Error(concat("\"", visible(text), "\" lacks a port after the colon."));
-    }
-    HostPort result{std::string(host), default_port};
-    if (host.empty()) throw Error(concat("\"", visible(text), "\" has no host name."));
-    if (!port.empty()) {
-        result.port = parse_number<std::uint16_t>(port).value_or(0);
-        if (result.port == 0)
-            throw Error(
-                concat("\"", visible(port), "\" is not a port: give a number from 1 to 65535."));
-    }
-    return result;
-}
-
 // All addresses of a host, in the order in which the system advises to try them (RFC 6724). For a
 // listener (`passive`) the host is one of our own. May block for seconds while a name server is
 // asked; throws NetworkError.
@@ -1088,7 +1063,7 @@ class Socket {
 
     // For a chat: send small packets at once (Nagle's algorithm would hold them back up to 40 ms,
     // hoping for more), and let the system notice when the other machine is gone. And keep what
-    // waits to be sent in our own queue, where chat can overtake file data (chapter 7): once it is
+    // waits to be sent in our own queue, where chat can overtake file data (chapter 10): once it is
     // in the system's buffer, which may hold megabytes, nothing overtakes it any more.
     void set_chat_options() {
         detail::set_option(handle_, IPPROTO_TCP, TCP_NODELAY, 1);
@@ -1359,21 +1334,6 @@ class Listener {
     Socket reserve_;
     std::uint16_t port_;
 };
-
-// Every connection needs a descriptor, and the usual soft limit is 1024. Raises it to what the
-// system allows this process; returns the limit in force.
-inline std::size_t raise_descriptor_limit() {
-#ifdef _WIN32
-    return 16384;
-#else
-    rlimit limit{};
-    ::getrlimit(RLIMIT_NOFILE, &limit);
-    limit.rlim_cur = limit.rlim_max;
-    ::setrlimit(RLIMIT_NOFILE, &limit);
-    ::getrlimit(RLIMIT_NOFILE, &limit);
-    return static_cast<std::size_t>(limit.rlim_cur);
-#endif
-}
 
 // =================================================================================================
 //  Chapter 3. Framing
@@ -2351,77 +2311,6 @@ inline void check_new_password(ByteView password) {
         throw Error(concat("A password has at most ", max_password_bytes, " bytes."));
 }
 
-// ---- Where a password comes from ----------------------------------------------------------------
-//
-// Never from the command line: everybody on the machine can read that in the list of processes.
-
-// The first line of a file or, without a file, the environment's CHATSECURE_PASSWORD (which is then
-// removed from the environment, so that no program started from here inherits it). Throws Error.
-inline std::optional<SecretBytes> find_password(const std::filesystem::path& file) {
-    if (!file.empty()) {
-        std::optional<SecretBytes> content = read_file(file, 64 * 1024);
-        if (!content) throw Error(concat("There is no password file ", file.string(), "."));
-        auto end = std::find_if(content->begin(), content->end(),
-                                [](std::uint8_t byte) { return byte == '\n' || byte == '\r'; });
-        return SecretBytes(content->begin(), end);
-    }
-    char* value = std::getenv("CHATSECURE_PASSWORD");
-    if (value == nullptr) return std::nullopt;
-    SecretBytes password = to_secret(value);
-    OPENSSL_cleanse(value, password.size());
-#ifdef _WIN32
-    ::_putenv_s("CHATSECURE_PASSWORD", "");
-#else
-    ::unsetenv("CHATSECURE_PASSWORD");
-#endif
-    return password;
-}
-
-// Asks on the terminal, without echo. Throws Error if the user gives up (Ctrl-C, Ctrl-D) or if
-// there is no terminal. The terminal is in raw mode meanwhile, so that an interrupt cannot leave it
-// mute.
-inline SecretBytes ask_password(std::string_view prompt) {
-#ifdef _WIN32
-    auto read_key = [] { return ::_getch(); };
-#else
-    termios before{};
-    if (::tcgetattr(STDIN_FILENO, &before) != 0)
-        throw Error(
-            "There is no terminal to ask for the password. Give it in the environment, as "
-            "CHATSECURE_PASSWORD, or to the client with --password-file.");
-    termios raw = before;
-    raw.c_lflag &= ~static_cast<tcflag_t>(ECHO | ICANON | ISIG);
-    ::tcsetattr(STDIN_FILENO, TCSAFLUSH, &raw);
-    detail::AtExit restore([&] { ::tcsetattr(STDIN_FILENO, TCSAFLUSH, &before); });
-    auto read_key = [] {
-        unsigned char key = 4;  // the end of the input counts as Ctrl-D
-        while (::read(STDIN_FILENO, &key, 1) < 0 && errno == EINTR) {
-        }
-        return static_cast<int>(key);
-    };
-#endif
-    std::cerr << prompt << std::flush;
-    SecretBytes password;
-    for (;;) {
-        int key = read_key();
-        if (key == '\r' || key == '\n') break;
-        if (key == 3 || key == 4) {
-            std::cerr << '\n';
-            throw Error("No password was given.");
-        }
-        if (key == 0x7f || key == '\b') {  // take back a character: all bytes of its UTF-8
-            while (!password.empty() && (password.back() & 0xc0) == 0x80) password.pop_back();
-            if (!password.empty()) password.pop_back();
-        } else if (key == 0x15) {  // Ctrl-U
-            password.clear();
-        } else if (password.size() < max_password_bytes) {
-            password.push_back(static_cast<std::uint8_t>(key));
-        }
-    }
-    std::cerr << '\n';
-    return password;
-}
-
 // ---- The arithmetic -----------------------------------------------------------------------------
 
 // What the server stores: enough to check a login, not enough to make one. Its text is PostgreSQL's
@@ -2632,193 +2521,6 @@ class ScramServer {
   private:
     std::string binding_, nonce_, first_bare_, user_, server_first_;
     ScramVerifier verifier_;
-};
-
-// ---- users.db -----------------------------------------------------------------------------------
-//
-// One line for each account; comments (#) and empty lines stay where they are:
-//
-//      alice SCRAM-SHA-256$600000:<salt>$<StoredKey>:<ServerKey> <identity> <time of creation>
-//
-// <identity> is the user's public key (base64 of its SPKI, chapter 8), or - while unknown. The
-// server only keeps it for the record: whether an identity is to be trusted, the clients decide.
-
-struct Account {
-    std::string user;
-    ScramVerifier verifier;
-    Bytes identity;       // SPKI, DER; empty while unknown
-    std::string created;  // RFC 3339
-
-    std::string line() const {
-        return concat(user, " ", verifier.text(), " ",
-                      identity.empty() ? std::string("-") : to_base64(identity), " ", created);
-    }
-    // Throws Error.
-    static Account parse(const std::vector<std::string>& words) {
-        if (words.size() != 4)
-            throw Error(concat("it has ", words.size(),
-                               " fields; 4 are needed: name, password "
-                               "entry, identity key or -, time."));
-        if (!is_valid_name(words[0])) throw Error("the name is not valid.");
-        Account account{words[0], ScramVerifier::parse(words[1]), {}, words[3]};
-        if (words[2] != "-") account.identity = from_base64(words[2]);
-        return account;
-    }
-};
-
-// The salt of the accounts in users.db.example. Their passwords are public, so the server warns.
-inline constexpr std::string_view example_salt = "EXAMPLE-PASSWORD";
-
-// The accounts, in memory and on disk. Any thread may call it.
-class AuthStore {
-  public:
-    // Reads `path`; no file means no accounts yet. Throws Error, with the line number, for a line
-    // that cannot be understood: guessing would one day lose somebody's account.
-    explicit AuthStore(std::filesystem::path path) : path_(std::move(path)) {
-        std::optional<SecretBytes> content = read_lines(
-            path_, max_users_db_bytes, "Correct the line, or put # before it.",
-            [&](const std::vector<std::string>& words) {
-                Account account = Account::parse(words);
-                if (!accounts_.emplace(account.user, account).second)
-                    throw Error(concat("the name \"", account.user, "\" stands there twice."));
-            });
-        if (content) on_disk_ = sha256(*content);
-    }
-
-    std::optional<Account> find(const std::string& user) const {
-        std::lock_guard lock(mutex_);
-        auto found = accounts_.find(user);
-        if (found == accounts_.end()) return std::nullopt;
-        return found->second;
-    }
-
-    // Adds an account and has it on disk when it returns. False if the name is taken. Blocks;
-    // throws Error if it cannot be written (then nothing has changed).
-    bool add(const Account& account) {
-        std::lock_guard lock(mutex_);
-        if (accounts_.contains(account.user)) return false;
-        std::string content = read_unchanged();
-        if (!content.empty() && content.back() != '\n') content += '\n';
-        write(content + account.line() + "\n");
-        accounts_.emplace(account.user, account);
-        return true;
-    }
-
-    // Records the identity key of a user; as add().
-    void set_identity(const std::string& user, ByteView identity) {
-        std::lock_guard lock(mutex_);
-        auto found = accounts_.find(user);
-        if (found == accounts_.end()) throw Error(concat("There is no account \"", user, "\"."));
-        Account changed = found->second;
-        changed.identity = to_bytes(identity);
-        std::string content;
-        std::istringstream in{read_unchanged()};
-        for (std::string line; std::getline(in, line);) {
-            std::vector<std::string> words = split_words(line);
-            bool own = !words.empty() && words[0] == user;
-            content += (own ? changed.line() : line) + "\n";
-        }
-        write(content);
-        found->second = std::move(changed);
-    }
-
-    std::vector<std::string> users_with_example_password() const {
-        std::lock_guard lock(mutex_);
-        std::vector<std::string> users;
-        for (const auto& [user, account] : accounts_)
-            if (as_text(account.verifier.salt) == example_salt) users.push_back(user);
-        return users;
-    }
-    std::size_t size() const {
-        std::lock_guard lock(mutex_);
-        return accounts_.size();
-    }
-
-  private:
-    static constexpr std::size_t max_users_db_bytes = 1U << 30;
-
-    // The file, comments and all. Somebody may have edited it while we run: then it is not what we
-    // know, and writing our accounts over it would lose the edit. Throws Error.
-    std::string read_unchanged() const {
-        std::optional<SecretBytes> content = read_file(path_, max_users_db_bytes);
-        std::optional<Digest> found;
-        if (content) found = sha256(*content);
-        if (found != on_disk_)
-            throw Error(concat(path_.string(),
-                               " was changed by another program while the server "
-                               "runs, so the server does not write it. Restart the server."));
-        return content ? to_string(*content) : "";
-    }
-    void write(std::string_view content) {
-        write_file(path_, as_bytes(content), FileMode::owner_only);
-        on_disk_ = sha256(as_bytes(content));
-    }
-
-    mutable std::mutex mutex_;  // guards everything below
-    std::filesystem::path path_;
-    std::map<std::string, Account> accounts_;
-    std::optional<Digest> on_disk_;  // of the file as we last read or wrote it
-};
-
-// ---- Guessing is slow ---------------------------------------------------------------------------
-
-// Counts failed logins for each account and each address, and says how long the next try has to
-// wait: nothing for the first few (people mistype), then doubling up to a few seconds. Bounded: an
-// attacker cannot lock a user out, and cannot fill our memory. Any thread may call it.
-class LoginThrottle {
-  public:
-    struct Options {
-        int free_tries = 3;
-        Milliseconds first_delay{250};
-        Milliseconds longest_delay{4000};
-        std::chrono::minutes forget_after{15};
-    };
-    LoginThrottle() = default;
-    explicit LoginThrottle(Options options) : options_(options) {}
-
-    Milliseconds delay(const std::string& account, const std::string& address,
-                       Clock::time_point now) const {
-        std::lock_guard lock(mutex_);
-        return std::max(delay_of("user " + account, now), delay_of("from " + address, now));
-    }
-    void failed(const std::string& account, const std::string& address, Clock::time_point now) {
-        std::lock_guard lock(mutex_);
-        if (failures_.size() > max_entries)
-            std::erase_if(failures_, [&](const auto& entry) { return is_old(entry.second, now); });
-        if (failures_.size() > max_entries) failures_.clear();
-        for (const std::string& key : {"user " + account, "from " + address}) {
-            Failures& entry = failures_[key];
-            if (is_old(entry, now)) entry.count = 0;
-            ++entry.count;
-            entry.last = now;
-        }
-    }
-    // A success clears the account only: an attacker's own account must not clear his address.
-    void succeeded(const std::string& account) {
-        std::lock_guard lock(mutex_);
-        failures_.erase("user " + account);
-    }
-
-  private:
-    static constexpr std::size_t max_entries = 20'000;
-    struct Failures {
-        int count = 0;
-        Clock::time_point last{};
-    };
-    bool is_old(const Failures& entry, Clock::time_point now) const {
-        return now - entry.last > options_.forget_after;
-    }
-    Milliseconds delay_of(const std::string& key, Clock::time_point now) const {
-        auto found = failures_.find(key);
-        if (found == failures_.end() || is_old(found->second, now)) return Milliseconds(0);
-        int over = found->second.count - options_.free_tries;
-        if (over < 0) return Milliseconds(0);
-        return std::min(options_.longest_delay, options_.first_delay * (1 << std::min(over, 10)));
-    }
-
-    Options options_;
-    mutable std::mutex mutex_;  // guards failures_
-    std::map<std::string, Failures> failures_;
 };
 
 // =================================================================================================
@@ -3825,7 +3527,7 @@ class PinStore {
 // that is taken becomes "NAME (1)".
 //
 // Threads. Disks wait: a spun-down one for seconds, a network drive for ever. So each running
-// transfer has a thread of its own, and the engine of chapter 11 never touches a disk for it. The
+// transfer has a thread of its own, and the engine of chapter 12 never touches a disk for it. The
 // rest, FileTransfers, is the engine's: it takes messages and commands one at a time, and looks at
 // its threads' reports when one of them has woken the engine.
 //
@@ -3941,62 +3643,6 @@ inline std::string_view meaning_of(FileReason reason) {
             return "stopped: nothing has moved for a long time";
     }
     return "stopped";
-}
-
-// A number of bytes as people read it: "612 bytes", "4.10 kB", "1.25 GB" (powers of 1000, like a
-// disk's label).
-inline std::string readable_size(std::uint64_t bytes) {
-    if (bytes < 1000) return concat(bytes, bytes == 1 ? " byte" : " bytes");
-    double value = static_cast<double>(bytes);
-    static constexpr std::array<std::string_view, 7> units{"bytes", "kB", "MB", "GB",
-                                                           "TB",    "PB", "EB"};
-    std::size_t unit = 0;
-    for (; value >= 999.5 && unit + 1 < units.size(); ++unit) value /= 1000;
-    std::ostringstream out;
-    out.precision(value < 9.995 ? 2 : value < 99.95 ? 1 : 0);
-    out << std::fixed << value << ' ' << units[unit];
-    return out.str();
-}
-
-// How long `bytes` still take, as people read it: "6 s left", "12 min left", "2 h left". Empty if
-// nothing moves.
-inline std::string time_left(std::uint64_t bytes, double bytes_per_second) {
-    if (bytes_per_second < 1) return "";
-    double left = static_cast<double>(bytes) / bytes_per_second;
-    auto seconds = static_cast<std::uint64_t>(std::min(left, 1e9)) + 1;
-    if (seconds < 100) return concat(seconds, " s left");
-    if (seconds < 6000) return concat(seconds / 60, " min left");
-    return concat(seconds / 3600, " h left");
-}
-
-// The number of bytes that a text means: "4096", "500k", "2M", "1.5G" (powers of 1000, too; a B may
-// follow). Throws Error.
-inline std::uint64_t parse_size(std::string_view text) {
-    std::string_view rest = text;
-    double value = 0, place = 1;
-    bool fraction = false, any_digit = false;
-    for (; !rest.empty(); rest.remove_prefix(1)) {
-        if (rest[0] == '.' && !fraction) {
-            fraction = true;
-        } else if (rest[0] >= '0' && rest[0] <= '9') {
-            any_digit = true;
-            place = fraction ? place / 10 : 1;
-            value = fraction ? value + (rest[0] - '0') * place : value * 10 + (rest[0] - '0');
-        } else {
-            break;
-        }
-    }
-    if (any_digit && rest.size() > 1 && rest[0] == ' ') rest.remove_prefix(1);
-    std::size_t power = rest.empty()
-                            ? std::string_view::npos
-                            : std::string_view("kmgt").find(static_cast<char>(rest[0] | 0x20));
-    if (power != std::string_view::npos) rest.remove_prefix(1);
-    if (rest == "B" || rest == "b") rest = {};
-    if (!any_digit || !rest.empty())
-        throw Error(concat("\"", visible(text.substr(0, 40)),
-                           "\" is no size: give a number of bytes, like 4096, 500k, 2M or 1.5G."));
-    for (; power != std::string_view::npos; --power) value *= 1000;  // k is 0: once
-    return value >= 1.8e19 ? UINT64_MAX : static_cast<std::uint64_t>(value);
 }
 
 // ---- Names --------------------------------------------------------------------------------------
@@ -4820,7 +4466,7 @@ class PartialFiles {
     std::vector<Entry> entries_;
 };
 
-// ---- Events: from the transfers to a front end (chapter 11) -------------------------------------
+// ---- Events: from the transfers to a front end (chapter 12) -------------------------------------
 //
 // Names and sentences contain what other people chose: a front end passes them through visible().
 
@@ -4891,6 +4537,8 @@ class FileHost {
   protected:
     ~FileHost() = default;
 };
+
+inline std::string readable_size(std::uint64_t bytes);  // chapter 13
 
 // The engine's thread uses it. Nothing in it waits for a disk for long, or for another person.
 class FileTransfers {
@@ -5414,7 +5062,7 @@ class FileTransfers {
                           [&](const auto& entry) { return entry.second.info.user == user; });
         if (incoming_.size() >= max_offers ||
             static_cast<std::size_t>(of_this_one) >= max_offers_of_one) {
-            // Not for ever: whoever makes us answer uses up our own right to talk (chapter 10).
+            // Not for ever: whoever makes us answer uses up our own right to talk (chapter 11).
             if (++peer.refused <= max_offers)
                 send(from, 0, FileRefuse{offer.id, FileReason::too_many});
             return;
@@ -5597,14 +5245,20 @@ class FileTransfers {
 };
 
 // =================================================================================================
-//  Chapter 10. The server
+//  Chapter 10. Connections
+// =================================================================================================
+//
+// placeholder
+
+// =================================================================================================
+//  Chapter 11. The server
 // =================================================================================================
 //
 // A relay. It knows who is online and passes on what it cannot read. Its threads:
 //
 //      run()           accepts connections, and joins the threads of those that ended
 //      one reader      for each connection: handshake, login, then message by message
-//      one writer      for each member: empties that member's outbox (chapter 7)
+//      one writer      for each member: empties that member's outbox (chapter 10)
 //
 //      reader of alice --+--> outbox of bob   --> writer of bob   --> socket
 //                        +--> outbox of carol --> writer of carol --> socket
@@ -5633,6 +5287,195 @@ class FileTransfers {
 //
 // Two kinds of locks. `members_mutex_` guards who is here; each outbox has its own. They are
 // always taken in this order, and nothing that can wait happens under either.
+
+// ---- users.db -----------------------------------------------------------------------------------
+//
+// One line for each account; comments (#) and empty lines stay where they are:
+//
+//      alice SCRAM-SHA-256$600000:<salt>$<StoredKey>:<ServerKey> <identity> <time of creation>
+//
+// <identity> is the user's public key (base64 of its SPKI, chapter 8), or - while unknown. The
+// server only keeps it for the record: whether an identity is to be trusted, the clients decide.
+
+struct Account {
+    std::string user;
+    ScramVerifier verifier;
+    Bytes identity;       // SPKI, DER; empty while unknown
+    std::string created;  // RFC 3339
+
+    std::string line() const {
+        return concat(user, " ", verifier.text(), " ",
+                      identity.empty() ? std::string("-") : to_base64(identity), " ", created);
+    }
+    // Throws Error.
+    static Account parse(const std::vector<std::string>& words) {
+        if (words.size() != 4)
+            throw Error(concat("it has ", words.size(),
+                               " fields; 4 are needed: name, password "
+                               "entry, identity key or -, time."));
+        if (!is_valid_name(words[0])) throw Error("the name is not valid.");
+        Account account{words[0], ScramVerifier::parse(words[1]), {}, words[3]};
+        if (words[2] != "-") account.identity = from_base64(words[2]);
+        return account;
+    }
+};
+
+// The salt of the accounts in users.db.example. Their passwords are public, so the server warns.
+inline constexpr std::string_view example_salt = "EXAMPLE-PASSWORD";
+
+// The accounts, in memory and on disk. Any thread may call it.
+class AuthStore {
+  public:
+    // Reads `path`; no file means no accounts yet. Throws Error, with the line number, for a line
+    // that cannot be understood: guessing would one day lose somebody's account.
+    explicit AuthStore(std::filesystem::path path) : path_(std::move(path)) {
+        std::optional<SecretBytes> content = read_lines(
+            path_, max_users_db_bytes, "Correct the line, or put # before it.",
+            [&](const std::vector<std::string>& words) {
+                Account account = Account::parse(words);
+                if (!accounts_.emplace(account.user, account).second)
+                    throw Error(concat("the name \"", account.user, "\" stands there twice."));
+            });
+        if (content) on_disk_ = sha256(*content);
+    }
+
+    std::optional<Account> find(const std::string& user) const {
+        std::lock_guard lock(mutex_);
+        auto found = accounts_.find(user);
+        if (found == accounts_.end()) return std::nullopt;
+        return found->second;
+    }
+
+    // Adds an account and has it on disk when it returns. False if the name is taken. Blocks;
+    // throws Error if it cannot be written (then nothing has changed).
+    bool add(const Account& account) {
+        std::lock_guard lock(mutex_);
+        if (accounts_.contains(account.user)) return false;
+        std::string content = read_unchanged();
+        if (!content.empty() && content.back() != '\n') content += '\n';
+        write(content + account.line() + "\n");
+        accounts_.emplace(account.user, account);
+        return true;
+    }
+
+    // Records the identity key of a user; as add().
+    void set_identity(const std::string& user, ByteView identity) {
+        std::lock_guard lock(mutex_);
+        auto found = accounts_.find(user);
+        if (found == accounts_.end()) throw Error(concat("There is no account \"", user, "\"."));
+        Account changed = found->second;
+        changed.identity = to_bytes(identity);
+        std::string content;
+        std::istringstream in{read_unchanged()};
+        for (std::string line; std::getline(in, line);) {
+            std::vector<std::string> words = split_words(line);
+            bool own = !words.empty() && words[0] == user;
+            content += (own ? changed.line() : line) + "\n";
+        }
+        write(content);
+        found->second = std::move(changed);
+    }
+
+    std::vector<std::string> users_with_example_password() const {
+        std::lock_guard lock(mutex_);
+        std::vector<std::string> users;
+        for (const auto& [user, account] : accounts_)
+            if (as_text(account.verifier.salt) == example_salt) users.push_back(user);
+        return users;
+    }
+    std::size_t size() const {
+        std::lock_guard lock(mutex_);
+        return accounts_.size();
+    }
+
+  private:
+    static constexpr std::size_t max_users_db_bytes = 1U << 30;
+
+    // The file, comments and all. Somebody may have edited it while we run: then it is not what we
+    // know, and writing our accounts over it would lose the edit. Throws Error.
+    std::string read_unchanged() const {
+        std::optional<SecretBytes> content = read_file(path_, max_users_db_bytes);
+        std::optional<Digest> found;
+        if (content) found = sha256(*content);
+        if (found != on_disk_)
+            throw Error(concat(path_.string(),
+                               " was changed by another program while the server "
+                               "runs, so the server does not write it. Restart the server."));
+        return content ? to_string(*content) : "";
+    }
+    void write(std::string_view content) {
+        write_file(path_, as_bytes(content), FileMode::owner_only);
+        on_disk_ = sha256(as_bytes(content));
+    }
+
+    mutable std::mutex mutex_;  // guards everything below
+    std::filesystem::path path_;
+    std::map<std::string, Account> accounts_;
+    std::optional<Digest> on_disk_;  // of the file as we last read or wrote it
+};
+
+// ---- Guessing is slow ---------------------------------------------------------------------------
+
+// Counts failed logins for each account and each address, and says how long the next try has to
+// wait: nothing for the first few (people mistype), then doubling up to a few seconds. Bounded: an
+// attacker cannot lock a user out, and cannot fill our memory. Any thread may call it.
+class LoginThrottle {
+  public:
+    struct Options {
+        int free_tries = 3;
+        Milliseconds first_delay{250};
+        Milliseconds longest_delay{4000};
+        std::chrono::minutes forget_after{15};
+    };
+    LoginThrottle() = default;
+    explicit LoginThrottle(Options options) : options_(options) {}
+
+    Milliseconds delay(const std::string& account, const std::string& address,
+                       Clock::time_point now) const {
+        std::lock_guard lock(mutex_);
+        return std::max(delay_of("user " + account, now), delay_of("from " + address, now));
+    }
+    void failed(const std::string& account, const std::string& address, Clock::time_point now) {
+        std::lock_guard lock(mutex_);
+        if (failures_.size() > max_entries)
+            std::erase_if(failures_, [&](const auto& entry) { return is_old(entry.second, now); });
+        if (failures_.size() > max_entries) failures_.clear();
+        for (const std::string& key : {"user " + account, "from " + address}) {
+            Failures& entry = failures_[key];
+            if (is_old(entry, now)) entry.count = 0;
+            ++entry.count;
+            entry.last = now;
+        }
+    }
+    // A success clears the account only: an attacker's own account must not clear his address.
+    void succeeded(const std::string& account) {
+        std::lock_guard lock(mutex_);
+        failures_.erase("user " + account);
+    }
+
+  private:
+    static constexpr std::size_t max_entries = 20'000;
+    struct Failures {
+        int count = 0;
+        Clock::time_point last{};
+    };
+    bool is_old(const Failures& entry, Clock::time_point now) const {
+        return now - entry.last > options_.forget_after;
+    }
+    Milliseconds delay_of(const std::string& key, Clock::time_point now) const {
+        auto found = failures_.find(key);
+        if (found == failures_.end() || is_old(found->second, now)) return Milliseconds(0);
+        int over = found->second.count - options_.free_tries;
+        if (over < 0) return Milliseconds(0);
+        return std::min(options_.longest_delay, options_.first_delay * (1 << std::min(over, 10)));
+    }
+
+    Options options_;
+    mutable std::mutex mutex_;  // guards failures_
+    std::map<std::string, Failures> failures_;
+};
+
+// ---- The relay ----------------------------------------------------------------------------------
 
 enum class LogLevel { info, warning, relayed };
 
@@ -6396,7 +6239,7 @@ class Server {
 };
 
 // =================================================================================================
-//  Chapter 11. The client
+//  Chapter 12. The client
 // =================================================================================================
 //
 // The engine behind a front end: a terminal, a window, a test. A front end posts commands and takes
@@ -6580,135 +6423,7 @@ struct Event {
         what;
 };
 
-// ---- Lines of input, for every front end alike --------------------------------------------------
-
-struct CommandHelp {
-    std::string_view usage, meaning;
-};
-inline constexpr std::array<CommandHelp, 14> command_help{{
-    {"TEXT", "to everybody (begin with // for a text that begins with /)"},
-    {"/msg USER TEXT", "to one person"},
-    {"/reply TEXT", "to whom you last exchanged private messages with"},
-    {"/who", "who is online"},
-    {"/verify USER", "the safety number to compare; \"/verify USER ok\" when it agrees"},
-    {"/trust USER", "accept the new identity of somebody whose identity has changed"},
-    {"/ignore USER", "hide what somebody writes; again to show it"},
-    {"/file USER PATH", "offer a file to somebody"},
-    {"/accept [N] [NAME]", "take an offered file, under another name if one is given"},
-    {"/decline [N]", "do not take it"},
-    {"/cancel [N]", "withdraw an offer, or stop a file that is on its way"},
-    {"/files", "the files that are offered and on their way, with their numbers"},
-    {"/help", "this list"},
-    {"/quit", "leave"},
-}};
-
-// A path as people type it, or drop it on a terminal: perhaps in quotes, perhaps with ~ for home.
-inline std::filesystem::path path_from(std::string_view text) {
-    while (text.ends_with(' ')) text.remove_suffix(1);
-    if (text.size() >= 2 && (text[0] == '"' || text[0] == '\'') && text.back() == text[0])
-        return text.substr(1, text.size() - 2);
-    const char* home = std::getenv("HOME");
-    if (text.starts_with("~/") && home != nullptr)
-        return std::filesystem::path(home) / text.substr(2);
-    return text;
-}
-
-// True for "/help", and for "/help " as completion leaves it.
-inline bool is_command(std::string_view line, std::string_view command) {
-    return line.starts_with(command) && line.find_first_not_of(' ', command.size()) == line.npos;
-}
-
-// What a line means. Nothing for an empty line; throws Error with the sentence to show for a line
-// that cannot be done. `reply_to` is the last private partner, or empty. Commands that concern the
-// front end alone (/help) are its own to catch before.
-inline std::optional<Command> parse_command(std::string_view line, std::string_view reply_to) {
-    auto checked = [](std::string_view text) {
-        if (text.size() > max_text_bytes)
-            throw Error(concat("A message has at most ", max_text_bytes, " bytes; this one has ",
-                               text.size(), ". It was not sent."));
-        return std::string(text);
-    };
-    if (line.find_first_not_of(" \t\r\n") == line.npos) return std::nullopt;
-    if (line.starts_with("//")) return Say{checked(line.substr(1))};
-    if (!line.starts_with('/')) return Say{checked(line)};
-
-    auto take_word = [&line] {
-        std::size_t end = std::min(line.find(' '), line.size());
-        std::string_view word = line.substr(0, end);
-        line.remove_prefix(std::min(line.find_first_not_of(' ', end), line.size()));
-        return word;
-    };
-    std::string_view command = take_word();
-    auto need = [&](bool ok, std::string_view usage) {
-        if (!ok) throw Error(concat("Usage: ", usage));
-    };
-    if (command == "/msg") {
-        std::string_view user = take_word();
-        need(!user.empty() && !line.empty(), "/msg USER TEXT");
-        return Tell{fold_name(user), checked(line)};
-    }
-    if (command == "/reply") {
-        need(!line.empty(), "/reply TEXT");
-        if (reply_to.empty()) throw Error("There is nobody to reply to yet.");
-        return Tell{std::string(reply_to), checked(line)};
-    }
-    need(command != "/help", "/help");  // with something after it
-    if (command == "/who") return ListPeople{};
-    if (command == "/quit") return Leave{};
-    if (command == "/files") return ListFiles{};
-    if (command == "/file") {
-        std::string_view user = take_word();
-        need(!user.empty() && !line.empty(), "/file USER PATH");
-        return SendFile{fold_name(user), path_from(line)};
-    }
-    if (command == "/accept" || command == "/decline" || command == "/cancel") {
-        std::string_view rest = line, word = take_word();
-        unsigned number = parse_number<unsigned>(word).value_or(0);
-        bool is_number = number > 0;
-        if (command == "/accept") return AcceptFile{number, std::string(is_number ? line : rest)};
-        need(word.empty() || (is_number && line.empty()), concat(command, " [NUMBER]"));
-        if (command == "/decline") return DeclineFile{number};
-        return CancelFile{number};
-    }
-    if (command == "/verify" || command == "/trust" || command == "/ignore") {
-        std::string_view user = take_word();
-        bool ok = command == "/verify" && line == "ok";
-        need(!user.empty() && (line.empty() || ok), concat(command, " USER"));
-        if (command == "/verify") return Verify{fold_name(user), ok};
-        if (command == "/trust") return Trust{fold_name(user)};
-        return Ignore{fold_name(user)};
-    }
-    throw Error(
-        concat("There is no command ", visible(command.substr(0, 40)), ". /help lists them."));
-}
-
-// ---- Where things are ---------------------------------------------------------------------------
-
-// The user's data directory, as the system has it.
-inline std::filesystem::path default_home() {
-    auto variable = [](const char* name) {
-        const char* value = std::getenv(name);
-        return std::filesystem::path(value != nullptr ? value : "");
-    };
-#if defined(_WIN32)
-    return variable("APPDATA") / "ChatSecure";
-#elif defined(__APPLE__)
-    return variable("HOME") / "Library" / "Application Support" / "ChatSecure";
-#else
-    std::filesystem::path data = variable("XDG_DATA_HOME");
-    return (data.is_absolute() ? data : variable("HOME") / ".local" / "share") / "chatsecure";
-#endif
-}
-
-// A fingerprint as text, or the fingerprint of the key in a PEM file. Throws Error.
-inline Fingerprint fingerprint_from(const std::string& file_or_fingerprint) {
-    if (file_or_fingerprint.starts_with("SHA256:")) return Fingerprint::parse(file_or_fingerprint);
-    std::optional<SecretBytes> pem = read_file(file_or_fingerprint, max_key_file_bytes);
-    if (!pem)
-        throw Error(concat("There is no key file ", file_or_fingerprint,
-                           ". Give the server's server_public.pem, or its fingerprint SHA256:..."));
-    return RsaPublicKey::from_pem(*pem, file_or_fingerprint).fingerprint();
-}
+// ---- The servers that we know -------------------------------------------------------------------
 
 // The file known_servers. Several clients may share it, so it is read and written under a lock.
 class KnownServers {
@@ -6746,6 +6461,8 @@ class KnownServers {
     }
     std::filesystem::path home_, path_;
 };
+
+inline std::filesystem::path default_home();  // chapter 14
 
 struct ClientOptions {
     std::string host = "localhost";
@@ -7896,6 +7613,345 @@ class Client final : private FileHost {
 
     std::thread engine_;  // last, so that everything above exists when it starts; joined in ~Client
 };
+
+// =================================================================================================
+//  Chapter 13. For the programs
+// =================================================================================================
+//
+// The protocol is complete without this chapter. Here is what a program around it needs as well,
+// and what a terminal, a window and a script should do alike: ask for a password, show a size and a
+// time as people read them, and understand what people type.
+//
+// What goes wrong where each program does this for itself: a password on the command line, which
+// everybody on the machine can read in the list of processes; a terminal that stays mute after an
+// interrupted question; "::1" that one program takes for a host and another for a port. A text from
+// a person is parsed as strictly as one from the network, and what is wrong with it is said in a
+// sentence that names what is right.
+//
+// A program is then short: flags become options, lines become commands, events become lines, each
+// through visible() (chapter 1), and it decides about colours and prompts itself.
+
+// ---- Where a password comes from ----------------------------------------------------------------
+//
+// Never from the command line: everybody on the machine can read that in the list of processes.
+
+// The first line of a file or, without a file, the environment's CHATSECURE_PASSWORD (which is then
+// removed from the environment, so that no program started from here inherits it). Throws Error.
+inline std::optional<SecretBytes> find_password(const std::filesystem::path& file) {
+    if (!file.empty()) {
+        std::optional<SecretBytes> content = read_file(file, 64 * 1024);
+        if (!content) throw Error(concat("There is no password file ", file.string(), "."));
+        auto end = std::find_if(content->begin(), content->end(),
+                                [](std::uint8_t byte) { return byte == '\n' || byte == '\r'; });
+        return SecretBytes(content->begin(), end);
+    }
+    char* value = std::getenv("CHATSECURE_PASSWORD");
+    if (value == nullptr) return std::nullopt;
+    SecretBytes password = to_secret(value);
+    OPENSSL_cleanse(value, password.size());
+#ifdef _WIN32
+    ::_putenv_s("CHATSECURE_PASSWORD", "");
+#else
+    ::unsetenv("CHATSECURE_PASSWORD");
+#endif
+    return password;
+}
+
+// Asks on the terminal, without echo. Throws Error if the user gives up (Ctrl-C, Ctrl-D) or if
+// there is no terminal. The terminal is in raw mode meanwhile, so that an interrupt cannot leave it
+// mute.
+inline SecretBytes ask_password(std::string_view prompt) {
+#ifdef _WIN32
+    auto read_key = [] { return ::_getch(); };
+#else
+    termios before{};
+    if (::tcgetattr(STDIN_FILENO, &before) != 0)
+        throw Error(
+            "There is no terminal to ask for the password. Give it in the environment, as "
+            "CHATSECURE_PASSWORD, or to the client with --password-file.");
+    termios raw = before;
+    raw.c_lflag &= ~static_cast<tcflag_t>(ECHO | ICANON | ISIG);
+    ::tcsetattr(STDIN_FILENO, TCSAFLUSH, &raw);
+    detail::AtExit restore([&] { ::tcsetattr(STDIN_FILENO, TCSAFLUSH, &before); });
+    auto read_key = [] {
+        unsigned char key = 4;  // the end of the input counts as Ctrl-D
+        while (::read(STDIN_FILENO, &key, 1) < 0 && errno == EINTR) {
+        }
+        return static_cast<int>(key);
+    };
+#endif
+    std::cerr << prompt << std::flush;
+    SecretBytes password;
+    for (;;) {
+        int key = read_key();
+        if (key == '\r' || key == '\n') break;
+        if (key == 3 || key == 4) {
+            std::cerr << '\n';
+            throw Error("No password was given.");
+        }
+        if (key == 0x7f || key == '\b') {  // take back a character: all bytes of its UTF-8
+            while (!password.empty() && (password.back() & 0xc0) == 0x80) password.pop_back();
+            if (!password.empty()) password.pop_back();
+        } else if (key == 0x15) {  // Ctrl-U
+            password.clear();
+        } else if (password.size() < max_password_bytes) {
+            password.push_back(static_cast<std::uint8_t>(key));
+        }
+    }
+    std::cerr << '\n';
+    return password;
+}
+
+// ---- Sizes and times ----------------------------------------------------------------------------
+
+// A number of bytes as people read it: "612 bytes", "4.10 kB", "1.25 GB" (powers of 1000, like a
+// disk's label).
+inline std::string readable_size(std::uint64_t bytes) {
+    if (bytes < 1000) return concat(bytes, bytes == 1 ? " byte" : " bytes");
+    double value = static_cast<double>(bytes);
+    static constexpr std::array<std::string_view, 7> units{"bytes", "kB", "MB", "GB",
+                                                           "TB",    "PB", "EB"};
+    std::size_t unit = 0;
+    for (; value >= 999.5 && unit + 1 < units.size(); ++unit) value /= 1000;
+    std::ostringstream out;
+    out.precision(value < 9.995 ? 2 : value < 99.95 ? 1 : 0);
+    out << std::fixed << value << ' ' << units[unit];
+    return out.str();
+}
+
+// How long `bytes` still take, as people read it: "6 s left", "12 min left", "2 h left". Empty if
+// nothing moves.
+inline std::string time_left(std::uint64_t bytes, double bytes_per_second) {
+    if (bytes_per_second < 1) return "";
+    double left = static_cast<double>(bytes) / bytes_per_second;
+    auto seconds = static_cast<std::uint64_t>(std::min(left, 1e9)) + 1;
+    if (seconds < 100) return concat(seconds, " s left");
+    if (seconds < 6000) return concat(seconds / 60, " min left");
+    return concat(seconds / 3600, " h left");
+}
+
+// The number of bytes that a text means: "4096", "500k", "2M", "1.5G" (powers of 1000, too; a B may
+// follow). Throws Error.
+inline std::uint64_t parse_size(std::string_view text) {
+    std::string_view rest = text;
+    double value = 0, place = 1;
+    bool fraction = false, any_digit = false;
+    for (; !rest.empty(); rest.remove_prefix(1)) {
+        if (rest[0] == '.' && !fraction) {
+            fraction = true;
+        } else if (rest[0] >= '0' && rest[0] <= '9') {
+            any_digit = true;
+            place = fraction ? place / 10 : 1;
+            value = fraction ? value + (rest[0] - '0') * place : value * 10 + (rest[0] - '0');
+        } else {
+            break;
+        }
+    }
+    if (any_digit && rest.size() > 1 && rest[0] == ' ') rest.remove_prefix(1);
+    std::size_t power = rest.empty()
+                            ? std::string_view::npos
+                            : std::string_view("kmgt").find(static_cast<char>(rest[0] | 0x20));
+    if (power != std::string_view::npos) rest.remove_prefix(1);
+    if (rest == "B" || rest == "b") rest = {};
+    if (!any_digit || !rest.empty())
+        throw Error(concat("\"", visible(text.substr(0, 40)),
+                           "\" is no size: give a number of bytes, like 4096, 500k, 2M or 1.5G."));
+    for (; power != std::string_view::npos; --power) value *= 1000;  // k is 0: once
+    return value >= 1.8e19 ? UINT64_MAX : static_cast<std::uint64_t>(value);
+}
+
+// ---- Addresses and keys -------------------------------------------------------------------------
+
+// "HOST", "HOST:PORT", "[IPV6]:PORT" or a bare IPv6 address, taken apart. Throws Error.
+struct HostPort {
+    std::string host;
+    std::uint16_t port = 0;
+};
+inline HostPort parse_host_port(std::string_view text, std::uint16_t default_port) {
+    std::string_view host = text, port;
+    std::size_t colon = text.rfind(':');
+    if (text.starts_with('[')) {
+        std::size_t bracket = text.find(']');
+        if (bracket == text.npos) throw Error(concat("\"", visible(text), "\" lacks a closing ]."));
+        host = text.substr(1, bracket - 1);
+        port = text.substr(bracket + 1);
+        if (!port.empty() && port[0] != ':')
+            throw Error(
+                concat("\"", visible(text), "\": after ] comes : and the port, or nothing."));
+        if (port == ":")
+            throw Error(concat("\"", visible(text), "\" lacks a port after the colon."));
+        if (!port.empty()) port.remove_prefix(1);
+    } else if (colon != text.npos && text.find(':') == colon) {  // one colon: HOST:PORT
+        host = text.substr(0, colon);
+        port = text.substr(colon + 1);
+        if (port.empty())
+            throw Error(concat("\"", visible(text), "\" lacks a port after the colon."));
+    }
+    HostPort result{std::string(host), default_port};
+    if (host.empty()) throw Error(concat("\"", visible(text), "\" has no host name."));
+    if (!port.empty()) {
+        result.port = parse_number<std::uint16_t>(port).value_or(0);
+        if (result.port == 0)
+            throw Error(
+                concat("\"", visible(port), "\" is not a port: give a number from 1 to 65535."));
+    }
+    return result;
+}
+
+// A fingerprint as text, or the fingerprint of the key in a PEM file. Throws Error.
+inline Fingerprint fingerprint_from(const std::string& file_or_fingerprint) {
+    if (file_or_fingerprint.starts_with("SHA256:")) return Fingerprint::parse(file_or_fingerprint);
+    std::optional<SecretBytes> pem = read_file(file_or_fingerprint, max_key_file_bytes);
+    if (!pem)
+        throw Error(concat("There is no key file ", file_or_fingerprint,
+                           ". Give the server's server_public.pem, or its fingerprint SHA256:..."));
+    return RsaPublicKey::from_pem(*pem, file_or_fingerprint).fingerprint();
+}
+
+// ---- Lines of input, for every front end alike --------------------------------------------------
+
+struct CommandHelp {
+    std::string_view usage, meaning;
+};
+inline constexpr std::array<CommandHelp, 14> command_help{{
+    {"TEXT", "to everybody (begin with // for a text that begins with /)"},
+    {"/msg USER TEXT", "to one person"},
+    {"/reply TEXT", "to whom you last exchanged private messages with"},
+    {"/who", "who is online"},
+    {"/verify USER", "the safety number to compare; \"/verify USER ok\" when it agrees"},
+    {"/trust USER", "accept the new identity of somebody whose identity has changed"},
+    {"/ignore USER", "hide what somebody writes; again to show it"},
+    {"/file USER PATH", "offer a file to somebody"},
+    {"/accept [N] [NAME]", "take an offered file, under another name if one is given"},
+    {"/decline [N]", "do not take it"},
+    {"/cancel [N]", "withdraw an offer, or stop a file that is on its way"},
+    {"/files", "the files that are offered and on their way, with their numbers"},
+    {"/help", "this list"},
+    {"/quit", "leave"},
+}};
+
+// A path as people type it, or drop it on a terminal: perhaps in quotes, perhaps with ~ for home.
+inline std::filesystem::path path_from(std::string_view text) {
+    while (text.ends_with(' ')) text.remove_suffix(1);
+    if (text.size() >= 2 && (text[0] == '"' || text[0] == '\'') && text.back() == text[0])
+        return text.substr(1, text.size() - 2);
+    const char* home = std::getenv("HOME");
+    if (text.starts_with("~/") && home != nullptr)
+        return std::filesystem::path(home) / text.substr(2);
+    return text;
+}
+
+// True for "/help", and for "/help " as completion leaves it.
+inline bool is_command(std::string_view line, std::string_view command) {
+    return line.starts_with(command) && line.find_first_not_of(' ', command.size()) == line.npos;
+}
+
+// What a line means. Nothing for an empty line; throws Error with the sentence to show for a line
+// that cannot be done. `reply_to` is the last private partner, or empty. Commands that concern the
+// front end alone (/help) are its own to catch before.
+inline std::optional<Command> parse_command(std::string_view line, std::string_view reply_to) {
+    auto checked = [](std::string_view text) {
+        if (text.size() > max_text_bytes)
+            throw Error(concat("A message has at most ", max_text_bytes, " bytes; this one has ",
+                               text.size(), ". It was not sent."));
+        return std::string(text);
+    };
+    if (line.find_first_not_of(" \t\r\n") == line.npos) return std::nullopt;
+    if (line.starts_with("//")) return Say{checked(line.substr(1))};
+    if (!line.starts_with('/')) return Say{checked(line)};
+
+    auto take_word = [&line] {
+        std::size_t end = std::min(line.find(' '), line.size());
+        std::string_view word = line.substr(0, end);
+        line.remove_prefix(std::min(line.find_first_not_of(' ', end), line.size()));
+        return word;
+    };
+    std::string_view command = take_word();
+    auto need = [&](bool ok, std::string_view usage) {
+        if (!ok) throw Error(concat("Usage: ", usage));
+    };
+    if (command == "/msg") {
+        std::string_view user = take_word();
+        need(!user.empty() && !line.empty(), "/msg USER TEXT");
+        return Tell{fold_name(user), checked(line)};
+    }
+    if (command == "/reply") {
+        need(!line.empty(), "/reply TEXT");
+        if (reply_to.empty()) throw Error("There is nobody to reply to yet.");
+        return Tell{std::string(reply_to), checked(line)};
+    }
+    need(command != "/help", "/help");  // with something after it
+    if (command == "/who") return ListPeople{};
+    if (command == "/quit") return Leave{};
+    if (command == "/files") return ListFiles{};
+    if (command == "/file") {
+        std::string_view user = take_word();
+        need(!user.empty() && !line.empty(), "/file USER PATH");
+        return SendFile{fold_name(user), path_from(line)};
+    }
+    if (command == "/accept" || command == "/decline" || command == "/cancel") {
+        std::string_view rest = line, word = take_word();
+        unsigned number = parse_number<unsigned>(word).value_or(0);
+        bool is_number = number > 0;
+        if (command == "/accept") return AcceptFile{number, std::string(is_number ? line : rest)};
+        need(word.empty() || (is_number && line.empty()), concat(command, " [NUMBER]"));
+        if (command == "/decline") return DeclineFile{number};
+        return CancelFile{number};
+    }
+    if (command == "/verify" || command == "/trust" || command == "/ignore") {
+        std::string_view user = take_word();
+        bool ok = command == "/verify" && line == "ok";
+        need(!user.empty() && (line.empty() || ok), concat(command, " USER"));
+        if (command == "/verify") return Verify{fold_name(user), ok};
+        if (command == "/trust") return Trust{fold_name(user)};
+        return Ignore{fold_name(user)};
+    }
+    throw Error(
+        concat("There is no command ", visible(command.substr(0, 40)), ". /help lists them."));
+}
+
+// =================================================================================================
+//  Chapter 14. Other systems
+// =================================================================================================
+//
+// The standard library of C++ knows threads, clocks and paths, but no sockets, no terminal without
+// echo, and no file that is synced to the disk. For these one asks the operating system, and there
+// are two families of them: POSIX (Linux, macOS, the BSDs) and Windows. The chapters above declare
+// what they need, in a line each; here stand the two versions.
+//
+// What goes wrong without such a place: #ifdef in the middle of a function, where nobody who has
+// only one of the systems can see any more what the other one does.
+
+// Every connection needs a descriptor, and the usual soft limit is 1024. Raises it to what the
+// system allows this process; returns the limit in force.
+inline std::size_t raise_descriptor_limit() {
+#ifdef _WIN32
+    return 16384;
+#else
+    rlimit limit{};
+    ::getrlimit(RLIMIT_NOFILE, &limit);
+    limit.rlim_cur = limit.rlim_max;
+    ::setrlimit(RLIMIT_NOFILE, &limit);
+    ::getrlimit(RLIMIT_NOFILE, &limit);
+    return static_cast<std::size_t>(limit.rlim_cur);
+#endif
+}
+
+// The user's data directory, as the system has it.
+inline std::filesystem::path default_home() {
+    auto variable = [](const char* name) {
+        const char* value = std::getenv(name);
+        return std::filesystem::path(value != nullptr ? value : "");
+    };
+#if defined(_WIN32)
+    return variable("APPDATA") / "ChatSecure";
+#elif defined(__APPLE__)
+    return variable("HOME") / "Library" / "Application Support" / "ChatSecure";
+#else
+    std::filesystem::path data = variable("XDG_DATA_HOME");
+    return (data.is_absolute() ? data : variable("HOME") / ".local" / "share") / "chatsecure";
+#endif
+}
 
 }  // namespace chatsecure
 

@@ -1,4 +1,4 @@
-// client: ChatSecure on a terminal. All of the work is in chatsecure.hpp, chapter 11; this program
+// client: ChatSecure on a terminal. All of the work is in chatsecure.hpp, chapter 12; this program
 // puts a front end on it. It has two: one for a person at a terminal, and one for scripts, when
 // standard input is a pipe or a file.
 //

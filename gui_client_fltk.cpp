@@ -1,5 +1,5 @@
 // gui_client_fltk: ChatSecure in a window, for FLTK 1.3 and 1.4. All of the work is in
-// chatsecure.hpp, chapter 11; this program draws and listens.
+// chatsecure.hpp, chapter 12; this program draws and listens.
 //
 //      chatsecure::Client -- events --> Fl::awake --> App::take_events --> App::on(each event)
 //                         <-- commands --------------- App::send_line, App::press

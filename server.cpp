@@ -1,4 +1,4 @@
-// server: the ChatSecure relay. All of the work is in chatsecure.hpp, chapter 10; this program
+// server: the ChatSecure relay. All of the work is in chatsecure.hpp, chapter 11; this program
 // turns flags into options, signals into stop(), and log lines into stderr.
 
 #include "chatsecure.hpp"

@@ -84,7 +84,7 @@ std::pair<Socket, Socket> socket_pair() {
 }  // namespace
 
 // =================================================================================================
-//  Chapters 1 to 8: every part of the header by itself
+//  Every part of the header by itself
 // =================================================================================================
 
 namespace {
@@ -694,38 +694,6 @@ std::pair<Socket, std::uint16_t> deaf_socket() {
 
 }  // namespace
 
-TEST_CASE("chapter 2: host and port are taken apart") {
-    struct Case {
-        std::string_view text, host;
-        std::uint16_t port;
-    };
-    const Case cases[]{{"example.org", "example.org", 5000},
-                       {"example.org:6000", "example.org", 6000},
-                       {"127.0.0.1:1", "127.0.0.1", 1},
-                       {"localhost:65535", "localhost", 65535},
-                       {"::1", "::1", 5000},
-                       {"2001:db8::7", "2001:db8::7", 5000},
-                       {"[::1]", "::1", 5000},
-                       {"[::1]:6000", "::1", 6000},
-                       {"fe80::1%eth0", "fe80::1%eth0", 5000}};
-    for (const Case& c : cases) {
-        CAPTURE(c.text);
-        HostPort parsed = parse_host_port(c.text, 5000);
-        CHECK(parsed.host == c.host);
-        CHECK(parsed.port == c.port);
-    }
-}
-
-TEST_CASE("chapter 2: a host and port that cannot be are refused") {
-    for (std::string_view bad :
-         {"", ":5000", "host:", "host:0", "host:65536", "host:-1", "host:+1", "host:5000x",
-          "host: 1", "host:0x10", "[::1", "[::1]5000", "[]:5000", "[]", "[::1]:0", "[::1]:x"}) {
-        CAPTURE(bad);
-        CHECK(throws<Error>([&] { parse_host_port(bad, 5000); }));
-    }
-    CHECK(contains(complaint([] { parse_host_port("h:99999", 1); }), "\"99999\" is not a port"));
-}
-
 TEST_CASE("chapter 2: an endpoint prints as people write it") {
     CHECK(resolve("127.0.0.1", 5000, false).front().text() == "127.0.0.1:5000");
     CHECK(resolve("127.0.0.1", 5000, false).front().host() == "127.0.0.1");
@@ -981,10 +949,6 @@ TEST_CASE("chapter 2: out of descriptors, a newcomer is turned away and the next
     CHECK(unlucky.read_some(block) == 0);
     Socket lucky = connect_to("127.0.0.1", listener.port(), long_enough, never);
     CHECK(listener.accept(never));
-}
-
-TEST_CASE("chapter 2: a colon behind a bracket wants a port, as behind a name") {
-    CHECK(throws<Error>([] { parse_host_port("[::1]:", 5000); }));
 }
 
 // ---- Chapter 3. Framing -------------------------------------------------------------------------
@@ -2110,202 +2074,6 @@ TEST_CASE("chapter 6: passwords that nobody should have are refused") {
     CHECK(throws<Error>([] { check_new_password(Bytes(1025, 'x')); }));
 }
 
-TEST_CASE("chapter 6: a password comes from the first line of a file, or from the environment") {
-    TempDir dir;
-    for (std::string_view content :
-         {"pass word", "pass word\n", "pass word\r\n", "pass word\nmore"}) {
-        write_text(dir.path / "password", content);
-        CHECK(as_text(*find_password(dir.path / "password")) == "pass word");
-    }
-    CHECK(contains(complaint([&] { find_password(dir.path / "none"); }), "no password file"));
-
-    ::setenv("CHATSECURE_PASSWORD", "from outside", 1);
-    CHECK(as_text(*find_password({})) == "from outside");
-    CHECK(std::getenv("CHATSECURE_PASSWORD") == nullptr);  // programs that we start do not get it
-    CHECK_FALSE(find_password({}));
-}
-
-namespace {
-
-Account account_of(const std::string& user) {
-    return {user, verifier_for(user + "'s password"), {}, "2026-11-23T09:41:00Z"};
-}
-
-}  // namespace
-
-TEST_CASE("chapter 6: accounts are there again after a restart") {
-    TempDir dir;
-    std::filesystem::path path = dir.path / "users.db";
-    {
-        AuthStore store(path);
-        CHECK(store.size() == 0);
-        CHECK(store.add(account_of("alice")));
-        CHECK(store.add(account_of("bob")));
-        CHECK_FALSE(store.add(account_of("alice")));  // taken
-        store.set_identity("bob", as_bytes("bob's key"));
-        CHECK(mode_of(path) == owner_read_write);
-    }
-    AuthStore store(path);
-    CHECK(store.size() == 2);
-    CHECK(store.find("alice")->line() == account_of("alice").line());
-    CHECK(store.find("alice")->identity.empty());
-    CHECK(as_text(store.find("bob")->identity) == "bob's key");
-    CHECK_FALSE(store.find("carol"));
-}
-
-TEST_CASE("chapter 6: users.db keeps its comments, its order and its empty lines") {
-    TempDir dir;
-    std::filesystem::path path = dir.path / "users.db";
-    std::string alice = account_of("alice").line(), bob = account_of("bob").line();
-    write_text(path, "# Our accounts\n\n" + alice + "\n  # and below\n" + bob);  // no end of line
-    AuthStore store(path);
-    CHECK(store.size() == 2);
-    store.set_identity("alice", as_bytes("key"));
-    store.add(account_of("carol"));
-    Account changed = account_of("alice");
-    changed.identity = bytes_of("key");
-    CHECK(read_text(path) == "# Our accounts\n\n" + changed.line() + "\n  # and below\n" + bob +
-                                 "\n" + account_of("carol").line() + "\n");
-}
-
-TEST_CASE("chapter 6: users.db edited on Windows is read") {
-    TempDir dir;
-    std::filesystem::path path = dir.path / "users.db";
-    write_text(path, "# Our accounts\r\n\r\n" + account_of("alice").line() + "\r\n");
-    CHECK(AuthStore(path).find("alice"));
-}
-
-TEST_CASE("chapter 6: a line of users.db that is not understood is named, and nothing is guessed") {
-    TempDir dir;
-    std::filesystem::path path = dir.path / "users.db";
-    const std::string key = to_base64(Bytes(32)), salt = to_base64(Bytes(16));
-    const std::string entry = "SCRAM-SHA-256$4096:" + salt + "$" + key + ":" + key;
-    const std::string time = " - 2026-11-23T09:41:00Z";
-    CHECK_NOTHROW(Account::parse(split_words("bob " + entry + time)));
-    const std::string bad_lines[]{
-        "bob",
-        "bob " + entry,
-        "bob " + entry + " -",
-        "bob " + entry + time + " more",
-        "Bob " + entry + time,
-        "b/b " + entry + time,
-        std::string(33, 'b') + " " + entry + time,
-        "bob plain-text-password" + time,
-        "bob md5$" + entry.substr(14) + time,
-        "bob SCRAM-SHA-256$4095:" + salt + "$" + key + ":" + key + time,
-        "bob SCRAM-SHA-256$10000001:" + salt + "$" + key + ":" + key + time,
-        "bob SCRAM-SHA-256$4096x:" + salt + "$" + key + ":" + key + time,
-        "bob SCRAM-SHA-256$:" + salt + "$" + key + ":" + key + time,
-        "bob SCRAM-SHA-256$4096:$" + key + ":" + key + time,
-        "bob SCRAM-SHA-256$4096:" + to_base64(Bytes(65)) + "$" + key + ":" + key + time,
-        "bob SCRAM-SHA-256$4096:*$" + key + ":" + key + time,
-        "bob SCRAM-SHA-256$4096:" + salt + "$" + key + time,
-        "bob SCRAM-SHA-256$4096:" + salt + "$" + key + ":" + salt + time,
-        "bob SCRAM-SHA-256$4096:" + salt + "$" + salt + ":" + key + time,
-        "bob " + entry + " no*base64 2026-11-23T09:41:00Z",
-        account_of("alice").line(),  // alice twice
-    };
-    for (const std::string& bad : bad_lines) {
-        CAPTURE(bad);
-        std::string content = account_of("alice").line() + "\n\n" + bad + "\n";
-        write_text(path, content);
-        CHECK(contains(complaint([&] { AuthStore{path}; }), "users.db, line 3: "));
-        CHECK(read_text(path) == content);
-    }
-}
-
-TEST_CASE("chapter 6: users.db that another program changed is not overwritten") {
-    TempDir dir;
-    std::filesystem::path path = dir.path / "users.db";
-    AuthStore store(path);
-    store.add(account_of("alice"));
-    std::string edited = read_text(path) + account_of("bob").line() + "\n";
-    SUBCASE("edited") { write_text(path, edited); }
-    SUBCASE("removed") {
-        std::filesystem::remove(path);
-        edited = "";
-    }
-    CHECK(contains(complaint([&] { store.add(account_of("carol")); }),
-                   "was changed by another program"));
-    CHECK(contains(complaint([&] { store.set_identity("alice", as_bytes("key")); }),
-                   "was changed by another program"));
-    CHECK(read_text(path) == edited);
-    CHECK_FALSE(store.find("carol"));
-    CHECK(store.find("alice")->identity.empty());
-}
-
-TEST_CASE("chapter 6: an account that cannot be written is none") {
-    TempDir dir;
-    AuthStore store(dir.path / "missing" / "users.db");
-    CHECK(throws<Error>([&] { store.add(account_of("alice")); }));
-    CHECK_FALSE(store.find("alice"));
-    CHECK(store.size() == 0);
-    // When the trouble is over, all is as if nothing had happened.
-    std::filesystem::create_directory(dir.path / "missing");
-    CHECK(store.add(account_of("alice")));
-    CHECK(AuthStore(dir.path / "missing" / "users.db").size() == 1);
-}
-
-TEST_CASE("chapter 6: accounts with a public example password are found") {
-    TempDir dir;
-    AuthStore store(dir.path / "users.db");
-    Account example = account_of("alice");
-    example.verifier.salt = bytes_of(example_salt);
-    store.add(example);
-    store.add(account_of("bob"));
-    CHECK(store.users_with_example_password() == std::vector<std::string>{"alice"});
-}
-
-TEST_CASE("chapter 6: many threads may use the accounts at once") {
-    TempDir dir;
-    std::filesystem::path path = dir.path / "users.db";
-    AuthStore store(path);
-    const Account pattern = account_of("pattern");
-    std::vector<std::thread> threads;
-    std::atomic<int> added = 0;
-    for (int t = 0; t < 4; ++t)
-        threads.emplace_back([&] {
-            for (int i = 0; i < 5; ++i) {  // all want the same five names
-                Account account = pattern;
-                account.user = concat("user", i);
-                added += store.add(account) ? 1 : 0;
-            }
-        });
-    for (std::thread& thread : threads) thread.join();
-    CHECK(added == 5);
-    CHECK(AuthStore(path).size() == 5);
-}
-
-TEST_CASE("chapter 6: guessing becomes slow: three free tries, then twice as long each time") {
-    LoginThrottle throttle;
-    const Clock::time_point now = Clock::time_point{} + std::chrono::hours(1);
-    for (int delay : {0, 0, 0, 250, 500, 1000, 2000, 4000, 4000, 4000}) {
-        CHECK(throttle.delay("alice", "10.0.0.1", now) == Milliseconds(delay));
-        throttle.failed("alice", "10.0.0.1", now);
-    }
-    for (int i = 0; i < 1000; ++i) throttle.failed("alice", "10.0.0.1", now);
-    CHECK(throttle.delay("alice", "10.0.0.1", now) == Milliseconds(4000));
-}
-
-TEST_CASE("chapter 6: guessing is slow for the account and for the address, and is forgotten") {
-    LoginThrottle throttle;
-    const Clock::time_point now = Clock::time_point{} + std::chrono::hours(1);
-    for (int i = 0; i < 3; ++i) throttle.failed("alice", "10.0.0.1", now);
-    CHECK(throttle.delay("alice", "10.0.0.2", now) == Milliseconds(250));
-    CHECK(throttle.delay("bob", "10.0.0.1", now) == Milliseconds(250));
-    CHECK(throttle.delay("bob", "10.0.0.2", now) == Milliseconds(0));
-
-    throttle.succeeded("alice");  // clears her, not the address
-    CHECK(throttle.delay("alice", "10.0.0.2", now) == Milliseconds(0));
-    CHECK(throttle.delay("alice", "10.0.0.1", now) == Milliseconds(250));
-
-    auto soon = now + std::chrono::minutes(15), later = soon + Milliseconds(1);
-    CHECK(throttle.delay("bob", "10.0.0.1", soon) == Milliseconds(250));
-    CHECK(throttle.delay("bob", "10.0.0.1", later) == Milliseconds(0));
-    throttle.failed("bob", "10.0.0.1", later);  // counts from the beginning again
-    CHECK(throttle.delay("bob", "10.0.0.1", later) == Milliseconds(0));
-}
-
 // ---- Chapter 7. Messages ------------------------------------------------------------------------
 
 namespace {
@@ -2340,43 +2108,6 @@ WrappedKey wrapped_key_of(std::uint8_t fill) {
     WrappedKey wrapped_key;
     wrapped_key.fill(fill);
     return wrapped_key;
-}
-
-// What arrives when an outbox is written to a connection: the records, and the messages in them.
-struct Arrived {
-    std::vector<Bytes> records;
-    std::vector<std::pair<MessageType, Bytes>> messages;
-};
-Arrived write_and_read(Outbox& outbox) {
-    auto [out, in] = socket_pair();
-    std::thread writer([&outbox, &out = out] {
-        RecordSealer sealer(secret_of(1));
-        outbox.write_to(out, sealer);
-        out.finish_writing();
-    });
-    FrameReader frames(in, max_record_frame);
-    MessageReader reader(frames, secret_of(1));
-    Arrived arrived;
-    while (std::optional<ByteView> record = reader.next_record()) {
-        arrived.records.push_back(to_bytes(*record));
-        for (Reader left(*record, "a record"); !left.empty();) {
-            Message message = take_message(left);
-            arrived.messages.emplace_back(message.type, to_bytes(message.body));
-        }
-    }
-    writer.join();
-    return arrived;
-}
-
-// A payload of this size on the wire, which begins with its number.
-Outgoing payload_of(std::size_t wire_size, std::uint8_t number = 0) {
-    Bytes payload(wire_size - message_header_bytes - 4 - 1 - 4, 0);
-    if (!payload.empty()) payload[0] = number;
-    Delivered message{LoginId{1}, Lane::interactive, payload};
-    return {std::make_shared<const Bytes>(to_wire(message)), {}, 0};
-}
-std::uint8_t number_of(const Bytes& delivered) {
-    return from_wire<Delivered>(delivered).payload[0];
 }
 
 }  // namespace
@@ -2466,193 +2197,6 @@ TEST_CASE("chapter 7: a message that does not fit is not appended at all") {
     CHECK(out.size() == 3 + max_record_bytes);
     CHECK(ByteView(out).subspan(3).front() == static_cast<std::uint8_t>(MessageType::publish_card));
     CHECK(frame_length(ByteView(out).subspan(4), max_message_body) == max_message_body);
-}
-
-TEST_CASE("chapter 7: what was queued arrives, in its order, in one record") {
-    Outbox outbox(1 << 20, 1 << 20);
-    for (std::uint64_t number = 0; number < 100; ++number)
-        CHECK(outbox.push_control(Ping{number}) == Outbox::Result::queued);
-    outbox.finish();
-    Arrived arrived = write_and_read(outbox);
-    CHECK(arrived.records.size() == 1);  // one encryption and one system call for all of them
-    REQUIRE(arrived.messages.size() == 100);
-    for (std::uint64_t number = 0; number < 100; ++number) {
-        CHECK(arrived.messages[number].first == MessageType::ping);
-        CHECK(from_wire<Ping>(arrived.messages[number].second).number == number);
-    }
-}
-
-TEST_CASE("chapter 7: messages that do not fit into one record go into several") {
-    Outbox outbox(1 << 20, 1 << 20);
-    for (std::uint8_t number = 0; number < 10; ++number)
-        outbox.push(Lane::interactive, payload_of(20'000, number));
-    outbox.finish();
-    Arrived arrived = write_and_read(outbox);
-    CHECK(arrived.records.size() == 4);  // three, three, three, one
-    REQUIRE(arrived.messages.size() == 10);
-    for (std::uint8_t number = 0; number < 10; ++number)
-        CHECK(number_of(arrived.messages[number].second) == number);
-}
-
-TEST_CASE("chapter 7: a message may fill a record, and may not be larger") {
-    Outbox outbox(1 << 20, 1 << 20);
-    CHECK(outbox.push(Lane::interactive, payload_of(max_record_bytes)) == Outbox::Result::queued);
-    CHECK(throws<Error>([&] { outbox.push(Lane::interactive, payload_of(max_record_bytes + 1)); }));
-    outbox.finish();
-    CHECK(write_and_read(outbox).records.at(0).size() == max_record_bytes);
-}
-
-TEST_CASE("chapter 7: the part that all share and the own wrapped key arrive as one message") {
-    Bytes whole = to_wire(RoomDelivered{LoginId{1}, two_bytes, wrapped_key_of(0)});
-    whole.resize(whole.size() - wrapped_key_bytes);
-    auto shared = std::make_shared<const Bytes>(whole);
-    Outbox outbox(1 << 20, 1 << 20);
-    for (std::uint8_t fill : Bytes{1, 2})
-        outbox.push(Lane::interactive, {shared, wrapped_key_of(fill), wrapped_key_bytes});
-    outbox.finish();
-    Arrived arrived = write_and_read(outbox);
-    REQUIRE(arrived.messages.size() == 2);
-    CHECK(from_wire<RoomDelivered>(arrived.messages[0].second).wrapped_key == wrapped_key_of(1));
-    CHECK(from_wire<RoomDelivered>(arrived.messages[1].second).wrapped_key == wrapped_key_of(2));
-    CHECK(shared.use_count() == 1);  // the outbox has let go of it
-}
-
-TEST_CASE("chapter 7: chat overtakes file data") {
-    Outbox outbox(1 << 20, 1 << 20);
-    for (std::uint8_t number : Bytes{10, 11, 12})
-        outbox.push(Lane::bulk, payload_of(60'000, number));
-    for (std::uint8_t number : Bytes{1, 2})
-        outbox.push(Lane::interactive, payload_of(50'000, number));
-    outbox.push_control(Ping{3});
-    outbox.finish();
-    std::vector<int> order;
-    for (const auto& [type, body] : write_and_read(outbox).messages)
-        order.push_back(type == MessageType::ping ? 3 : number_of(body));
-    CHECK(order == std::vector<int>{1, 2, 3, 10, 11, 12});
-}
-
-TEST_CASE("chapter 7: payloads over the bound are refused, and fit again when there is room") {
-    Outbox outbox(1000, 1000);
-    CHECK(outbox.push(Lane::interactive, payload_of(700)) == Outbox::Result::queued);
-    CHECK(outbox.push(Lane::interactive, payload_of(700)) == Outbox::Result::refused);
-    CHECK(outbox.is_over(699));
-    CHECK_FALSE(outbox.is_over(1000));
-    CHECK_FALSE(outbox.is_closed());
-
-    auto [out, in] = socket_pair();
-    RecordSealer sealer(secret_of(1));
-    Outbox::Result again = Outbox::Result::refused;
-    outbox.write_to(out, sealer, [&] {  // called when there is room
-        again = outbox.push(Lane::interactive, payload_of(700));
-        outbox.close();
-    });
-    CHECK(again == Outbox::Result::queued);
-}
-
-TEST_CASE("chapter 7: many small messages are bounded too: each costs more than its bytes") {
-    Outbox outbox(10'000, 10'000);
-    int queued = 0;
-    while (queued < 10'000 &&
-           outbox.push(Lane::interactive, payload_of(14)) == Outbox::Result::queued)
-        ++queued;
-    CHECK(queued > 10);
-    CHECK(queued < 10'000 / 14);
-}
-
-TEST_CASE("chapter 7: control messages may go over the bound, up to twice, and then all is over") {
-    Outbox outbox(1000, 1000);
-    CHECK(outbox.push(Lane::interactive, payload_of(900)) == Outbox::Result::queued);
-    CHECK(outbox.push(Lane::interactive, payload_of(200)) == Outbox::Result::refused);
-    int queued = 0;
-    Outbox::Result last = outbox.push_control(Ping{});
-    for (; last == Outbox::Result::queued && queued < 1000; ++queued)
-        last = outbox.push_control(Ping{});
-    CHECK(queued > 1);
-    CHECK(last == Outbox::Result::refused);
-    CHECK(outbox.is_closed());
-    CHECK(outbox.push_control(Ping{}) == Outbox::Result::closed);
-    CHECK(write_and_read(outbox).messages.empty());
-}
-
-TEST_CASE("chapter 7: a finished outbox takes nothing more and writes what it has") {
-    Outbox outbox(1000, 1000);
-    outbox.push_control(Ping{1});
-    outbox.finish();
-    CHECK(outbox.push_control(Ping{2}) == Outbox::Result::closed);
-    CHECK(outbox.push(Lane::bulk, payload_of(20)) == Outbox::Result::closed);
-    CHECK_FALSE(outbox.is_closed());
-    CHECK(write_and_read(outbox).messages.size() == 1);
-}
-
-TEST_CASE("chapter 7: a closed outbox writes nothing, and closing wakes its writer") {
-    Outbox outbox(1000, 1000);
-    auto [out, in] = socket_pair();
-    std::thread writer([&outbox, &out = out] {
-        RecordSealer sealer(secret_of(1));
-        outbox.write_to(out, sealer);
-    });
-    outbox.close();
-    writer.join();
-    outbox.finish();  // does not open it again
-    CHECK(outbox.is_closed());
-}
-
-TEST_CASE("chapter 7: a writing thread keeps up with pushes from several threads") {
-    Outbox outbox(16 << 20, 16 << 20);
-    std::vector<std::thread> pushers;
-    for (std::uint64_t pusher = 0; pusher < 4; ++pusher)
-        pushers.emplace_back([&outbox, pusher] {
-            for (std::uint64_t i = 0; i < 1000; ++i) outbox.push_control(Ping{pusher << 32 | i});
-        });
-    std::thread closer([&] {
-        for (std::thread& pusher : pushers) pusher.join();
-        outbox.finish();
-    });
-    Arrived arrived = write_and_read(outbox);
-    closer.join();
-    CHECK(arrived.messages.size() == 4000);
-    std::array<std::uint64_t, 4> expected{};  // each pusher's order is kept
-    bool in_order = true;
-    for (const auto& [type, body] : arrived.messages) {
-        std::uint64_t number = from_wire<Ping>(body).number;
-        in_order = in_order && expected.at(number >> 32)++ == (number & 0xffffffff);
-    }
-    CHECK(in_order);
-}
-
-TEST_CASE("chapter 7: a reader hands out messages one by one, whatever record they came in") {
-    auto [out, in] = socket_pair();
-    RecordSealer sealer(secret_of(1));
-    send_now(out, sealer, Ping{1});
-    Bytes record(frame_header_bytes);
-    append(record, to_wire(Ping{2}));
-    append(record, to_wire(Goodbye{"bye"}));
-    sealer.seal(record);
-    out.write_all(record);
-    record.assign(frame_header_bytes, 0);
-    sealer.seal(record);  // empty: whoever sends such records for ever would be served for ever
-    out.write_all(record);
-    out.finish_writing();
-
-    FrameReader frames(in, max_record_frame);
-    MessageReader reader(frames, secret_of(1));
-    CHECK(from_wire<Ping>(reader.next()->body).number == 1);
-    CHECK(from_wire<Ping>(reader.next()->body).number == 2);
-    CHECK(from_wire<Goodbye>(reader.next()->body).sentence == "bye");
-    CHECK_THROWS_AS(reader.next(), ProtocolError);
-}
-
-TEST_CASE("chapter 7: no message comes out of a record that is damaged") {
-    auto [out, in] = socket_pair();
-    RecordSealer sealer(secret_of(1));
-    Bytes record(frame_header_bytes);
-    append(record, to_wire(Ping{1}));
-    sealer.seal(record);
-    record.back() ^= 1;
-    out.write_all(record);
-    FrameReader frames(in, max_record_frame);
-    MessageReader reader(frames, secret_of(1));
-    CHECK(throws<ProtocolError>([&] { reader.next(); }));
 }
 
 // ---- Chapter 8. End to end ----------------------------------------------------------------------
@@ -3348,104 +2892,6 @@ TEST_CASE("chapter 9: names that are taken get a number before the extension") {
     CHECK(numbered_name("\u00e9.\u00e9", 3) == "\u00e9 (3).\u00e9");
     // The longest name, the largest number and ".part" still fit a file system.
     CHECK(numbered_name(repeat("a", max_file_name_bytes), 9'999).size() + 5 <= 255);
-}
-
-// ---- Sizes ----
-
-TEST_CASE("chapter 9: how long a transfer still takes") {
-    CHECK(time_left(1000, 0) == "");
-    CHECK(time_left(0, 1000) == "1 s left");
-    CHECK(time_left(5'500, 1000) == "6 s left");
-    CHECK(time_left(99'000, 1000) == "1 min left");
-    CHECK(time_left(5'998'000, 1000) == "99 min left");
-    CHECK(time_left(7'200'000, 1000) == "2 h left");
-    CHECK(time_left(~std::uint64_t{0}, 1) == "277777 h left");
-}
-
-TEST_CASE("chapter 9: sizes are shown with three digits and the right unit") {
-    CHECK(readable_size(0) == "0 bytes");
-    CHECK(readable_size(1) == "1 byte");
-    CHECK(readable_size(2) == "2 bytes");
-    CHECK(readable_size(999) == "999 bytes");
-    CHECK(readable_size(1000) == "1.00 kB");
-    CHECK(readable_size(4100) == "4.10 kB");
-    CHECK(readable_size(9994) == "9.99 kB");
-    CHECK(readable_size(9995) == "10.0 kB");
-    CHECK(readable_size(99'949) == "99.9 kB");
-    CHECK(readable_size(99'950) == "100 kB");
-    CHECK(readable_size(999'499) == "999 kB");
-    CHECK(readable_size(999'500) == "1.00 MB");
-    CHECK(readable_size(1'250'000'000) == "1.25 GB");
-    CHECK(readable_size(999'499'999'999) == "999 GB");
-    CHECK(readable_size(999'500'000'000) == "1.00 TB");
-    CHECK(readable_size(5'000'000'000'000'000) == "5.00 PB");
-    CHECK(readable_size(UINT64_MAX) == "18.4 EB");
-}
-
-TEST_CASE("chapter 9: a shown size is never off by more than half of its last digit") {
-    std::mt19937_64 random(9);
-    const std::string units[]{"kB", "MB", "GB", "TB", "PB", "EB"};
-    for (int round = 0; round < 5'000; ++round) {
-        std::uint64_t bytes = random() >> (random() % 54);
-        if (bytes < 1000) continue;
-        std::string shown = readable_size(bytes);
-        std::vector<std::string> words = split_words(shown);
-        REQUIRE(words.size() == 2);
-        std::size_t digits = words[0].size() - (contains(words[0], ".") ? 1 : 0);
-        double unit = 1000, value = std::stod(words[0]);
-        for (const std::string& name : units) {
-            if (words[1] == name) break;
-            unit *= 1000;
-        }
-        double off = std::abs(value * unit - static_cast<double>(bytes));
-        if (digits == 3 && value >= 1 && value < 1000 && off <= 0.00501 * value * unit) continue;
-        FAIL_CHECK(bytes, " is shown as ", shown);
-        break;
-    }
-}
-
-TEST_CASE("chapter 9: texts that are sizes") {
-    CHECK(parse_size("0") == 0);
-    CHECK(parse_size("1") == 1);
-    CHECK(parse_size("4096") == 4096);
-    CHECK(parse_size("500k") == 500'000);
-    CHECK(parse_size("500K") == 500'000);
-    CHECK(parse_size("2M") == 2'000'000);
-    CHECK(parse_size("10MB") == 10'000'000);
-    CHECK(parse_size("10mb") == 10'000'000);
-    CHECK(parse_size("1.5G") == 1'500'000'000);
-    CHECK(parse_size("0.5k") == 500);
-    CHECK(parse_size("2T") == 2'000'000'000'000);
-    CHECK(parse_size("10 MB") == 10'000'000);
-    CHECK(parse_size("1 k") == 1000);
-    CHECK(parse_size("99999999999999999999T") == UINT64_MAX);
-    CHECK(parse_size("18446744073709551615") == UINT64_MAX);
-}
-
-TEST_CASE("chapter 9: a size may end with its unit, B") {
-    CHECK(parse_size("4096B") == 4096);  // libc++ reads a hexadecimal digit here
-    CHECK(parse_size("4096 B") == 4096);
-    CHECK(parse_size("500kB") == 500'000);
-}
-
-TEST_CASE("chapter 9: texts that are no sizes are refused, with an example") {
-    for (std::string_view bad :
-         {"",    " ",   "-1",  "-0.5", "-1k",   "abc",  "k",    "B",    "1X",    "1P",
-          "1kk", "1BB", "1kX", "1..5", "1.5.5", "1,5G", "0x10", "1e",   "1e999", "nan",
-          "inf", "NaN", "1k2", "--1",  "1-",    "1 2",  "\x1b", "1GiB", "1\n2"}) {
-        CAPTURE(visible(bad));
-        CHECK(contains(complaint([&] { parse_size(bad); }), "is no size: give a number of bytes"));
-    }
-    std::string sentence = complaint([] { parse_size("\x1b[2J" + repeat("x", 5'000)); });
-    CHECK_FALSE(contains(sentence, "\x1b"));
-    CHECK(sentence.size() < 300);
-}
-
-TEST_CASE("chapter 9: behind a size comes nothing") {
-    for (std::string_view bad : {"1 k junk", "5 M 7", "2M 3", "10 MB of data", "1 k k", "1B x"}) {
-        CAPTURE(bad);
-        CHECK(complaint([&] { parse_size(bad); }) != "");
-    }
 }
 
 // ---- The messages ----
@@ -4497,8 +3943,591 @@ TEST_CASE("chapter 9: a transfer alone gets most of the credit, and small change
     CHECK(CreditAccount{}.due(credit_total / 2, 2) >= credit_total / 8);
 }
 
+// ---- Chapter 10. Connections --------------------------------------------------------------------
+
+namespace {
+
+// What arrives when an outbox is written to a connection: the records, and the messages in them.
+struct Arrived {
+    std::vector<Bytes> records;
+    std::vector<std::pair<MessageType, Bytes>> messages;
+};
+Arrived write_and_read(Outbox& outbox) {
+    auto [out, in] = socket_pair();
+    std::thread writer([&outbox, &out = out] {
+        RecordSealer sealer(secret_of(1));
+        outbox.write_to(out, sealer);
+        out.finish_writing();
+    });
+    FrameReader frames(in, max_record_frame);
+    MessageReader reader(frames, secret_of(1));
+    Arrived arrived;
+    while (std::optional<ByteView> record = reader.next_record()) {
+        arrived.records.push_back(to_bytes(*record));
+        for (Reader left(*record, "a record"); !left.empty();) {
+            Message message = take_message(left);
+            arrived.messages.emplace_back(message.type, to_bytes(message.body));
+        }
+    }
+    writer.join();
+    return arrived;
+}
+
+// A payload of this size on the wire, which begins with its number.
+Outgoing payload_of(std::size_t wire_size, std::uint8_t number = 0) {
+    Bytes payload(wire_size - message_header_bytes - 4 - 1 - 4, 0);
+    if (!payload.empty()) payload[0] = number;
+    Delivered message{LoginId{1}, Lane::interactive, payload};
+    return {std::make_shared<const Bytes>(to_wire(message)), {}, 0};
+}
+std::uint8_t number_of(const Bytes& delivered) {
+    return from_wire<Delivered>(delivered).payload[0];
+}
+
+}  // namespace
+
+TEST_CASE("chapter 10: what was queued arrives, in its order, in one record") {
+    Outbox outbox(1 << 20, 1 << 20);
+    for (std::uint64_t number = 0; number < 100; ++number)
+        CHECK(outbox.push_control(Ping{number}) == Outbox::Result::queued);
+    outbox.finish();
+    Arrived arrived = write_and_read(outbox);
+    CHECK(arrived.records.size() == 1);  // one encryption and one system call for all of them
+    REQUIRE(arrived.messages.size() == 100);
+    for (std::uint64_t number = 0; number < 100; ++number) {
+        CHECK(arrived.messages[number].first == MessageType::ping);
+        CHECK(from_wire<Ping>(arrived.messages[number].second).number == number);
+    }
+}
+
+TEST_CASE("chapter 10: messages that do not fit into one record go into several") {
+    Outbox outbox(1 << 20, 1 << 20);
+    for (std::uint8_t number = 0; number < 10; ++number)
+        outbox.push(Lane::interactive, payload_of(20'000, number));
+    outbox.finish();
+    Arrived arrived = write_and_read(outbox);
+    CHECK(arrived.records.size() == 4);  // three, three, three, one
+    REQUIRE(arrived.messages.size() == 10);
+    for (std::uint8_t number = 0; number < 10; ++number)
+        CHECK(number_of(arrived.messages[number].second) == number);
+}
+
+TEST_CASE("chapter 10: a message may fill a record, and may not be larger") {
+    Outbox outbox(1 << 20, 1 << 20);
+    CHECK(outbox.push(Lane::interactive, payload_of(max_record_bytes)) == Outbox::Result::queued);
+    CHECK(throws<Error>([&] { outbox.push(Lane::interactive, payload_of(max_record_bytes + 1)); }));
+    outbox.finish();
+    CHECK(write_and_read(outbox).records.at(0).size() == max_record_bytes);
+}
+
+TEST_CASE("chapter 10: the part that all share and the own wrapped key arrive as one message") {
+    Bytes whole = to_wire(RoomDelivered{LoginId{1}, two_bytes, wrapped_key_of(0)});
+    whole.resize(whole.size() - wrapped_key_bytes);
+    auto shared = std::make_shared<const Bytes>(whole);
+    Outbox outbox(1 << 20, 1 << 20);
+    for (std::uint8_t fill : Bytes{1, 2})
+        outbox.push(Lane::interactive, {shared, wrapped_key_of(fill), wrapped_key_bytes});
+    outbox.finish();
+    Arrived arrived = write_and_read(outbox);
+    REQUIRE(arrived.messages.size() == 2);
+    CHECK(from_wire<RoomDelivered>(arrived.messages[0].second).wrapped_key == wrapped_key_of(1));
+    CHECK(from_wire<RoomDelivered>(arrived.messages[1].second).wrapped_key == wrapped_key_of(2));
+    CHECK(shared.use_count() == 1);  // the outbox has let go of it
+}
+
+TEST_CASE("chapter 10: chat overtakes file data") {
+    Outbox outbox(1 << 20, 1 << 20);
+    for (std::uint8_t number : Bytes{10, 11, 12})
+        outbox.push(Lane::bulk, payload_of(60'000, number));
+    for (std::uint8_t number : Bytes{1, 2})
+        outbox.push(Lane::interactive, payload_of(50'000, number));
+    outbox.push_control(Ping{3});
+    outbox.finish();
+    std::vector<int> order;
+    for (const auto& [type, body] : write_and_read(outbox).messages)
+        order.push_back(type == MessageType::ping ? 3 : number_of(body));
+    CHECK(order == std::vector<int>{1, 2, 3, 10, 11, 12});
+}
+
+TEST_CASE("chapter 10: payloads over the bound are refused, and fit again when there is room") {
+    Outbox outbox(1000, 1000);
+    CHECK(outbox.push(Lane::interactive, payload_of(700)) == Outbox::Result::queued);
+    CHECK(outbox.push(Lane::interactive, payload_of(700)) == Outbox::Result::refused);
+    CHECK(outbox.is_over(699));
+    CHECK_FALSE(outbox.is_over(1000));
+    CHECK_FALSE(outbox.is_closed());
+
+    auto [out, in] = socket_pair();
+    RecordSealer sealer(secret_of(1));
+    Outbox::Result again = Outbox::Result::refused;
+    outbox.write_to(out, sealer, [&] {  // called when there is room
+        again = outbox.push(Lane::interactive, payload_of(700));
+        outbox.close();
+    });
+    CHECK(again == Outbox::Result::queued);
+}
+
+TEST_CASE("chapter 10: many small messages are bounded too: each costs more than its bytes") {
+    Outbox outbox(10'000, 10'000);
+    int queued = 0;
+    while (queued < 10'000 &&
+           outbox.push(Lane::interactive, payload_of(14)) == Outbox::Result::queued)
+        ++queued;
+    CHECK(queued > 10);
+    CHECK(queued < 10'000 / 14);
+}
+
+TEST_CASE("chapter 10: control messages may go over the bound, up to twice, and then all is over") {
+    Outbox outbox(1000, 1000);
+    CHECK(outbox.push(Lane::interactive, payload_of(900)) == Outbox::Result::queued);
+    CHECK(outbox.push(Lane::interactive, payload_of(200)) == Outbox::Result::refused);
+    int queued = 0;
+    Outbox::Result last = outbox.push_control(Ping{});
+    for (; last == Outbox::Result::queued && queued < 1000; ++queued)
+        last = outbox.push_control(Ping{});
+    CHECK(queued > 1);
+    CHECK(last == Outbox::Result::refused);
+    CHECK(outbox.is_closed());
+    CHECK(outbox.push_control(Ping{}) == Outbox::Result::closed);
+    CHECK(write_and_read(outbox).messages.empty());
+}
+
+TEST_CASE("chapter 10: a finished outbox takes nothing more and writes what it has") {
+    Outbox outbox(1000, 1000);
+    outbox.push_control(Ping{1});
+    outbox.finish();
+    CHECK(outbox.push_control(Ping{2}) == Outbox::Result::closed);
+    CHECK(outbox.push(Lane::bulk, payload_of(20)) == Outbox::Result::closed);
+    CHECK_FALSE(outbox.is_closed());
+    CHECK(write_and_read(outbox).messages.size() == 1);
+}
+
+TEST_CASE("chapter 10: a closed outbox writes nothing, and closing wakes its writer") {
+    Outbox outbox(1000, 1000);
+    auto [out, in] = socket_pair();
+    std::thread writer([&outbox, &out = out] {
+        RecordSealer sealer(secret_of(1));
+        outbox.write_to(out, sealer);
+    });
+    outbox.close();
+    writer.join();
+    outbox.finish();  // does not open it again
+    CHECK(outbox.is_closed());
+}
+
+TEST_CASE("chapter 10: a writing thread keeps up with pushes from several threads") {
+    Outbox outbox(16 << 20, 16 << 20);
+    std::vector<std::thread> pushers;
+    for (std::uint64_t pusher = 0; pusher < 4; ++pusher)
+        pushers.emplace_back([&outbox, pusher] {
+            for (std::uint64_t i = 0; i < 1000; ++i) outbox.push_control(Ping{pusher << 32 | i});
+        });
+    std::thread closer([&] {
+        for (std::thread& pusher : pushers) pusher.join();
+        outbox.finish();
+    });
+    Arrived arrived = write_and_read(outbox);
+    closer.join();
+    CHECK(arrived.messages.size() == 4000);
+    std::array<std::uint64_t, 4> expected{};  // each pusher's order is kept
+    bool in_order = true;
+    for (const auto& [type, body] : arrived.messages) {
+        std::uint64_t number = from_wire<Ping>(body).number;
+        in_order = in_order && expected.at(number >> 32)++ == (number & 0xffffffff);
+    }
+    CHECK(in_order);
+}
+
+TEST_CASE("chapter 10: a reader hands out messages one by one, whatever record they came in") {
+    auto [out, in] = socket_pair();
+    RecordSealer sealer(secret_of(1));
+    send_now(out, sealer, Ping{1});
+    Bytes record(frame_header_bytes);
+    append(record, to_wire(Ping{2}));
+    append(record, to_wire(Goodbye{"bye"}));
+    sealer.seal(record);
+    out.write_all(record);
+    record.assign(frame_header_bytes, 0);
+    sealer.seal(record);  // empty: whoever sends such records for ever would be served for ever
+    out.write_all(record);
+    out.finish_writing();
+
+    FrameReader frames(in, max_record_frame);
+    MessageReader reader(frames, secret_of(1));
+    CHECK(from_wire<Ping>(reader.next()->body).number == 1);
+    CHECK(from_wire<Ping>(reader.next()->body).number == 2);
+    CHECK(from_wire<Goodbye>(reader.next()->body).sentence == "bye");
+    CHECK_THROWS_AS(reader.next(), ProtocolError);
+}
+
+TEST_CASE("chapter 10: no message comes out of a record that is damaged") {
+    auto [out, in] = socket_pair();
+    RecordSealer sealer(secret_of(1));
+    Bytes record(frame_header_bytes);
+    append(record, to_wire(Ping{1}));
+    sealer.seal(record);
+    record.back() ^= 1;
+    out.write_all(record);
+    FrameReader frames(in, max_record_frame);
+    MessageReader reader(frames, secret_of(1));
+    CHECK(throws<ProtocolError>([&] { reader.next(); }));
+}
+
+// ---- Chapter 11. The server: accounts and guessing ----------------------------------------------
+
+namespace {
+
+Account account_of(const std::string& user) {
+    return {user, verifier_for(user + "'s password"), {}, "2026-11-23T09:41:00Z"};
+}
+
+}  // namespace
+
+TEST_CASE("chapter 11: accounts are there again after a restart") {
+    TempDir dir;
+    std::filesystem::path path = dir.path / "users.db";
+    {
+        AuthStore store(path);
+        CHECK(store.size() == 0);
+        CHECK(store.add(account_of("alice")));
+        CHECK(store.add(account_of("bob")));
+        CHECK_FALSE(store.add(account_of("alice")));  // taken
+        store.set_identity("bob", as_bytes("bob's key"));
+        CHECK(mode_of(path) == owner_read_write);
+    }
+    AuthStore store(path);
+    CHECK(store.size() == 2);
+    CHECK(store.find("alice")->line() == account_of("alice").line());
+    CHECK(store.find("alice")->identity.empty());
+    CHECK(as_text(store.find("bob")->identity) == "bob's key");
+    CHECK_FALSE(store.find("carol"));
+}
+
+TEST_CASE("chapter 11: users.db keeps its comments, its order and its empty lines") {
+    TempDir dir;
+    std::filesystem::path path = dir.path / "users.db";
+    std::string alice = account_of("alice").line(), bob = account_of("bob").line();
+    write_text(path, "# Our accounts\n\n" + alice + "\n  # and below\n" + bob);  // no end of line
+    AuthStore store(path);
+    CHECK(store.size() == 2);
+    store.set_identity("alice", as_bytes("key"));
+    store.add(account_of("carol"));
+    Account changed = account_of("alice");
+    changed.identity = bytes_of("key");
+    CHECK(read_text(path) == "# Our accounts\n\n" + changed.line() + "\n  # and below\n" + bob +
+                                 "\n" + account_of("carol").line() + "\n");
+}
+
+TEST_CASE("chapter 11: users.db edited on Windows is read") {
+    TempDir dir;
+    std::filesystem::path path = dir.path / "users.db";
+    write_text(path, "# Our accounts\r\n\r\n" + account_of("alice").line() + "\r\n");
+    CHECK(AuthStore(path).find("alice"));
+}
+
+TEST_CASE(
+    "chapter 11: a line of users.db that is not understood is named, and nothing is guessed") {
+    TempDir dir;
+    std::filesystem::path path = dir.path / "users.db";
+    const std::string key = to_base64(Bytes(32)), salt = to_base64(Bytes(16));
+    const std::string entry = "SCRAM-SHA-256$4096:" + salt + "$" + key + ":" + key;
+    const std::string time = " - 2026-11-23T09:41:00Z";
+    CHECK_NOTHROW(Account::parse(split_words("bob " + entry + time)));
+    const std::string bad_lines[]{
+        "bob",
+        "bob " + entry,
+        "bob " + entry + " -",
+        "bob " + entry + time + " more",
+        "Bob " + entry + time,
+        "b/b " + entry + time,
+        std::string(33, 'b') + " " + entry + time,
+        "bob plain-text-password" + time,
+        "bob md5$" + entry.substr(14) + time,
+        "bob SCRAM-SHA-256$4095:" + salt + "$" + key + ":" + key + time,
+        "bob SCRAM-SHA-256$10000001:" + salt + "$" + key + ":" + key + time,
+        "bob SCRAM-SHA-256$4096x:" + salt + "$" + key + ":" + key + time,
+        "bob SCRAM-SHA-256$:" + salt + "$" + key + ":" + key + time,
+        "bob SCRAM-SHA-256$4096:$" + key + ":" + key + time,
+        "bob SCRAM-SHA-256$4096:" + to_base64(Bytes(65)) + "$" + key + ":" + key + time,
+        "bob SCRAM-SHA-256$4096:*$" + key + ":" + key + time,
+        "bob SCRAM-SHA-256$4096:" + salt + "$" + key + time,
+        "bob SCRAM-SHA-256$4096:" + salt + "$" + key + ":" + salt + time,
+        "bob SCRAM-SHA-256$4096:" + salt + "$" + salt + ":" + key + time,
+        "bob " + entry + " no*base64 2026-11-23T09:41:00Z",
+        account_of("alice").line(),  // alice twice
+    };
+    for (const std::string& bad : bad_lines) {
+        CAPTURE(bad);
+        std::string content = account_of("alice").line() + "\n\n" + bad + "\n";
+        write_text(path, content);
+        CHECK(contains(complaint([&] { AuthStore{path}; }), "users.db, line 3: "));
+        CHECK(read_text(path) == content);
+    }
+}
+
+TEST_CASE("chapter 11: users.db that another program changed is not overwritten") {
+    TempDir dir;
+    std::filesystem::path path = dir.path / "users.db";
+    AuthStore store(path);
+    store.add(account_of("alice"));
+    std::string edited = read_text(path) + account_of("bob").line() + "\n";
+    SUBCASE("edited") { write_text(path, edited); }
+    SUBCASE("removed") {
+        std::filesystem::remove(path);
+        edited = "";
+    }
+    CHECK(contains(complaint([&] { store.add(account_of("carol")); }),
+                   "was changed by another program"));
+    CHECK(contains(complaint([&] { store.set_identity("alice", as_bytes("key")); }),
+                   "was changed by another program"));
+    CHECK(read_text(path) == edited);
+    CHECK_FALSE(store.find("carol"));
+    CHECK(store.find("alice")->identity.empty());
+}
+
+TEST_CASE("chapter 11: an account that cannot be written is none") {
+    TempDir dir;
+    AuthStore store(dir.path / "missing" / "users.db");
+    CHECK(throws<Error>([&] { store.add(account_of("alice")); }));
+    CHECK_FALSE(store.find("alice"));
+    CHECK(store.size() == 0);
+    // When the trouble is over, all is as if nothing had happened.
+    std::filesystem::create_directory(dir.path / "missing");
+    CHECK(store.add(account_of("alice")));
+    CHECK(AuthStore(dir.path / "missing" / "users.db").size() == 1);
+}
+
+TEST_CASE("chapter 11: accounts with a public example password are found") {
+    TempDir dir;
+    AuthStore store(dir.path / "users.db");
+    Account example = account_of("alice");
+    example.verifier.salt = bytes_of(example_salt);
+    store.add(example);
+    store.add(account_of("bob"));
+    CHECK(store.users_with_example_password() == std::vector<std::string>{"alice"});
+}
+
+TEST_CASE("chapter 11: many threads may use the accounts at once") {
+    TempDir dir;
+    std::filesystem::path path = dir.path / "users.db";
+    AuthStore store(path);
+    const Account pattern = account_of("pattern");
+    std::vector<std::thread> threads;
+    std::atomic<int> added = 0;
+    for (int t = 0; t < 4; ++t)
+        threads.emplace_back([&] {
+            for (int i = 0; i < 5; ++i) {  // all want the same five names
+                Account account = pattern;
+                account.user = concat("user", i);
+                added += store.add(account) ? 1 : 0;
+            }
+        });
+    for (std::thread& thread : threads) thread.join();
+    CHECK(added == 5);
+    CHECK(AuthStore(path).size() == 5);
+}
+
+TEST_CASE("chapter 11: guessing becomes slow: three free tries, then twice as long each time") {
+    LoginThrottle throttle;
+    const Clock::time_point now = Clock::time_point{} + std::chrono::hours(1);
+    for (int delay : {0, 0, 0, 250, 500, 1000, 2000, 4000, 4000, 4000}) {
+        CHECK(throttle.delay("alice", "10.0.0.1", now) == Milliseconds(delay));
+        throttle.failed("alice", "10.0.0.1", now);
+    }
+    for (int i = 0; i < 1000; ++i) throttle.failed("alice", "10.0.0.1", now);
+    CHECK(throttle.delay("alice", "10.0.0.1", now) == Milliseconds(4000));
+}
+
+TEST_CASE("chapter 11: guessing is slow for the account and for the address, and is forgotten") {
+    LoginThrottle throttle;
+    const Clock::time_point now = Clock::time_point{} + std::chrono::hours(1);
+    for (int i = 0; i < 3; ++i) throttle.failed("alice", "10.0.0.1", now);
+    CHECK(throttle.delay("alice", "10.0.0.2", now) == Milliseconds(250));
+    CHECK(throttle.delay("bob", "10.0.0.1", now) == Milliseconds(250));
+    CHECK(throttle.delay("bob", "10.0.0.2", now) == Milliseconds(0));
+
+    throttle.succeeded("alice");  // clears her, not the address
+    CHECK(throttle.delay("alice", "10.0.0.2", now) == Milliseconds(0));
+    CHECK(throttle.delay("alice", "10.0.0.1", now) == Milliseconds(250));
+
+    auto soon = now + std::chrono::minutes(15), later = soon + Milliseconds(1);
+    CHECK(throttle.delay("bob", "10.0.0.1", soon) == Milliseconds(250));
+    CHECK(throttle.delay("bob", "10.0.0.1", later) == Milliseconds(0));
+    throttle.failed("bob", "10.0.0.1", later);  // counts from the beginning again
+    CHECK(throttle.delay("bob", "10.0.0.1", later) == Milliseconds(0));
+}
+
+// ---- Chapter 13. For the programs ---------------------------------------------------------------
+
+TEST_CASE("chapter 13: a password comes from the first line of a file, or from the environment") {
+    TempDir dir;
+    for (std::string_view content :
+         {"pass word", "pass word\n", "pass word\r\n", "pass word\nmore"}) {
+        write_text(dir.path / "password", content);
+        CHECK(as_text(*find_password(dir.path / "password")) == "pass word");
+    }
+    CHECK(contains(complaint([&] { find_password(dir.path / "none"); }), "no password file"));
+
+    ::setenv("CHATSECURE_PASSWORD", "from outside", 1);
+    CHECK(as_text(*find_password({})) == "from outside");
+    CHECK(std::getenv("CHATSECURE_PASSWORD") == nullptr);  // programs that we start do not get it
+    CHECK_FALSE(find_password({}));
+}
+
+TEST_CASE("chapter 13: how long a transfer still takes") {
+    CHECK(time_left(1000, 0) == "");
+    CHECK(time_left(0, 1000) == "1 s left");
+    CHECK(time_left(5'500, 1000) == "6 s left");
+    CHECK(time_left(99'000, 1000) == "1 min left");
+    CHECK(time_left(5'998'000, 1000) == "99 min left");
+    CHECK(time_left(7'200'000, 1000) == "2 h left");
+    CHECK(time_left(~std::uint64_t{0}, 1) == "277777 h left");
+}
+
+TEST_CASE("chapter 13: sizes are shown with three digits and the right unit") {
+    CHECK(readable_size(0) == "0 bytes");
+    CHECK(readable_size(1) == "1 byte");
+    CHECK(readable_size(2) == "2 bytes");
+    CHECK(readable_size(999) == "999 bytes");
+    CHECK(readable_size(1000) == "1.00 kB");
+    CHECK(readable_size(4100) == "4.10 kB");
+    CHECK(readable_size(9994) == "9.99 kB");
+    CHECK(readable_size(9995) == "10.0 kB");
+    CHECK(readable_size(99'949) == "99.9 kB");
+    CHECK(readable_size(99'950) == "100 kB");
+    CHECK(readable_size(999'499) == "999 kB");
+    CHECK(readable_size(999'500) == "1.00 MB");
+    CHECK(readable_size(1'250'000'000) == "1.25 GB");
+    CHECK(readable_size(999'499'999'999) == "999 GB");
+    CHECK(readable_size(999'500'000'000) == "1.00 TB");
+    CHECK(readable_size(5'000'000'000'000'000) == "5.00 PB");
+    CHECK(readable_size(UINT64_MAX) == "18.4 EB");
+}
+
+TEST_CASE("chapter 13: a shown size is never off by more than half of its last digit") {
+    std::mt19937_64 random(9);
+    const std::string units[]{"kB", "MB", "GB", "TB", "PB", "EB"};
+    for (int round = 0; round < 5'000; ++round) {
+        std::uint64_t bytes = random() >> (random() % 54);
+        if (bytes < 1000) continue;
+        std::string shown = readable_size(bytes);
+        std::vector<std::string> words = split_words(shown);
+        REQUIRE(words.size() == 2);
+        std::size_t digits = words[0].size() - (contains(words[0], ".") ? 1 : 0);
+        double unit = 1000, value = std::stod(words[0]);
+        for (const std::string& name : units) {
+            if (words[1] == name) break;
+            unit *= 1000;
+        }
+        double off = std::abs(value * unit - static_cast<double>(bytes));
+        if (digits == 3 && value >= 1 && value < 1000 && off <= 0.00501 * value * unit) continue;
+        FAIL_CHECK(bytes, " is shown as ", shown);
+        break;
+    }
+}
+
+TEST_CASE("chapter 13: texts that are sizes") {
+    CHECK(parse_size("0") == 0);
+    CHECK(parse_size("1") == 1);
+    CHECK(parse_size("4096") == 4096);
+    CHECK(parse_size("500k") == 500'000);
+    CHECK(parse_size("500K") == 500'000);
+    CHECK(parse_size("2M") == 2'000'000);
+    CHECK(parse_size("10MB") == 10'000'000);
+    CHECK(parse_size("10mb") == 10'000'000);
+    CHECK(parse_size("1.5G") == 1'500'000'000);
+    CHECK(parse_size("0.5k") == 500);
+    CHECK(parse_size("2T") == 2'000'000'000'000);
+    CHECK(parse_size("10 MB") == 10'000'000);
+    CHECK(parse_size("1 k") == 1000);
+    CHECK(parse_size("99999999999999999999T") == UINT64_MAX);
+    CHECK(parse_size("18446744073709551615") == UINT64_MAX);
+}
+
+TEST_CASE("chapter 13: a size may end with its unit, B") {
+    CHECK(parse_size("4096B") == 4096);  // libc++ reads a hexadecimal digit here
+    CHECK(parse_size("4096 B") == 4096);
+    CHECK(parse_size("500kB") == 500'000);
+}
+
+TEST_CASE("chapter 13: texts that are no sizes are refused, with an example") {
+    for (std::string_view bad :
+         {"",    " ",   "-1",  "-0.5", "-1k",   "abc",  "k",    "B",    "1X",    "1P",
+          "1kk", "1BB", "1kX", "1..5", "1.5.5", "1,5G", "0x10", "1e",   "1e999", "nan",
+          "inf", "NaN", "1k2", "--1",  "1-",    "1 2",  "\x1b", "1GiB", "1\n2"}) {
+        CAPTURE(visible(bad));
+        CHECK(contains(complaint([&] { parse_size(bad); }), "is no size: give a number of bytes"));
+    }
+    std::string sentence = complaint([] { parse_size("\x1b[2J" + repeat("x", 5'000)); });
+    CHECK_FALSE(contains(sentence, "\x1b"));
+    CHECK(sentence.size() < 300);
+}
+
+TEST_CASE("chapter 13: behind a size comes nothing") {
+    for (std::string_view bad : {"1 k junk", "5 M 7", "2M 3", "10 MB of data", "1 k k", "1B x"}) {
+        CAPTURE(bad);
+        CHECK(complaint([&] { parse_size(bad); }) != "");
+    }
+}
+
+TEST_CASE("chapter 13: host and port are taken apart") {
+    struct Case {
+        std::string_view text, host;
+        std::uint16_t port;
+    };
+    const Case cases[]{{"example.org", "example.org", 5000},
+                       {"example.org:6000", "example.org", 6000},
+                       {"127.0.0.1:1", "127.0.0.1", 1},
+                       {"localhost:65535", "localhost", 65535},
+                       {"::1", "::1", 5000},
+                       {"2001:db8::7", "2001:db8::7", 5000},
+                       {"[::1]", "::1", 5000},
+                       {"[::1]:6000", "::1", 6000},
+                       {"fe80::1%eth0", "fe80::1%eth0", 5000}};
+    for (const Case& c : cases) {
+        CAPTURE(c.text);
+        HostPort parsed = parse_host_port(c.text, 5000);
+        CHECK(parsed.host == c.host);
+        CHECK(parsed.port == c.port);
+    }
+}
+
+TEST_CASE("chapter 13: a host and port that cannot be are refused") {
+    for (std::string_view bad :
+         {"", ":5000", "host:", "host:0", "host:65536", "host:-1", "host:+1", "host:5000x",
+          "host: 1", "host:0x10", "[::1", "[::1]5000", "[]:5000", "[]", "[::1]:0", "[::1]:x"}) {
+        CAPTURE(bad);
+        CHECK(throws<Error>([&] { parse_host_port(bad, 5000); }));
+    }
+    CHECK(contains(complaint([] { parse_host_port("h:99999", 1); }), "\"99999\" is not a port"));
+}
+
+TEST_CASE("chapter 13: a colon behind a bracket wants a port, as behind a name") {
+    CHECK(throws<Error>([] { parse_host_port("[::1]:", 5000); }));
+}
+
+TEST_CASE("chapter 13: lines become commands, or a sentence that helps") {
+    auto say = [](std::string_view line) { return std::get<Say>(*parse_command(line, "")).text; };
+    CHECK(say("hello") == "hello");
+    CHECK(say("//slash") == "/slash");
+    CHECK_FALSE(parse_command("   ", ""));
+    Tell tell = std::get<Tell>(*parse_command("/msg Bob hi  there ", ""));
+    CHECK(tell.user == "bob");
+    CHECK(tell.text == "hi  there ");
+    CHECK(std::get<Tell>(*parse_command("/reply yes", "carol")).user == "carol");
+    CHECK(std::get<Verify>(*parse_command("/verify bob ok", "")).confirm);
+    CHECK(std::holds_alternative<Leave>(*parse_command("/quit", "")));
+    for (std::string_view wrong : {"/msg", "/msg bob", "/msg b!b hi", "/reply", "/verify",
+                                   "/verify bob no", "/trust a b", "/nonsense", "/"})
+        CHECK_THROWS_AS(parse_command(wrong, "x"), Error);
+    CHECK_THROWS_AS(parse_command("/reply yes", ""), Error);
+    CHECK_NOTHROW(parse_command(std::string(max_text_bytes, 'x'), ""));
+    CHECK_THROWS_WITH(parse_command(std::string(max_text_bytes + 1, 'x'), ""),
+                      "A message has at most 32768 bytes; this one has 32769. It was not sent.");
+}
+
 // =================================================================================================
-//  Chapters 10 and 11: server and clients in one process
+//  Chapters 11 and 12: server and clients in one process
 // =================================================================================================
 
 namespace {
@@ -4765,7 +4794,7 @@ class HandDriven {
 
 }  // namespace
 
-TEST_CASE("chapter 11: three people talk, in public and in private") {
+TEST_CASE("chapter 12: three people talk, in public and in private") {
     Room room({"alice", "bob", "carol"});
     Chatter alice(room.options("alice")), bob(room.options("bob")), carol(room.options("carol"));
     alice.meet("bob");
@@ -4793,7 +4822,7 @@ TEST_CASE("chapter 11: three people talk, in public and in private") {
     CHECK(alice.problems.empty());
 }
 
-TEST_CASE("chapter 11: a newcomer registers, and comes back with the same identity") {
+TEST_CASE("chapter 12: a newcomer registers, and comes back with the same identity") {
     Room room({});
     TempDir home;
     Fingerprint first;
@@ -4812,7 +4841,7 @@ TEST_CASE("chapter 11: a newcomer registers, and comes back with the same identi
     CHECK(read_text(room.data.path / "users.db").find("newcomer SCRAM-SHA-256$4096:") == 0);
 }
 
-TEST_CASE("chapter 11: each refused login has its own sentence, and no more than that") {
+TEST_CASE("chapter 12: each refused login has its own sentence, and no more than that") {
     Room room({"alice"});
     auto attempt = [&](const std::string& user, std::string_view with, bool registering) {
         TempDir home;
@@ -4838,7 +4867,7 @@ TEST_CASE("chapter 11: each refused login has its own sentence, and no more than
     CHECK_THROWS_AS(Client(client_options(1, "a b", "/nonexistent")), Error);
 }
 
-TEST_CASE("chapter 11: an account that PostgreSQL's rule made, and not we, logs in") {
+TEST_CASE("chapter 12: an account that PostgreSQL's rule made, and not we, logs in") {
     DataDir data;
     std::string entry = postgresql_entry(std::string(password), random_bytes(16));
     write_text(data.path / "users.db",
@@ -4852,7 +4881,7 @@ TEST_CASE("chapter 11: an account that PostgreSQL's rule made, and not we, logs 
     CHECK(read_text(data.path / "users.db").starts_with("# copied from pg_authid\nalice " + entry));
 }
 
-TEST_CASE("chapter 10: a closed server takes no registrations") {
+TEST_CASE("chapter 11: a closed server takes no registrations") {
     Room room({"alice"}, [](ServerOptions& o) { o.registration_open = false; });
     HandDriven stranger((*room.server)->port(), "eve");
     stranger.send(RegisterAccount{"eve", "x", {}});
@@ -4860,7 +4889,7 @@ TEST_CASE("chapter 10: a closed server takes no registrations") {
     CHECK(stranger.is_closed());
 }
 
-TEST_CASE("chapter 10: an unknown name is asked like a known one, the same each time") {
+TEST_CASE("chapter 11: an unknown name is asked like a known one, the same each time") {
     Room room({"alice"});
     auto without_nonce = [&](const std::string& user) {
         std::string first = HandDriven((*room.server)->port(), user).challenge();
@@ -4876,7 +4905,7 @@ TEST_CASE("chapter 10: an unknown name is asked like a known one, the same each 
     CHECK(unknown == without_nonce("nobody"));
 }
 
-TEST_CASE("chapter 10: a full server says so") {
+TEST_CASE("chapter 11: a full server says so") {
     Room room({"alice", "bob"}, [](ServerOptions& o) { o.max_clients = 1; });
     Chatter alice(room.options("alice"));
     alice.next<LoggedIn>();
@@ -4891,7 +4920,7 @@ TEST_CASE("chapter 10: a full server says so") {
     }
 }
 
-TEST_CASE("chapter 10: who does not begin a handshake, or does not log in, is sent away") {
+TEST_CASE("chapter 11: who does not begin a handshake, or does not log in, is sent away") {
     Waker never;
     Room deaf({}, [](ServerOptions& o) { o.handshake_timeout = Milliseconds(1); });
     Socket silent = connect_to("127.0.0.1", (*deaf.server)->port(), long_enough, never);
@@ -4903,14 +4932,14 @@ TEST_CASE("chapter 10: who does not begin a handshake, or does not log in, is se
     CHECK(shy.is_closed());
 }
 
-TEST_CASE("chapter 10: who talks out of turn is sent away, and told why") {
+TEST_CASE("chapter 11: who talks out of turn is sent away, and told why") {
     Room room({"alice"});
     HandDriven rude((*room.server)->port(), "alice");
     rude.send(GetCard{LoginId{1}});
     CHECK(rude.receive<Refused>().reason == RefusalReason::broke_protocol);
 }
 
-TEST_CASE("chapter 10: too many strangers from one address are turned away, members stay") {
+TEST_CASE("chapter 11: too many strangers from one address are turned away, members stay") {
     Room room({"alice"}, [](ServerOptions& o) { o.max_logins_per_address = 2; });
     Chatter alice(room.options("alice"));
     alice.next<LoggedIn>();
@@ -4920,7 +4949,7 @@ TEST_CASE("chapter 10: too many strangers from one address are turned away, memb
     CHECK(alice.next<People>().people.size() == 1);
 }
 
-TEST_CASE("chapter 10: a silent member is pinged and then dropped") {
+TEST_CASE("chapter 11: a silent member is pinged and then dropped") {
     Room room({"bob"}, [](ServerOptions& o) { o.ping_after = Milliseconds(50); });
     HandDriven bob((*room.server)->port(), "bob");
     bob.join();  // and never says a word again
@@ -4930,7 +4959,7 @@ TEST_CASE("chapter 10: a silent member is pinged and then dropped") {
     CHECK(room.server->logs("\"bob\" left: it fell silent"));
 }
 
-TEST_CASE("chapter 10: a silent member that answers is pinged again, and stays") {
+TEST_CASE("chapter 11: a silent member that answers is pinged again, and stays") {
     Room room({"bob"}, [](ServerOptions& o) { o.ping_after = Milliseconds(500); });
     bool again = false;
     for (int tries = 0; tries < 20 && !again; ++tries) {
@@ -4966,7 +4995,7 @@ bool talk_until_refused(Chatter& alice, Chatter& listener, const std::string& st
 
 }  // namespace
 
-TEST_CASE("chapter 10: a member that takes nothing is dropped; the others chat on") {
+TEST_CASE("chapter 11: a member that takes nothing is dropped; the others chat on") {
     Room room({"alice", "bob", "carol"}, [](ServerOptions& o) {
         o.queue_bound = 256 * 1024;
         o.write_timeout = Milliseconds(200);
@@ -4983,7 +5012,7 @@ TEST_CASE("chapter 10: a member that takes nothing is dropped; the others chat o
     CHECK(carol.next_room().text == "still here");
 }
 
-TEST_CASE("chapter 10: who ends the stream is gone at once, even if much waits to be written") {
+TEST_CASE("chapter 11: who ends the stream is gone at once, even if much waits to be written") {
     Room room({"alice", "bob", "carol"}, [](ServerOptions& o) {
         o.queue_bound = 256 * 1024;
         o.write_timeout = 10 * long_enough;
@@ -5000,7 +5029,7 @@ TEST_CASE("chapter 10: who ends the stream is gone at once, even if much waits t
     CHECK(room.server->logs("\"bob\" left: the connection ended"));
 }
 
-TEST_CASE("chapter 10: who talks too fast is read more slowly, and loses nothing") {
+TEST_CASE("chapter 11: who talks too fast is read more slowly, and loses nothing") {
     Room room({"alice", "bob"}, [](ServerOptions& o) {
         o.message_burst = 10;
         o.messages_per_second = 1000;
@@ -5011,7 +5040,7 @@ TEST_CASE("chapter 10: who talks too fast is read more slowly, and loses nothing
     for (int i = 0; i < 300; ++i) CHECK(bob.next_room().text == std::to_string(i));
 }
 
-TEST_CASE("chapter 10: the token bucket is exact") {
+TEST_CASE("chapter 11: the token bucket is exact") {
     auto start = Clock::now();
     detail::TokenBucket bucket(10, 5);
     for (int i = 0; i < 5; ++i) CHECK(bucket.take(1, start) == Milliseconds(0));
@@ -5019,7 +5048,7 @@ TEST_CASE("chapter 10: the token bucket is exact") {
     CHECK(bucket.take(0, start + std::chrono::seconds(60)) == Milliseconds(0));
 }
 
-TEST_CASE("chapter 11: 10,000 messages in one go reach four others complete and in order") {
+TEST_CASE("chapter 12: 10,000 messages in one go reach four others complete and in order") {
     Room room({"sender", "a", "b", "c", "d"});
     Chatter sender(room.options("sender"));
     std::list<Chatter> readers;
@@ -5041,7 +5070,7 @@ TEST_CASE("chapter 11: 10,000 messages in one go reach four others complete and 
     CHECK(sender.problems.empty());
 }
 
-TEST_CASE("chapter 11: the largest message arrives, and texts of all kinds arrive as they are") {
+TEST_CASE("chapter 12: the largest message arrives, and texts of all kinds arrive as they are") {
     Room room({"alice", "bob"});
     Chatter alice(room.options("alice")), bob(room.options("bob"));
     alice.meet("bob");
@@ -5056,27 +5085,7 @@ TEST_CASE("chapter 11: the largest message arrives, and texts of all kinds arriv
     }
 }
 
-TEST_CASE("chapter 11: lines become commands, or a sentence that helps") {
-    auto say = [](std::string_view line) { return std::get<Say>(*parse_command(line, "")).text; };
-    CHECK(say("hello") == "hello");
-    CHECK(say("//slash") == "/slash");
-    CHECK_FALSE(parse_command("   ", ""));
-    Tell tell = std::get<Tell>(*parse_command("/msg Bob hi  there ", ""));
-    CHECK(tell.user == "bob");
-    CHECK(tell.text == "hi  there ");
-    CHECK(std::get<Tell>(*parse_command("/reply yes", "carol")).user == "carol");
-    CHECK(std::get<Verify>(*parse_command("/verify bob ok", "")).confirm);
-    CHECK(std::holds_alternative<Leave>(*parse_command("/quit", "")));
-    for (std::string_view wrong : {"/msg", "/msg bob", "/msg b!b hi", "/reply", "/verify",
-                                   "/verify bob no", "/trust a b", "/nonsense", "/"})
-        CHECK_THROWS_AS(parse_command(wrong, "x"), Error);
-    CHECK_THROWS_AS(parse_command("/reply yes", ""), Error);
-    CHECK_NOTHROW(parse_command(std::string(max_text_bytes, 'x'), ""));
-    CHECK_THROWS_WITH(parse_command(std::string(max_text_bytes + 1, 'x'), ""),
-                      "A message has at most 32768 bytes; this one has 32769. It was not sent.");
-}
-
-TEST_CASE("chapter 11: what cannot be done is said: to oneself, to nobody, to strangers") {
+TEST_CASE("chapter 12: what cannot be done is said: to oneself, to nobody, to strangers") {
     Room room({"alice"});
     Chatter alice(room.options("alice"));
     alice.next<LoggedIn>();
@@ -5090,7 +5099,7 @@ TEST_CASE("chapter 11: what cannot be done is said: to oneself, to nobody, to st
     CHECK(alice.next<Problem>().text == "bob is not online.");
 }
 
-TEST_CASE("chapter 11: what cannot be sent any more is counted, and nobody waits for it") {
+TEST_CASE("chapter 12: what cannot be sent any more is counted, and nobody waits for it") {
     Listener silent("127.0.0.1", 0);  // never lets her in
     TempDir home;
     Client alice(client_options(silent.port(), "alice", home.path));
@@ -5109,7 +5118,7 @@ TEST_CASE("chapter 11: what cannot be sent any more is counted, and nobody waits
     CHECK_FALSE(alice.try_post(Say{"is anybody there?"}));
 }
 
-TEST_CASE("chapter 11: both sides see the same safety number, and verification is remembered") {
+TEST_CASE("chapter 12: both sides see the same safety number, and verification is remembered") {
     Room room({"alice", "bob"});
     give_identity(room.homes.path / "bob", "bob", 2);
     Chatter alice(room.options("alice"));
@@ -5139,7 +5148,7 @@ TEST_CASE("chapter 11: both sides see the same safety number, and verification i
     CHECK(again.next<SafetyNumber>().verified);
 }
 
-TEST_CASE("chapter 11: whom one ignores is not shown, until one ignores them again") {
+TEST_CASE("chapter 12: whom one ignores is not shown, until one ignores them again") {
     Room room({"alice", "bob", "carol"});
     Chatter alice(room.options("alice"));
     alice.next<LoggedIn>();  // first, so that the server hands her each room message first
@@ -5165,7 +5174,7 @@ TEST_CASE("chapter 11: whom one ignores is not shown, until one ignores them aga
     CHECK(alice.next_room().text == "seen");
 }
 
-TEST_CASE("chapter 11: a server that comes back finds its clients again: same key, no warning") {
+TEST_CASE("chapter 12: a server that comes back finds its clients again: same key, no warning") {
     Room room({"alice", "bob"});
     std::uint16_t port = (*room.server)->port();
     Chatter alice(room.options("alice")), bob(room.options("bob"));
@@ -5192,7 +5201,7 @@ TEST_CASE("chapter 11: a server that comes back finds its clients again: same ke
     }
 }
 
-TEST_CASE("chapter 11: five hundred people log in, see one message each way, and leave") {
+TEST_CASE("chapter 12: five hundred people log in, see one message each way, and leave") {
     auto entries_of = [](const char* directory) -> std::size_t {
         std::error_code none;
         std::filesystem::directory_iterator entries(directory, none);
