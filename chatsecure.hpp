@@ -62,6 +62,7 @@
 #include <algorithm>
 #include <array>
 #include <atomic>
+#include <cerrno>
 #include <charconv>
 #include <chrono>
 #include <condition_variable>
@@ -94,31 +95,25 @@
 #include <variant>
 #include <vector>
 
-#include <openssl/core_names.h>
-#include <openssl/crypto.h>
-#include <openssl/err.h>
-#include <openssl/evp.h>
-#include <openssl/hmac.h>
-#include <openssl/kdf.h>
-#include <openssl/params.h>
-#include <openssl/pem.h>
-#include <openssl/pkcs12.h>
-#include <openssl/rand.h>
-#include <openssl/rsa.h>
-#include <openssl/x509.h>
-
 #ifdef _WIN32
+#pragma push_macro("NOMINMAX")  // both are set for these headers, and afterwards as they were
+#pragma push_macro("WIN32_LEAN_AND_MEAN")
+#undef NOMINMAX
+#undef WIN32_LEAN_AND_MEAN
+#define NOMINMAX
+#define WIN32_LEAN_AND_MEAN
 #include <winsock2.h>
 #include <ws2tcpip.h>
+#include <windows.h>
 #include <conio.h>
 #include <io.h>
 #include <fcntl.h>
 #include <share.h>
 #include <sys/stat.h>
 #include <sys/utime.h>
+#pragma pop_macro("WIN32_LEAN_AND_MEAN")
+#pragma pop_macro("NOMINMAX")
 #else
-#include <cerrno>
-#include <csignal>
 #include <fcntl.h>
 #include <netdb.h>
 #include <netinet/in.h>
@@ -133,6 +128,19 @@
 #include <termios.h>
 #include <unistd.h>
 #endif
+
+#include <openssl/core_names.h>
+#include <openssl/crypto.h>
+#include <openssl/err.h>
+#include <openssl/evp.h>
+#include <openssl/hmac.h>
+#include <openssl/kdf.h>
+#include <openssl/params.h>
+#include <openssl/pem.h>
+#include <openssl/pkcs12.h>
+#include <openssl/rand.h>
+#include <openssl/rsa.h>
+#include <openssl/x509.h>
 
 namespace chatsecure {
 
@@ -624,40 +632,20 @@ inline std::string system_reason(int error = errno) {
 
 namespace detail {
 
-#ifdef _WIN32
-inline int open_file(const std::filesystem::path& path, bool create, FileMode) {
-    int flags = create ? _O_WRONLY | _O_CREAT | _O_EXCL : _O_RDONLY;
-    return ::_wopen(path.c_str(), flags | _O_BINARY, _S_IREAD | _S_IWRITE);
-}
-inline int sync_file(int file) { return ::_commit(file); }
-inline std::ptrdiff_t read_some(int file, ByteSpan into) {
-    return ::_read(file, into.data(), static_cast<unsigned>(into.size()));
-}
-inline std::ptrdiff_t write_some(int file, ByteView bytes) {
-    return ::_write(file, bytes.data(), static_cast<unsigned>(bytes.size()));
-}
-inline int close_file(int file) { return ::_close(file); }
-inline void sync_directory(const std::filesystem::path&) {}  // NTFS logs the rename itself
-#else
-inline int open_file(const std::filesystem::path& path, bool create, FileMode mode) {
-    int flags = create ? O_WRONLY | O_CREAT | O_EXCL | O_NOFOLLOW : O_RDONLY;
-    return ::open(path.c_str(), flags | O_CLOEXEC, mode == FileMode::owner_only ? 0600 : 0644);
-}
-inline int sync_file(int file) { return ::fsync(file); }
-inline std::ptrdiff_t read_some(int file, ByteSpan into) {
-    return ::read(file, into.data(), into.size());
-}
-inline std::ptrdiff_t write_some(int file, ByteView bytes) {
-    return ::write(file, bytes.data(), bytes.size());
-}
-inline int close_file(int file) { return ::close(file); }
-inline void sync_directory(const std::filesystem::path& directory) {
-    int handle = ::open(directory.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC);
-    if (handle < 0) return;  // an unreadable directory: the rename is done, only not yet durable
-    ::fsync(handle);
-    ::close(handle);
-}
-#endif
+// What each system does in its own way: chapter 14. What fails returns a negative number (or
+// false), and errno says why.
+
+inline int open_file(const std::filesystem::path& path, bool create, FileMode mode);
+inline int close_file(int file);
+inline int sync_file(int file);  // returns when the bytes are on the disk itself
+inline std::ptrdiff_t read_some(int file, ByteSpan into);    // 0: the end of the file
+inline std::ptrdiff_t write_some(int file, ByteView bytes);  // how many, perhaps not all
+inline void sync_directory(const std::filesystem::path& directory);
+// Throws Error; with the sentence `busy` if another process holds the directory and not `wait`.
+inline std::intptr_t lock_directory(const std::filesystem::path& directory, bool wait,
+                                    std::string_view busy);
+inline void unlock_directory(std::intptr_t lock);
+inline bool may_write_into(const std::filesystem::path& directory);
 
 // Runs a function when the scope is left, however it is left.
 template <class F>
@@ -772,46 +760,14 @@ class DirectoryLock {
   public:
     // Throws Error if `directory` does not exist. If another process holds it: waits when `wait`
     // is true, else throws Error with the sentence `busy`.
-    DirectoryLock(const std::filesystem::path& directory, bool wait, std::string_view busy) {
-#ifdef _WIN32
-        std::filesystem::path file = directory / ".lock";
-        do {
-            handle_ = ::CreateFileW(file.c_str(), GENERIC_WRITE, 0, nullptr, OPEN_ALWAYS,
-                                    FILE_FLAG_DELETE_ON_CLOSE, nullptr);
-            if (handle_ == INVALID_HANDLE_VALUE && wait) ::Sleep(10);
-        } while (handle_ == INVALID_HANDLE_VALUE && wait);
-        if (handle_ == INVALID_HANDLE_VALUE) throw Error(std::string(busy));
-#else
-        handle_ = ::open(directory.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC);
-        if (handle_ < 0)
-            throw Error(concat("Cannot open the directory ", directory.string(), ": ",
-                               system_reason(), "."));
-        int result;
-        do result = ::flock(handle_, wait ? LOCK_EX : LOCK_EX | LOCK_NB);
-        while (result != 0 && errno == EINTR);
-        if (result != 0) {
-            std::string reason = errno == EWOULDBLOCK
-                                     ? std::string(busy)
-                                     : concat("Cannot lock the directory ", directory.string(),
-                                              ": ", system_reason(), ".");
-            ::close(handle_);
-            throw Error(reason);
-        }
-#endif
-    }
+    DirectoryLock(const std::filesystem::path& directory, bool wait, std::string_view busy)
+        : lock_(detail::lock_directory(directory, wait, busy)) {}
+    ~DirectoryLock() { detail::unlock_directory(lock_); }
     DirectoryLock(const DirectoryLock&) = delete;
     DirectoryLock& operator=(const DirectoryLock&) = delete;
-#ifdef _WIN32
-    ~DirectoryLock() { ::CloseHandle(handle_); }
 
   private:
-    HANDLE handle_;
-#else
-    ~DirectoryLock() { ::close(handle_); }
-
-  private:
-    int handle_;
-#endif
+    std::intptr_t lock_;
 };
 
 // =================================================================================================
@@ -840,88 +796,49 @@ class DirectoryLock {
 // Nothing here is encrypted, and nothing here knows where a message ends. That is what the next
 // chapters are for.
 
-// ---- The few differences between POSIX and Windows ----------------------------------------------
+// ---- What the system gives us -------------------------------------------------------------------
 
 namespace detail {
 
-#ifdef _WIN32
-using SocketHandle = SOCKET;
-inline constexpr SocketHandle no_socket = INVALID_SOCKET;
-inline int socket_error() { return ::WSAGetLastError(); }
-inline bool would_block(int e) { return e == WSAEWOULDBLOCK || e == WSAETIMEDOUT; }
-inline bool in_progress(int e) { return e == WSAEWOULDBLOCK; }
-inline bool interrupted(int e) { return e == WSAEINTR; }
-inline bool out_of_descriptors(int e) { return e == WSAEMFILE || e == WSAENOBUFS; }
-inline bool address_in_use(int e) { return e == WSAEADDRINUSE || e == WSAEACCES; }
-inline bool not_our_address(int e) { return e == WSAEADDRNOTAVAIL || e == WSAEAFNOSUPPORT; }
-inline std::string socket_reason(int e) { return std::system_category().message(e); }
-inline void close_socket(SocketHandle s) { ::closesocket(s); }
-inline void set_blocking(SocketHandle s, bool blocking) {
-    u_long on = blocking ? 0 : 1;
-    ::ioctlsocket(s, FIONBIO, &on);
-}
-inline constexpr int shut_both = SD_BOTH, shut_write = SD_SEND;
-inline constexpr int send_flags = 0;
-using PollEntry = WSAPOLLFD;
-inline int poll_sockets(std::vector<PollEntry>& entries, int timeout_ms) {
-    return ::WSAPoll(entries.data(), static_cast<ULONG>(entries.size()), timeout_ms);
-}
-struct SocketLibrary {  // Winsock wants to be started before the first call
-    SocketLibrary() {
-        WSADATA data;
-        ::WSAStartup(MAKEWORD(2, 2), &data);
-    }
-    ~SocketLibrary() { ::WSACleanup(); }
-};
-inline void start_socket_library() { static SocketLibrary library; }
-#else
-using SocketHandle = int;
-inline constexpr SocketHandle no_socket = -1;
-inline int socket_error() { return errno; }
-inline bool would_block(int e) { return e == EAGAIN || e == EWOULDBLOCK; }
-inline bool in_progress(int e) { return e == EINPROGRESS || e == EINTR; }
-inline bool interrupted(int e) { return e == EINTR; }
-inline bool out_of_descriptors(int e) {
-    return e == EMFILE || e == ENFILE || e == ENOBUFS || e == ENOMEM;
-}
-inline bool address_in_use(int e) { return e == EADDRINUSE; }
-inline bool not_our_address(int e) { return e == EADDRNOTAVAIL || e == EAFNOSUPPORT; }
-inline std::string socket_reason(int e) { return std::generic_category().message(e); }
-inline void close_socket(SocketHandle s) { ::close(s); }
-inline void set_blocking(SocketHandle s, bool blocking) {
-    int flags = ::fcntl(s, F_GETFL, 0);
-    ::fcntl(s, F_SETFL, blocking ? flags & ~O_NONBLOCK : flags | O_NONBLOCK);
-}
-inline constexpr int shut_both = SHUT_RDWR, shut_write = SHUT_WR;
-#ifdef MSG_NOSIGNAL
-inline constexpr int send_flags = MSG_NOSIGNAL;  // an error instead of SIGPIPE
-#else
-inline constexpr int send_flags = 0;  // macOS: SO_NOSIGPIPE, set in the constructor
-#endif
+using SocketHandle = decltype(::socket(0, 0, 0));  // a number: a small one on POSIX
+inline constexpr SocketHandle no_socket = static_cast<SocketHandle>(-1);
 using PollEntry = ::pollfd;
-inline int poll_sockets(std::vector<PollEntry>& entries, int timeout_ms) {
-    return ::poll(entries.data(), static_cast<nfds_t>(entries.size()), timeout_ms);
-}
-inline void start_socket_library() {}
-#endif
+
+// What each system does in its own way: chapter 14.
+
+inline void start_socket_library();          // before anything else
+inline void prepare_socket(SocketHandle s);  // a new one: no SIGPIPE, no heirs
+inline void close_socket(SocketHandle s);
+inline void shut_down_both(SocketHandle s);     // both directions end at once
+inline void shut_down_writing(SocketHandle s);  // ours ends when everything before it was sent
+inline void set_blocking(SocketHandle s, bool blocking);
+inline void set_timeout_option(SocketHandle s, int name, std::chrono::milliseconds timeout);
+inline void keep_system_queue_short(SocketHandle s);
+inline void allow_quick_restart(SocketHandle s);       // of a listener
+inline std::array<SocketHandle, 2> make_waker_ends();  // what is sent at [1] arrives at [0]
+
+// Both return how many bytes it were, or a negative number: then socket_error() says why.
+inline std::ptrdiff_t receive_some(SocketHandle s, ByteSpan into);
+inline std::ptrdiff_t send_some(SocketHandle s, ByteView bytes);
+// Waits until something happens on one of them, or for `timeout_ms` (-1: for ever); returns on how
+// many, or a negative number.
+inline int poll_sockets(std::vector<PollEntry>& entries, int timeout_ms);
+
+// Of the last call in this thread that failed; and what such a number means.
+inline int socket_error();
+inline bool would_block(int error);
+inline bool in_progress(int error);  // connect() has begun
+inline bool interrupted(int error);  // by a signal: try again
+inline bool out_of_descriptors(int error);
+inline bool address_in_use(int error);
+inline bool not_our_address(int error);
+inline std::string socket_reason(int error);
+inline std::string lookup_reason(int failure);  // of getaddrinfo()
 
 template <class T>
 void set_option(SocketHandle s, int level, int name, const T& value) {
     ::setsockopt(s, level, name, reinterpret_cast<const char*>(&value),
                  static_cast<socklen_t>(sizeof value));  // each is a wish: none is vital
-}
-
-// A timeout as SO_RCVTIMEO wants it. Zero would mean "for ever", so it becomes one millisecond.
-inline void set_timeout_option(SocketHandle s, int name, std::chrono::milliseconds timeout) {
-    timeout = std::max(timeout, std::chrono::milliseconds(1));
-#ifdef _WIN32
-    set_option(s, SOL_SOCKET, name, static_cast<DWORD>(timeout.count()));
-#else
-    timeval value{};
-    value.tv_sec = static_cast<decltype(value.tv_sec)>(timeout.count() / 1000);
-    value.tv_usec = static_cast<decltype(value.tv_usec)>(timeout.count() % 1000 * 1000);
-    set_option(s, SOL_SOCKET, name, value);
-#endif
 }
 
 }  // namespace detail
@@ -970,8 +887,8 @@ inline std::vector<Endpoint> resolve(const std::string& host, std::uint16_t port
     addrinfo* found = nullptr;
     int failure = ::getaddrinfo(host.c_str(), std::to_string(port).c_str(), &hints, &found);
     if (failure != 0)
-        throw NetworkError(
-            concat("Cannot find the host \"", visible(host), "\": ", ::gai_strerror(failure), "."));
+        throw NetworkError(concat("Cannot find the host \"", visible(host),
+                                  "\": ", detail::lookup_reason(failure), "."));
     detail::AtExit release([&] { ::freeaddrinfo(found); });
     std::vector<Endpoint> endpoints;
     for (const addrinfo* a = found; a != nullptr; a = a->ai_next) {
@@ -990,9 +907,7 @@ class Socket {
   public:
     Socket() = default;
     explicit Socket(detail::SocketHandle handle) : handle_(handle) {
-#ifdef SO_NOSIGPIPE
-        detail::set_option(handle_, SOL_SOCKET, SO_NOSIGPIPE, 1);
-#endif
+        detail::prepare_socket(handle_);
     }
     Socket(Socket&& other) noexcept : handle_(std::exchange(other.handle_, detail::no_socket)) {}
     Socket& operator=(Socket&& other) noexcept {
@@ -1010,8 +925,7 @@ class Socket {
     // other side has ended the stream. Throws TimedOut or NetworkError.
     std::size_t read_some(ByteSpan into) {
         for (;;) {
-            auto got =
-                ::recv(handle_, reinterpret_cast<char*>(into.data()), length(into.size()), 0);
+            std::ptrdiff_t got = detail::receive_some(handle_, into);
             if (got >= 0) return static_cast<std::size_t>(got);
             int error = detail::socket_error();
             if (detail::interrupted(error)) continue;
@@ -1024,8 +938,7 @@ class Socket {
     // Throws TimedOut if the other side takes nothing for the write timeout, or NetworkError.
     void write_all(ByteView bytes) {
         while (!bytes.empty()) {
-            auto sent = ::send(handle_, reinterpret_cast<const char*>(bytes.data()),
-                               length(bytes.size()), detail::send_flags);
+            std::ptrdiff_t sent = detail::send_some(handle_, bytes);
             if (sent >= 0) {
                 bytes = bytes.subspan(static_cast<std::size_t>(sent));
                 continue;
@@ -1038,9 +951,9 @@ class Socket {
     }
 
     // Ends both streams at once. Whoever waits in read_some or write_all returns or throws.
-    void shut_down() noexcept { ::shutdown(handle_, detail::shut_both); }
+    void shut_down() noexcept { detail::shut_down_both(handle_); }
     // Ends our stream; the other side can still send.
-    void finish_writing() noexcept { ::shutdown(handle_, detail::shut_write); }
+    void finish_writing() noexcept { detail::shut_down_writing(handle_); }
 
     // Ends our stream and reads (away) what the other side still sends, until it ends too or the
     // time is over. Closing at once while unread data is there makes the system send a reset, and a
@@ -1068,9 +981,7 @@ class Socket {
     void set_chat_options() {
         detail::set_option(handle_, IPPROTO_TCP, TCP_NODELAY, 1);
         detail::set_option(handle_, SOL_SOCKET, SO_KEEPALIVE, 1);
-#ifdef TCP_NOTSENT_LOWAT
-        detail::set_option(handle_, IPPROTO_TCP, TCP_NOTSENT_LOWAT, 256 * 1024);
-#endif
+        detail::keep_system_queue_short(handle_);
     }
 
     Endpoint local_endpoint() const {
@@ -1081,40 +992,20 @@ class Socket {
     }
 
   private:
-#ifdef _WIN32
-    static int length(std::size_t n) { return static_cast<int>(std::min<std::size_t>(n, 1 << 30)); }
-#else
-    static std::size_t length(std::size_t n) { return n; }
-#endif
     detail::SocketHandle handle_ = detail::no_socket;
 };
 
-// Wakes a thread that waits in poll(): the "self-pipe trick". wake() only writes one byte, so that
-// even a signal handler may call it (a handler may do almost nothing else: POSIX lists the few
-// functions that are "async-signal-safe", and write() is one of them).
+// Wakes a thread that waits in poll(): two connected sockets, of which one end is among those that
+// poll() watches (the "self-pipe trick"). wake() only sends one byte, so that even a signal handler
+// may call it (a handler may do almost nothing else: POSIX lists the few functions that are
+// "async-signal-safe", and send() is one of them).
 class Waker {
   public:
     Waker() {
         detail::start_socket_library();
-#ifdef _WIN32
-        // Windows polls sockets only: a UDP socket that talks to itself serves as the pipe.
-        Endpoint loop = resolve("127.0.0.1", 0, true).front();
-        read_ = ::socket(AF_INET, SOCK_DGRAM, 0);
-        ::bind(read_, loop.address(), loop.size);
-        ::getsockname(read_, loop.address(), &loop.size);
-        ::connect(read_, loop.address(), loop.size);
-        write_ = read_;
-#else
-        std::array<int, 2> ends{};
-        if (::pipe(ends.data()) != 0)
-            throw Error(concat("Cannot create a pipe: ", system_reason(), "."));
-        for (int end : ends) {
-            ::fcntl(end, F_SETFD, FD_CLOEXEC);
-            detail::set_blocking(end, false);
-        }
+        std::array<detail::SocketHandle, 2> ends = detail::make_waker_ends();
         read_ = ends[0];
         write_ = ends[1];
-#endif
     }
     Waker(const Waker&) = delete;
     Waker& operator=(const Waker&) = delete;
@@ -1124,26 +1015,15 @@ class Waker {
     }
 
     void wake() noexcept {
-        const char byte = 1;
-#ifdef _WIN32
-        ::send(write_, &byte, 1, 0);
-#else
         int saved = errno;  // a signal handler must not disturb the code that it interrupts
-        [[maybe_unused]] auto full_pipe_is_awake_too = ::write(write_, &byte, 1);
+        detail::send_some(write_, std::array<std::uint8_t, 1>{});  // if it is full, it is awake
         errno = saved;
-#endif
     }
     // Forgets past wake() calls.
     void drain() noexcept {
-        std::array<char, 64> bytes{};
-#ifdef _WIN32
-        detail::set_blocking(read_, false);
-        while (::recv(read_, bytes.data(), static_cast<int>(bytes.size()), 0) > 0) {
+        std::array<std::uint8_t, 64> bytes{};
+        while (detail::receive_some(read_, bytes) > 0) {
         }
-#else
-        while (::read(read_, bytes.data(), bytes.size()) > 0) {
-        }
-#endif
     }
     detail::SocketHandle handle() const { return read_; }  // readable after wake()
 
@@ -1158,11 +1038,7 @@ struct AddressNotHere : NetworkError {  // this machine does not have the addres
 };
 
 inline Socket new_socket(const Endpoint& endpoint) {
-    int type = SOCK_STREAM;
-#ifdef SOCK_CLOEXEC
-    type |= SOCK_CLOEXEC;  // a program started from here shall not inherit our connections
-#endif
-    SocketHandle handle = ::socket(endpoint.storage.ss_family, type, 0);
+    SocketHandle handle = ::socket(endpoint.storage.ss_family, SOCK_STREAM, 0);
     if (handle == no_socket) {
         int error = socket_error();
         std::string sentence = concat("Cannot create a socket: ", socket_reason(error), ".");
@@ -1271,11 +1147,7 @@ class Listener {
 
     static Socket listen_on(const Endpoint& endpoint, const std::string& host) {
         Socket socket = detail::new_socket(endpoint);
-#ifndef _WIN32
-        // Without it, a restarted server cannot have its port back while old connections linger
-        // in TIME_WAIT. (On Windows the option means something else, and is dangerous.)
-        detail::set_option(socket.handle(), SOL_SOCKET, SO_REUSEADDR, 1);
-#endif
+        detail::allow_quick_restart(socket.handle());
         if (endpoint.storage.ss_family == AF_INET6)  // "::" listens for IPv4 as well, others do not
             detail::set_option(socket.handle(), IPPROTO_IPV6, IPV6_V6ONLY, host == "::" ? 0 : 1);
         if (::bind(socket.handle(), endpoint.address(), endpoint.size) != 0 ||
@@ -1309,9 +1181,6 @@ class Listener {
         }
         Socket socket(handle);
         detail::set_blocking(handle, true);
-#ifndef _WIN32
-        ::fcntl(handle, F_SETFD, FD_CLOEXEC);
-#endif
         socket.set_chat_options();
         return Accepted{std::move(socket), from};
     }
@@ -3719,96 +3588,19 @@ struct FileAttributes {
     friend bool operator==(const FileAttributes&, const FileAttributes&) = default;
 };
 
-#ifdef _WIN32
-inline int open_to_send(const std::filesystem::path& path) {
-    return ::_wopen(path.c_str(), _O_RDONLY | _O_BINARY);
-}
-inline int open_part(const std::filesystem::path& path, bool create) {
-    return ::_wsopen(path.c_str(), _O_RDWR | _O_BINARY | (create ? _O_CREAT | _O_EXCL : 0),
-                     _SH_DENYRW, _S_IREAD | _S_IWRITE);
-}
-inline bool attributes_of(int file, FileAttributes& attributes) {
-    struct _stat64 raw {};
-    if (::_fstat64(file, &raw) != 0) return false;
-    attributes = {(raw.st_mode & _S_IFREG) != 0, (raw.st_mode & _S_IFDIR) != 0,
-                  static_cast<std::uint64_t>(raw.st_size),
-                  static_cast<std::uint64_t>(raw.st_mtime) * 1'000'000'000};
-    return true;
-}
-inline std::ptrdiff_t read_some_at(int file, ByteSpan into, std::uint64_t offset) {
-    if (::_lseeki64(file, static_cast<std::int64_t>(offset), SEEK_SET) < 0) return -1;
-    return read_some(file, into);
-}
-inline std::ptrdiff_t write_some_at(int file, ByteView bytes, std::uint64_t offset) {
-    if (::_lseeki64(file, static_cast<std::int64_t>(offset), SEEK_SET) < 0) return -1;
-    return write_some(file, bytes);
-}
-inline bool lock_file(int) { return true; }  // _SH_DENYRW
-inline void set_modified(int file, std::uint64_t nanoseconds) {
-    struct __utimbuf64 times {};
-    times.actime = times.modtime = static_cast<std::int64_t>(nanoseconds / 1'000'000'000);
-    ::_futime64(file, &times);
-}
+// What each system does in its own way: chapter 14. All return a negative number (or false) when
+// they fail, and errno says why.
+
+inline int open_to_send(const std::filesystem::path& path);
+inline int open_part(const std::filesystem::path& path, bool create);  // true: must not exist
+inline bool attributes_of(int file, FileAttributes& attributes);
+inline std::ptrdiff_t read_some_at(int file, ByteSpan into, std::uint64_t offset);
+inline std::ptrdiff_t write_some_at(int file, ByteView bytes, std::uint64_t offset);
+inline bool lock_file(int file);  // false only if somebody else has it
+inline void set_modified(int file, std::uint64_t nanoseconds);
 // Gives a file another name, unless something has that name (then errno is EEXIST).
-inline int rename_to_free(const std::filesystem::path& from, const std::filesystem::path& to) {
-    if (::MoveFileExW(from.c_str(), to.c_str(), 0) != 0) return 0;
-    errno = ::GetLastError() == ERROR_ALREADY_EXISTS ? EEXIST : EACCES;
-    return -1;
-}
-#else
-// Without waiting: opening a named pipe for reading would wait for somebody who writes into it.
-inline int open_to_send(const std::filesystem::path& path) {
-    return ::open(path.c_str(), O_RDONLY | O_NONBLOCK | O_NOCTTY | O_CLOEXEC);
-}
-inline int open_part(const std::filesystem::path& path, bool create) {
-    return ::open(path.c_str(),
-                  O_RDWR | O_NOFOLLOW | O_NONBLOCK | O_CLOEXEC | (create ? O_CREAT | O_EXCL : 0),
-                  0666);
-}
-inline bool attributes_of(int file, FileAttributes& attributes) {
-    struct stat raw {};
-    if (::fstat(file, &raw) != 0) return false;
-#ifdef __APPLE__
-    const timespec& modified = raw.st_mtimespec;
-#else
-    const timespec& modified = raw.st_mtim;
-#endif
-    attributes = {
-        S_ISREG(raw.st_mode), S_ISDIR(raw.st_mode), static_cast<std::uint64_t>(raw.st_size),
-        modified.tv_sec <= 0 ? 0
-                             : static_cast<std::uint64_t>(modified.tv_sec) * 1'000'000'000 +
-                                   static_cast<std::uint64_t>(modified.tv_nsec)};
-    return true;
-}
-inline std::ptrdiff_t read_some_at(int file, ByteSpan into, std::uint64_t offset) {
-    return ::pread(file, into.data(), into.size(), static_cast<off_t>(offset));
-}
-inline std::ptrdiff_t write_some_at(int file, ByteView bytes, std::uint64_t offset) {
-    return ::pwrite(file, bytes.data(), bytes.size(), static_cast<off_t>(offset));
-}
-inline bool lock_file(int file) {  // false only if somebody else has it
-    return ::flock(file, LOCK_EX | LOCK_NB) == 0 || errno != EWOULDBLOCK;
-}
-inline void set_modified(int file, std::uint64_t nanoseconds) {
-    timespec time{};
-    time.tv_sec = static_cast<decltype(time.tv_sec)>(nanoseconds / 1'000'000'000);
-    time.tv_nsec = static_cast<decltype(time.tv_nsec)>(nanoseconds % 1'000'000'000);
-    std::array<timespec, 2> accessed_and_modified{time, time};
-    ::futimens(file, accessed_and_modified.data());  // a wish: some file systems cannot
-}
-// Gives a file another name, unless something has that name (then errno is EEXIST). rename() would
-// overwrite it; link() does not, and looks and acts in one step.
-inline int rename_to_free(const std::filesystem::path& from, const std::filesystem::path& to) {
-    if (::link(from.c_str(), to.c_str()) == 0) return ::unlink(from.c_str());
-    if (errno == EEXIST) return -1;
-    struct stat there {};  // a file system without links (a memory card): look, then act
-    if (::lstat(to.c_str(), &there) == 0) {
-        errno = EEXIST;
-        return -1;
-    }
-    return ::rename(from.c_str(), to.c_str());
-}
-#endif
+inline int rename_to_free(const std::filesystem::path& from, const std::filesystem::path& to);
+inline bool is_disk_full(int error);
 
 // An open file; closes it when destroyed. One thread at a time uses it.
 class File {
@@ -4021,10 +3813,7 @@ class PartFile {
         return std::filesystem::exists(std::filesystem::symlink_status(path, ignored));
     }
     static FileError cannot_write(const std::filesystem::path& path) {
-        bool full = errno == ENOSPC || errno == EFBIG;
-#ifdef EDQUOT
-        full = full || errno == EDQUOT;
-#endif
+        bool full = detail::is_disk_full(errno);
         return {
             full ? FileReason::disk_full : FileReason::not_writable,
             concat("Cannot write ", path.string(), ": ", system_reason(), ".",
@@ -5696,11 +5485,9 @@ class Server {
 
     static DirectoryLock lock_data_directory(const std::filesystem::path& directory) {
         make_private_directory(directory);
-#ifndef _WIN32
-        if (::access(directory.c_str(), W_OK | X_OK) != 0)
+        if (!detail::may_write_into(directory))
             throw Error(concat("The data directory ", directory.string(), " cannot be written: ",
                                system_reason(), ". Choose another with --data."));
-#endif
         return DirectoryLock(directory, false,
                              concat("Another server uses the data directory ", directory.string(),
                                     ". Stop it, or choose another directory with --data."));
@@ -6462,7 +6249,8 @@ class KnownServers {
     std::filesystem::path home_, path_;
 };
 
-inline std::filesystem::path default_home();  // chapter 14
+// The user's data directory, as the system has it: chapter 14.
+inline std::filesystem::path default_home();
 
 struct ClientOptions {
     std::string host = "localhost";
@@ -7635,6 +7423,14 @@ class Client final : private FileHost {
 //
 // Never from the command line: everybody on the machine can read that in the list of processes.
 
+namespace detail {
+// What each system does in its own way: chapter 14.
+inline void remove_from_environment(const char* name);
+// Shows `prompt` and gives each key that is pressed to `handle`, until that returns false. Nothing
+// is echoed, and no key is a signal. Throws Error if there is no terminal.
+inline void read_keys(std::string_view prompt, const std::function<bool(int key)>& handle);
+}  // namespace detail
+
 // The first line of a file or, without a file, the environment's CHATSECURE_PASSWORD (which is then
 // removed from the environment, so that no program started from here inherits it). Throws Error.
 inline std::optional<SecretBytes> find_password(const std::filesystem::path& file) {
@@ -7649,46 +7445,18 @@ inline std::optional<SecretBytes> find_password(const std::filesystem::path& fil
     if (value == nullptr) return std::nullopt;
     SecretBytes password = to_secret(value);
     OPENSSL_cleanse(value, password.size());
-#ifdef _WIN32
-    ::_putenv_s("CHATSECURE_PASSWORD", "");
-#else
-    ::unsetenv("CHATSECURE_PASSWORD");
-#endif
+    detail::remove_from_environment("CHATSECURE_PASSWORD");
     return password;
 }
 
 // Asks on the terminal, without echo. Throws Error if the user gives up (Ctrl-C, Ctrl-D) or if
-// there is no terminal. The terminal is in raw mode meanwhile, so that an interrupt cannot leave it
-// mute.
+// there is no terminal.
 inline SecretBytes ask_password(std::string_view prompt) {
-#ifdef _WIN32
-    auto read_key = [] { return ::_getch(); };
-#else
-    termios before{};
-    if (::tcgetattr(STDIN_FILENO, &before) != 0)
-        throw Error(
-            "There is no terminal to ask for the password. Give it in the environment, as "
-            "CHATSECURE_PASSWORD, or to the client with --password-file.");
-    termios raw = before;
-    raw.c_lflag &= ~static_cast<tcflag_t>(ECHO | ICANON | ISIG);
-    ::tcsetattr(STDIN_FILENO, TCSAFLUSH, &raw);
-    detail::AtExit restore([&] { ::tcsetattr(STDIN_FILENO, TCSAFLUSH, &before); });
-    auto read_key = [] {
-        unsigned char key = 4;  // the end of the input counts as Ctrl-D
-        while (::read(STDIN_FILENO, &key, 1) < 0 && errno == EINTR) {
-        }
-        return static_cast<int>(key);
-    };
-#endif
-    std::cerr << prompt << std::flush;
     SecretBytes password;
-    for (;;) {
-        int key = read_key();
-        if (key == '\r' || key == '\n') break;
-        if (key == 3 || key == 4) {
-            std::cerr << '\n';
-            throw Error("No password was given.");
-        }
+    bool given = false;
+    detail::read_keys(prompt, [&](int key) {
+        given = key == '\r' || key == '\n';
+        if (given || key == 3 || key == 4) return false;
         if (key == 0x7f || key == '\b') {  // take back a character: all bytes of its UTF-8
             while (!password.empty() && (password.back() & 0xc0) == 0x80) password.pop_back();
             if (!password.empty()) password.pop_back();
@@ -7697,8 +7465,9 @@ inline SecretBytes ask_password(std::string_view prompt) {
         } else if (password.size() < max_password_bytes) {
             password.push_back(static_cast<std::uint8_t>(key));
         }
-    }
-    std::cerr << '\n';
+        return true;
+    });
+    if (!given) throw Error("No password was given.");
     return password;
 }
 
@@ -7807,6 +7576,12 @@ inline Fingerprint fingerprint_from(const std::string& file_or_fingerprint) {
                            ". Give the server's server_public.pem, or its fingerprint SHA256:..."));
     return RsaPublicKey::from_pem(*pem, file_or_fingerprint).fingerprint();
 }
+
+// ---- What the system allows ---------------------------------------------------------------------
+
+// Every connection needs a descriptor, and the usual soft limit is 1024. Raises it to what the
+// system allows this process; returns the limit in force.
+inline std::size_t raise_descriptor_limit();  // chapter 14
 
 // ---- Lines of input, for every front end alike --------------------------------------------------
 
@@ -7922,36 +7697,385 @@ inline std::optional<Command> parse_command(std::string_view line, std::string_v
 // What goes wrong without such a place: #ifdef in the middle of a function, where nobody who has
 // only one of the systems can see any more what the other one does.
 
-// Every connection needs a descriptor, and the usual soft limit is 1024. Raises it to what the
-// system allows this process; returns the limit in force.
-inline std::size_t raise_descriptor_limit() {
 #ifdef _WIN32
-    return 16384;
+
+namespace detail {
+
+// ---- Windows: files -----------------------------------------------------------------------------
+
+inline int open_file(const std::filesystem::path& path, bool create, FileMode) {
+    int flags = create ? _O_WRONLY | _O_CREAT | _O_EXCL : _O_RDONLY;
+    return ::_wopen(path.c_str(), flags | _O_BINARY, _S_IREAD | _S_IWRITE);
+}
+inline int close_file(int file) { return ::_close(file); }
+inline int sync_file(int file) { return ::_commit(file); }
+inline std::ptrdiff_t read_some(int file, ByteSpan into) {
+    return ::_read(file, into.data(), static_cast<unsigned>(into.size()));
+}
+inline std::ptrdiff_t write_some(int file, ByteView bytes) {
+    return ::_write(file, bytes.data(), static_cast<unsigned>(bytes.size()));
+}
+inline void sync_directory(const std::filesystem::path&) {}  // NTFS logs the rename itself
+
+// Directories cannot be locked: a file in it, which goes away with the process, stands for it.
+inline std::intptr_t lock_directory(const std::filesystem::path& directory, bool wait,
+                                    std::string_view busy) {
+    std::filesystem::path file = directory / ".lock";
+    for (;;) {
+        HANDLE lock = ::CreateFileW(file.c_str(), GENERIC_WRITE, 0, nullptr, OPEN_ALWAYS,
+                                    FILE_FLAG_DELETE_ON_CLOSE, nullptr);
+        if (lock != INVALID_HANDLE_VALUE) return reinterpret_cast<std::intptr_t>(lock);
+        if (!wait) throw Error(std::string(busy));
+        ::Sleep(10);
+    }
+}
+inline void unlock_directory(std::intptr_t lock) { ::CloseHandle(reinterpret_cast<HANDLE>(lock)); }
+inline bool may_write_into(const std::filesystem::path&) { return true; }  // writing will tell
+
+inline int open_to_send(const std::filesystem::path& path) {
+    return ::_wopen(path.c_str(), _O_RDONLY | _O_BINARY);
+}
+inline int open_part(const std::filesystem::path& path, bool create) {
+    return ::_wsopen(path.c_str(), _O_RDWR | _O_BINARY | (create ? _O_CREAT | _O_EXCL : 0),
+                     _SH_DENYRW, _S_IREAD | _S_IWRITE);
+}
+inline bool attributes_of(int file, FileAttributes& attributes) {
+    struct _stat64 raw {};
+    if (::_fstat64(file, &raw) != 0) return false;
+    attributes = {(raw.st_mode & _S_IFREG) != 0, (raw.st_mode & _S_IFDIR) != 0,
+                  static_cast<std::uint64_t>(raw.st_size),
+                  static_cast<std::uint64_t>(raw.st_mtime) * 1'000'000'000};
+    return true;
+}
+inline std::ptrdiff_t read_some_at(int file, ByteSpan into, std::uint64_t offset) {
+    if (::_lseeki64(file, static_cast<std::int64_t>(offset), SEEK_SET) < 0) return -1;
+    return read_some(file, into);
+}
+inline std::ptrdiff_t write_some_at(int file, ByteView bytes, std::uint64_t offset) {
+    if (::_lseeki64(file, static_cast<std::int64_t>(offset), SEEK_SET) < 0) return -1;
+    return write_some(file, bytes);
+}
+inline bool lock_file(int) { return true; }  // _SH_DENYRW
+inline void set_modified(int file, std::uint64_t nanoseconds) {
+    struct __utimbuf64 times {};
+    times.actime = times.modtime = static_cast<std::int64_t>(nanoseconds / 1'000'000'000);
+    ::_futime64(file, &times);
+}
+inline int rename_to_free(const std::filesystem::path& from, const std::filesystem::path& to) {
+    if (::MoveFileExW(from.c_str(), to.c_str(), 0) != 0) return 0;
+    errno = ::GetLastError() == ERROR_ALREADY_EXISTS ? EEXIST : EACCES;
+    return -1;
+}
+inline bool is_disk_full(int error) { return error == ENOSPC || error == EFBIG; }
+
+// ---- Windows: sockets ---------------------------------------------------------------------------
+
+inline void start_socket_library() {
+    struct Library {
+        Library() {
+            WSADATA data;
+            ::WSAStartup(MAKEWORD(2, 2), &data);
+        }
+        ~Library() { ::WSACleanup(); }
+    };
+    static Library library;
+}
+inline void prepare_socket(SocketHandle) {}  // there are no signals, and nobody inherits
+inline void close_socket(SocketHandle s) { ::closesocket(s); }
+inline void shut_down_both(SocketHandle s) { ::shutdown(s, SD_BOTH); }
+inline void shut_down_writing(SocketHandle s) { ::shutdown(s, SD_SEND); }
+inline void set_blocking(SocketHandle s, bool blocking) {
+    u_long on = blocking ? 0 : 1;
+    ::ioctlsocket(s, static_cast<long>(FIONBIO), &on);
+}
+// Zero would mean "for ever", so it becomes one millisecond.
+inline void set_timeout_option(SocketHandle s, int name, std::chrono::milliseconds timeout) {
+    timeout = std::max(timeout, std::chrono::milliseconds(1));
+    set_option(s, SOL_SOCKET, name, static_cast<DWORD>(timeout.count()));
+}
+inline void keep_system_queue_short(SocketHandle) {}  // cannot be asked for
+// Nothing to do. (SO_REUSEADDR means something else here: that others may take the port away.)
+inline void allow_quick_restart(SocketHandle) {}
+
+// Only sockets can be polled: one of UDP that talks to itself is both ends.
+inline std::array<SocketHandle, 2> make_waker_ends() {
+    sockaddr_in loop{};
+    loop.sin_family = AF_INET;
+    loop.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
+    auto* address = reinterpret_cast<sockaddr*>(&loop);
+    int size = sizeof loop;
+    SocketHandle both = ::socket(AF_INET, SOCK_DGRAM, 0);
+    if (both == no_socket || ::bind(both, address, size) != 0 ||
+        ::getsockname(both, address, &size) != 0 || ::connect(both, address, size) != 0)
+        throw Error(concat("Cannot create a socket: ", socket_reason(socket_error()), "."));
+    set_blocking(both, false);
+    return {both, both};
+}
+
+inline std::ptrdiff_t receive_some(SocketHandle s, ByteSpan into) {
+    auto size = static_cast<int>(std::min<std::size_t>(into.size(), 1 << 30));
+    return ::recv(s, reinterpret_cast<char*>(into.data()), size, 0);
+}
+inline std::ptrdiff_t send_some(SocketHandle s, ByteView bytes) {
+    auto size = static_cast<int>(std::min<std::size_t>(bytes.size(), 1 << 30));
+    return ::send(s, reinterpret_cast<const char*>(bytes.data()), size, 0);
+}
+inline int poll_sockets(std::vector<PollEntry>& entries, int timeout_ms) {
+    return ::WSAPoll(entries.data(), static_cast<ULONG>(entries.size()), timeout_ms);
+}
+
+inline int socket_error() { return ::WSAGetLastError(); }
+inline bool would_block(int e) { return e == WSAEWOULDBLOCK || e == WSAETIMEDOUT; }
+inline bool in_progress(int e) { return e == WSAEWOULDBLOCK; }
+inline bool interrupted(int e) { return e == WSAEINTR; }
+inline bool out_of_descriptors(int e) { return e == WSAEMFILE || e == WSAENOBUFS; }
+inline bool address_in_use(int e) { return e == WSAEADDRINUSE || e == WSAEACCES; }
+inline bool not_our_address(int e) { return e == WSAEADDRNOTAVAIL || e == WSAEAFNOSUPPORT; }
+inline std::string socket_reason(int e) { return std::system_category().message(e); }
+inline std::string lookup_reason(int failure) { return socket_reason(failure); }
+
+// ---- Windows: programs --------------------------------------------------------------------------
+
+inline void remove_from_environment(const char* name) { ::_putenv_s(name, ""); }
+
+inline void read_keys(std::string_view prompt, const std::function<bool(int key)>& handle) {
+    std::cerr << prompt << std::flush;
+    while (handle(::_getch())) {
+    }
+    std::cerr << '\n';
+}
+
+}  // namespace detail
+
+inline std::size_t raise_descriptor_limit() { return 16384; }
+
+inline std::filesystem::path default_home() {
+    const char* data = std::getenv("APPDATA");
+    return std::filesystem::path(data != nullptr ? data : "") / "ChatSecure";
+}
+
 #else
+
+namespace detail {
+
+// ---- POSIX: files -------------------------------------------------------------------------------
+
+inline int open_file(const std::filesystem::path& path, bool create, FileMode mode) {
+    int flags = create ? O_WRONLY | O_CREAT | O_EXCL | O_NOFOLLOW : O_RDONLY;
+    return ::open(path.c_str(), flags | O_CLOEXEC, mode == FileMode::owner_only ? 0600 : 0644);
+}
+inline int close_file(int file) { return ::close(file); }
+inline int sync_file(int file) { return ::fsync(file); }
+inline std::ptrdiff_t read_some(int file, ByteSpan into) {
+    return ::read(file, into.data(), into.size());
+}
+inline std::ptrdiff_t write_some(int file, ByteView bytes) {
+    return ::write(file, bytes.data(), bytes.size());
+}
+inline void sync_directory(const std::filesystem::path& directory) {
+    int handle = ::open(directory.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+    if (handle < 0) return;  // an unreadable directory: the rename is done, only not yet durable
+    ::fsync(handle);
+    ::close(handle);
+}
+
+inline std::intptr_t lock_directory(const std::filesystem::path& directory, bool wait,
+                                    std::string_view busy) {
+    int lock = ::open(directory.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+    if (lock < 0)
+        throw Error(
+            concat("Cannot open the directory ", directory.string(), ": ", system_reason(), "."));
+    int result;
+    do result = ::flock(lock, wait ? LOCK_EX : LOCK_EX | LOCK_NB);
+    while (result != 0 && errno == EINTR);
+    if (result == 0) return lock;
+    std::string reason =
+        errno == EWOULDBLOCK
+            ? std::string(busy)
+            : concat("Cannot lock the directory ", directory.string(), ": ", system_reason(), ".");
+    ::close(lock);
+    throw Error(reason);
+}
+inline void unlock_directory(std::intptr_t lock) { ::close(static_cast<int>(lock)); }
+inline bool may_write_into(const std::filesystem::path& directory) {
+    return ::access(directory.c_str(), W_OK | X_OK) == 0;
+}
+
+// Without waiting: opening a named pipe for reading would wait for somebody who writes into it.
+inline int open_to_send(const std::filesystem::path& path) {
+    return ::open(path.c_str(), O_RDONLY | O_NONBLOCK | O_NOCTTY | O_CLOEXEC);
+}
+inline int open_part(const std::filesystem::path& path, bool create) {
+    return ::open(path.c_str(),
+                  O_RDWR | O_NOFOLLOW | O_NONBLOCK | O_CLOEXEC | (create ? O_CREAT | O_EXCL : 0),
+                  0666);
+}
+inline bool attributes_of(int file, FileAttributes& attributes) {
+    struct stat raw {};
+    if (::fstat(file, &raw) != 0) return false;
+#ifdef __APPLE__
+    const timespec& modified = raw.st_mtimespec;
+#else
+    const timespec& modified = raw.st_mtim;
+#endif
+    attributes = {
+        S_ISREG(raw.st_mode), S_ISDIR(raw.st_mode), static_cast<std::uint64_t>(raw.st_size),
+        modified.tv_sec <= 0 ? 0
+                             : static_cast<std::uint64_t>(modified.tv_sec) * 1'000'000'000 +
+                                   static_cast<std::uint64_t>(modified.tv_nsec)};
+    return true;
+}
+inline std::ptrdiff_t read_some_at(int file, ByteSpan into, std::uint64_t offset) {
+    return ::pread(file, into.data(), into.size(), static_cast<off_t>(offset));
+}
+inline std::ptrdiff_t write_some_at(int file, ByteView bytes, std::uint64_t offset) {
+    return ::pwrite(file, bytes.data(), bytes.size(), static_cast<off_t>(offset));
+}
+inline bool lock_file(int file) {
+    return ::flock(file, LOCK_EX | LOCK_NB) == 0 || errno != EWOULDBLOCK;
+}
+inline void set_modified(int file, std::uint64_t nanoseconds) {
+    timespec time{};
+    time.tv_sec = static_cast<decltype(time.tv_sec)>(nanoseconds / 1'000'000'000);
+    time.tv_nsec = static_cast<decltype(time.tv_nsec)>(nanoseconds % 1'000'000'000);
+    std::array<timespec, 2> accessed_and_modified{time, time};
+    ::futimens(file, accessed_and_modified.data());  // a wish: some file systems cannot
+}
+// rename() would overwrite what has that name; link() does not, and looks and acts in one step.
+inline int rename_to_free(const std::filesystem::path& from, const std::filesystem::path& to) {
+    if (::link(from.c_str(), to.c_str()) == 0) return ::unlink(from.c_str());
+    if (errno == EEXIST) return -1;
+    struct stat there {};  // a file system without links (a memory card): look, then act
+    if (::lstat(to.c_str(), &there) == 0) {
+        errno = EEXIST;
+        return -1;
+    }
+    return ::rename(from.c_str(), to.c_str());
+}
+inline bool is_disk_full(int error) { return error == ENOSPC || error == EFBIG || error == EDQUOT; }
+
+// ---- POSIX: sockets -----------------------------------------------------------------------------
+
+inline void start_socket_library() {}
+// A program that is started from here shall not inherit our connections, and a write to a closed
+// one shall be an error: on macOS one says that here, elsewhere with each send().
+inline void prepare_socket(SocketHandle s) {
+    ::fcntl(s, F_SETFD, FD_CLOEXEC);
+#ifdef SO_NOSIGPIPE
+    set_option(s, SOL_SOCKET, SO_NOSIGPIPE, 1);
+#endif
+}
+inline void close_socket(SocketHandle s) { ::close(s); }
+inline void shut_down_both(SocketHandle s) { ::shutdown(s, SHUT_RDWR); }
+inline void shut_down_writing(SocketHandle s) { ::shutdown(s, SHUT_WR); }
+inline void set_blocking(SocketHandle s, bool blocking) {
+    int flags = ::fcntl(s, F_GETFL, 0);
+    ::fcntl(s, F_SETFL, blocking ? flags & ~O_NONBLOCK : flags | O_NONBLOCK);
+}
+// Zero would mean "for ever", so it becomes one millisecond.
+inline void set_timeout_option(SocketHandle s, int name, std::chrono::milliseconds timeout) {
+    timeout = std::max(timeout, std::chrono::milliseconds(1));
+    timeval value{};
+    value.tv_sec = static_cast<decltype(value.tv_sec)>(timeout.count() / 1000);
+    value.tv_usec = static_cast<decltype(value.tv_usec)>(timeout.count() % 1000 * 1000);
+    set_option(s, SOL_SOCKET, name, value);
+}
+inline void keep_system_queue_short([[maybe_unused]] SocketHandle s) {
+#ifdef TCP_NOTSENT_LOWAT
+    set_option(s, IPPROTO_TCP, TCP_NOTSENT_LOWAT, 256 * 1024);
+#endif
+}
+// Without it, a restarted server cannot have its port back while old connections linger in
+// TIME_WAIT.
+inline void allow_quick_restart(SocketHandle s) { set_option(s, SOL_SOCKET, SO_REUSEADDR, 1); }
+
+inline std::array<SocketHandle, 2> make_waker_ends() {
+    std::array<SocketHandle, 2> ends{};
+    if (::socketpair(AF_UNIX, SOCK_STREAM, 0, ends.data()) != 0)
+        throw Error(concat("Cannot create a pair of sockets: ", system_reason(), "."));
+    for (SocketHandle end : ends) {
+        prepare_socket(end);
+        set_blocking(end, false);
+    }
+    return ends;
+}
+
+inline std::ptrdiff_t receive_some(SocketHandle s, ByteSpan into) {
+    return ::recv(s, into.data(), into.size(), 0);
+}
+inline std::ptrdiff_t send_some(SocketHandle s, ByteView bytes) {
+#ifdef MSG_NOSIGNAL
+    return ::send(s, bytes.data(), bytes.size(), MSG_NOSIGNAL);
+#else
+    return ::send(s, bytes.data(), bytes.size(), 0);
+#endif
+}
+inline int poll_sockets(std::vector<PollEntry>& entries, int timeout_ms) {
+    return ::poll(entries.data(), static_cast<nfds_t>(entries.size()), timeout_ms);
+}
+
+inline int socket_error() { return errno; }
+inline bool would_block(int e) { return e == EAGAIN || e == EWOULDBLOCK; }
+inline bool in_progress(int e) { return e == EINPROGRESS || e == EINTR; }
+inline bool interrupted(int e) { return e == EINTR; }
+inline bool out_of_descriptors(int e) {
+    return e == EMFILE || e == ENFILE || e == ENOBUFS || e == ENOMEM;
+}
+inline bool address_in_use(int e) { return e == EADDRINUSE; }
+inline bool not_our_address(int e) { return e == EADDRNOTAVAIL || e == EAFNOSUPPORT; }
+inline std::string socket_reason(int e) { return system_reason(e); }
+inline std::string lookup_reason(int failure) { return ::gai_strerror(failure); }
+
+// ---- POSIX: programs ----------------------------------------------------------------------------
+
+inline void remove_from_environment(const char* name) { ::unsetenv(name); }
+
+// The terminal is in raw mode meanwhile, so that an interrupt cannot leave it mute.
+inline void read_keys(std::string_view prompt, const std::function<bool(int key)>& handle) {
+    termios before{};
+    if (::tcgetattr(STDIN_FILENO, &before) != 0)
+        throw Error(
+            "There is no terminal to ask for the password. Give it in the environment, as "
+            "CHATSECURE_PASSWORD, or to the client with --password-file.");
+    termios raw = before;
+    raw.c_lflag &= ~static_cast<tcflag_t>(ECHO | ICANON | ISIG);
+    ::tcsetattr(STDIN_FILENO, TCSAFLUSH, &raw);
+    AtExit restore([&] { ::tcsetattr(STDIN_FILENO, TCSAFLUSH, &before); });
+    std::cerr << prompt << std::flush;
+    unsigned char key = 0;
+    do {
+        key = 4;  // the end of the input counts as Ctrl-D
+        while (::read(STDIN_FILENO, &key, 1) < 0 && errno == EINTR) {
+        }
+    } while (handle(key));
+    std::cerr << '\n';
+}
+
+}  // namespace detail
+
+inline std::size_t raise_descriptor_limit() {
     rlimit limit{};
     ::getrlimit(RLIMIT_NOFILE, &limit);
     limit.rlim_cur = limit.rlim_max;
     ::setrlimit(RLIMIT_NOFILE, &limit);
     ::getrlimit(RLIMIT_NOFILE, &limit);
     return static_cast<std::size_t>(limit.rlim_cur);
-#endif
 }
 
-// The user's data directory, as the system has it.
 inline std::filesystem::path default_home() {
     auto variable = [](const char* name) {
         const char* value = std::getenv(name);
         return std::filesystem::path(value != nullptr ? value : "");
     };
-#if defined(_WIN32)
-    return variable("APPDATA") / "ChatSecure";
-#elif defined(__APPLE__)
+#ifdef __APPLE__
     return variable("HOME") / "Library" / "Application Support" / "ChatSecure";
 #else
     std::filesystem::path data = variable("XDG_DATA_HOME");
     return (data.is_absolute() ? data : variable("HOME") / ".local" / "share") / "chatsecure";
 #endif
 }
+
+#endif
 
 }  // namespace chatsecure
 
