@@ -127,6 +127,9 @@
 #include <sys/types.h>
 #include <termios.h>
 #include <unistd.h>
+#ifdef __GLIBC__
+#include <malloc.h>
+#endif
 #endif
 
 #include <openssl/core_names.h>
@@ -636,6 +639,7 @@ namespace detail {
 // false), and errno says why.
 
 inline int open_file(const std::filesystem::path& path, bool create, FileMode mode);
+inline void give_back_free_memory();  // what was freed and is kept for the next time
 inline int close_file(int file);
 inline int sync_file(int file);  // returns when the bytes are on the disk itself
 inline std::ptrdiff_t read_some(int file, ByteSpan into);    // 0: the end of the file
@@ -807,12 +811,10 @@ using PollEntry = ::pollfd;
 // What each system does in its own way: chapter 14.
 
 inline void start_socket_library();          // before anything else
-inline void prepare_socket(SocketHandle s);  // a new one: no SIGPIPE, no heirs
+inline void prepare_socket(SocketHandle s);  // a new one: never blocks, no SIGPIPE, no heirs
 inline void close_socket(SocketHandle s);
 inline void shut_down_both(SocketHandle s);     // both directions end at once
 inline void shut_down_writing(SocketHandle s);  // ours ends when everything before it was sent
-inline void set_blocking(SocketHandle s, bool blocking);
-inline void set_timeout_option(SocketHandle s, int name, std::chrono::milliseconds timeout);
 inline void keep_system_queue_short(SocketHandle s);
 inline void allow_quick_restart(SocketHandle s);       // of a listener
 inline std::array<SocketHandle, 2> make_waker_ends();  // what is sent at [1] arrives at [0]
@@ -822,7 +824,7 @@ inline std::ptrdiff_t receive_some(SocketHandle s, ByteSpan into);
 inline std::ptrdiff_t send_some(SocketHandle s, ByteView bytes);
 // Waits until something happens on one of them, or for `timeout_ms` (-1: for ever); returns on how
 // many, or a negative number.
-inline int poll_sockets(std::vector<PollEntry>& entries, int timeout_ms);
+inline int poll_sockets(std::span<PollEntry> entries, int timeout_ms);
 
 // Of the last call in this thread that failed; and what such a number means.
 inline int socket_error();
@@ -901,17 +903,41 @@ inline std::vector<Endpoint> resolve(const std::string& host, std::uint16_t port
 
 // ---- The socket ---------------------------------------------------------------------------------
 
-// One connection (or one listening socket); closes it when destroyed. Any thread may call
-// shut_down(); one thread at a time may read, and one may write.
+namespace detail {
+
+// Blocks until one of the sockets has what its entry asks for: then true; or until `deadline` is
+// over (time_point::max(): never).
+inline bool poll_until(std::span<PollEntry> entries, Clock::time_point deadline) {
+    constexpr Milliseconds longest = std::chrono::hours(1);  // poll() counts in an int
+    for (;;) {
+        Milliseconds left = longest;
+        if (deadline - Clock::now() < longest)
+            left =
+                std::max(Milliseconds(0), std::chrono::ceil<Milliseconds>(deadline - Clock::now()));
+        int ready = poll_sockets(entries, static_cast<int>(left.count()));
+        if (ready > 0) return true;
+        if (ready < 0 && !interrupted(socket_error()))
+            throw NetworkError(concat("Cannot wait: ", socket_reason(socket_error()), "."));
+        if (Clock::now() >= deadline) return false;
+    }
+}
+
+}  // namespace detail
+
+// One connection (or one listening socket); closes it when destroyed. No system call on it blocks:
+// who has to wait waits in poll(), where a time limit and other events are heard too. Any thread
+// may call shut_down(); one thread at a time may read, and one may write.
 class Socket {
   public:
     Socket() = default;
     explicit Socket(detail::SocketHandle handle) : handle_(handle) {
-        detail::prepare_socket(handle_);
+        if (is_open()) detail::prepare_socket(handle_);
     }
-    Socket(Socket&& other) noexcept : handle_(std::exchange(other.handle_, detail::no_socket)) {}
+    Socket(Socket&& other) noexcept { *this = std::move(other); }
     Socket& operator=(Socket&& other) noexcept {
         std::swap(handle_, other.handle_);
+        std::swap(read_timeout_, other.read_timeout_);
+        std::swap(write_timeout_, other.write_timeout_);
         return *this;
     }
     ~Socket() {
@@ -921,36 +947,47 @@ class Socket {
     bool is_open() const { return handle_ != detail::no_socket; }
     detail::SocketHandle handle() const { return handle_; }
 
+    // How many bytes were read; 0 means that the other side has ended the stream, and nothing that
+    // none are there at the moment. Does not block. Throws NetworkError.
+    std::optional<std::size_t> read_now(ByteSpan into) {
+        std::ptrdiff_t got = detail::receive_some(handle_, into);
+        if (got >= 0) return static_cast<std::size_t>(got);
+        return nothing_now<std::optional<std::size_t>>(std::nullopt);
+    }
+    // How many bytes the operating system has taken (which are not yet with the other side): some,
+    // all, or 0 if it takes none at the moment. Does not block. Throws NetworkError.
+    std::size_t write_now(ByteView bytes) {
+        std::ptrdiff_t sent = detail::send_some(handle_, bytes);
+        if (sent >= 0) return static_cast<std::size_t>(sent);
+        return nothing_now<std::size_t>(0);
+    }
+
     // Blocks until at least one byte is there and returns how many were read; 0 means that the
     // other side has ended the stream. Throws TimedOut or NetworkError.
     std::size_t read_some(ByteSpan into) {
         for (;;) {
-            std::ptrdiff_t got = detail::receive_some(handle_, into);
-            if (got >= 0) return static_cast<std::size_t>(got);
-            int error = detail::socket_error();
-            if (detail::interrupted(error)) continue;
-            if (detail::would_block(error)) throw TimedOut("The other side is silent.");
-            throw NetworkError(concat("The connection broke: ", detail::socket_reason(error), "."));
+            if (std::optional<std::size_t> got = read_now(into)) return *got;
+            if (!wait(POLLIN, read_timeout_)) throw TimedOut("The other side is silent.");
         }
     }
-
-    // Blocks until every byte is with the operating system (which is not yet with the other side).
-    // Throws TimedOut if the other side takes nothing for the write timeout, or NetworkError.
+    // Blocks until the operating system has taken every byte. Throws TimedOut if the other side
+    // takes nothing for the write timeout, or NetworkError.
     void write_all(ByteView bytes) {
-        while (!bytes.empty()) {
-            std::ptrdiff_t sent = detail::send_some(handle_, bytes);
-            if (sent >= 0) {
-                bytes = bytes.subspan(static_cast<std::size_t>(sent));
-                continue;
-            }
-            int error = detail::socket_error();
-            if (detail::interrupted(error)) continue;
-            if (detail::would_block(error)) throw TimedOut("The other side takes no more data.");
-            throw NetworkError(concat("The connection broke: ", detail::socket_reason(error), "."));
+        for (;;) {
+            bytes = bytes.subspan(write_now(bytes));
+            if (bytes.empty()) return;
+            if (!wait(POLLOUT, write_timeout_))
+                throw TimedOut("The other side takes no more data.");
         }
     }
+    // Blocks until the socket can be read (POLLIN) or written (POLLOUT), has failed, or was shut
+    // down; false when the time is over. No events: waits for the last two only.
+    bool wait(short events, Milliseconds patience) const {
+        std::array<detail::PollEntry, 1> entry{{{handle_, events, 0}}};
+        return detail::poll_until(entry, Clock::now() + patience);
+    }
 
-    // Ends both streams at once. Whoever waits in read_some or write_all returns or throws.
+    // Ends both streams at once. Whoever waits for this socket returns or throws.
     void shut_down() noexcept { detail::shut_down_both(handle_); }
     // Ends our stream; the other side can still send.
     void finish_writing() noexcept { detail::shut_down_writing(handle_); }
@@ -960,19 +997,24 @@ class Socket {
     // reset destroys our last words on their way: the other side would never see the goodbye.
     void close_politely(Milliseconds limit) {
         finish_writing();
+        read_away(Clock::now() + limit);
+    }
+    void read_away(Clock::time_point deadline) {
         try {
             std::array<std::uint8_t, 4096> discarded;
-            for (auto end = Clock::now() + limit; Clock::now() < end;) {
-                set_read_timeout(std::chrono::ceil<Milliseconds>(end - Clock::now()));
-                if (read_some(discarded) == 0) return;
+            while (Clock::now() < deadline) {
+                std::optional<std::size_t> got = read_now(discarded);
+                if (got == std::size_t{0}) return;
+                if (!got) wait(POLLIN, std::chrono::ceil<Milliseconds>(deadline - Clock::now()));
             }
         } catch (const NetworkError&) {
             // whatever it was, the connection is over
         }
     }
 
-    void set_read_timeout(Milliseconds t) { detail::set_timeout_option(handle_, SO_RCVTIMEO, t); }
-    void set_write_timeout(Milliseconds t) { detail::set_timeout_option(handle_, SO_SNDTIMEO, t); }
+    // For read_some() and write_all(). At least a millisecond; at first a year.
+    void set_read_timeout(Milliseconds t) { read_timeout_ = std::max(t, Milliseconds(1)); }
+    void set_write_timeout(Milliseconds t) { write_timeout_ = std::max(t, Milliseconds(1)); }
 
     // For a chat: send small packets at once (Nagle's algorithm would hold them back up to 40 ms,
     // hoping for more), and let the system notice when the other machine is gone. And keep what
@@ -992,7 +1034,16 @@ class Socket {
     }
 
   private:
+    // `nothing` if the call that has failed could only not be done at once; else throws.
+    template <class T>
+    static T nothing_now(T nothing) {
+        int error = detail::socket_error();
+        if (detail::would_block(error) || detail::interrupted(error)) return nothing;
+        throw NetworkError(concat("The connection broke: ", detail::socket_reason(error), "."));
+    }
     detail::SocketHandle handle_ = detail::no_socket;
+    Milliseconds read_timeout_ = std::chrono::hours(24 * 365);
+    Milliseconds write_timeout_ = std::chrono::hours(24 * 365);
 };
 
 // Wakes a thread that waits in poll(): two connected sockets, of which one end is among those that
@@ -1048,29 +1099,24 @@ inline Socket new_socket(const Endpoint& endpoint) {
     return Socket(handle);
 }
 
-// Connects to one address. connect() itself would wait for minutes, so it is started without
-// blocking and poll() waits for it: until it is done, until the time is over, until `cancel`.
+// Connects to one address. connect() only begins it; poll() waits until it is done, until the time
+// is over, or until `cancel`.
 inline Socket connect_one(const Endpoint& endpoint, Clock::time_point deadline,
                           const Waker& cancel) {
     Socket socket = new_socket(endpoint);
-    set_blocking(socket.handle(), false);
     if (::connect(socket.handle(), endpoint.address(), endpoint.size) != 0) {
         int error = socket_error();
         if (!in_progress(error)) throw NetworkError(socket_reason(error));
-        std::vector<PollEntry> entries{{socket.handle(), POLLOUT, 0}, {cancel.handle(), POLLIN, 0}};
-        int ready;
-        do {
-            auto left = std::chrono::ceil<Milliseconds>(deadline - Clock::now()).count();
-            ready = poll_sockets(entries, static_cast<int>(std::max<decltype(left)>(left, 0)));
-        } while (ready < 0 && interrupted(socket_error()));
+        std::array<PollEntry, 2> entries{
+            {{socket.handle(), POLLOUT, 0}, {cancel.handle(), POLLIN, 0}}};
+        bool in_time = poll_until(entries, deadline);
         if (entries[1].revents != 0) throw NetworkError("cancelled");
-        if (ready <= 0) throw TimedOut("no answer");
+        if (!in_time) throw TimedOut("no answer");
         socklen_t size = sizeof error;
         error = 0;
         ::getsockopt(socket.handle(), SOL_SOCKET, SO_ERROR, reinterpret_cast<char*>(&error), &size);
         if (error != 0) throw NetworkError(socket_reason(error));
     }
-    set_blocking(socket.handle(), true);
     return socket;
 }
 
@@ -1129,7 +1175,7 @@ class Listener {
     std::optional<Accepted> accept(const Waker& waker) {
         std::vector<detail::PollEntry> entries{{waker.handle(), POLLIN, 0}};
         for (const Socket& socket : sockets_) entries.push_back({socket.handle(), POLLIN, 0});
-        if (detail::poll_sockets(entries, -1) < 0) return std::nullopt;
+        detail::poll_until(entries, Clock::time_point::max());
         if (entries[0].revents != 0) return std::nullopt;
         for (std::size_t i = 1; i < entries.size(); ++i)
             if (entries[i].revents != 0) return accept_from(sockets_[i - 1]);
@@ -1162,12 +1208,11 @@ class Listener {
             if (detail::not_our_address(error)) throw detail::AddressNotHere(sentence);
             throw NetworkError(sentence);
         }
-        detail::set_blocking(socket.handle(), false);  // see accept_from
         return socket;
     }
 
-    // The connection that poll() announced may be gone again before accept() is called; a blocking
-    // accept() would then wait for the next one, and the waker would not be heard.
+    // The connection that poll() announced may be gone again before accept() is called; if that
+    // blocked, it would wait for the next one, and the waker would not be heard.
     std::optional<Accepted> accept_from(const Socket& listening) {
         Endpoint from;
         from.size = static_cast<socklen_t>(sizeof from.storage);
@@ -1180,7 +1225,6 @@ class Listener {
                 concat("A newcomer was turned away: ", detail::socket_reason(error), "."));
         }
         Socket socket(handle);
-        detail::set_blocking(handle, true);
         socket.set_chat_options();
         return Accepted{std::move(socket), from};
     }
@@ -1245,59 +1289,85 @@ class FrameReader {
   public:
     // `socket` must outlive the reader. `largest` bounds every frame that will ever be asked for.
     FrameReader(Socket& socket, std::size_t largest)
-        : socket_(socket),
-          capacity_(2 * (frame_header_bytes + largest)),
-          buffer_(new std::uint8_t[capacity_]) {}  // not zeroed: see below
+        : socket_(socket), largest_(frame_header_bytes + largest) {}
 
-    // The next frame's content: valid, and yours to change, until the next call. Nothing if the
-    // stream ended between two frames. Blocks. Throws ProtocolError (longer than `limit`), TimedOut
-    // (what has come so far is kept: call again) or NetworkError (also for an end inside a frame).
-    std::optional<ByteSpan> next(std::size_t limit) {
-        if (!fill(frame_header_bytes)) return std::nullopt;
+    // The content of the next frame if all of it has been read: valid, and yours to change, until
+    // the next call of any function. Throws ProtocolError for a frame longer than `limit`.
+    std::optional<ByteSpan> take(std::size_t limit) {
+        if (end_ - begin_ < frame_header_bytes) return std::nullopt;
         std::size_t length = frame_length({buffer_.get() + begin_, frame_header_bytes}, limit);
-        fill(frame_header_bytes + length);
+        if (end_ - begin_ < frame_header_bytes + length) return std::nullopt;
         ByteSpan content{buffer_.get() + begin_ + frame_header_bytes, length};
         begin_ += frame_header_bytes + length;
         return content;
     }
 
-    // From now on: everything must be here by `deadline`. A time limit for each recv() alone would
-    // let a stranger hold a thread for ever by sending one byte a second.
-    void set_deadline(Clock::time_point deadline) { deadline_ = deadline; }
-    // From now on: some byte must come every `patience`.
-    void set_patience(Milliseconds patience) {
-        deadline_.reset();
-        socket_.set_read_timeout(patience);
+    enum class Got { some, nothing_now, the_end };
+    // Reads what is there. Does not block. Throws NetworkError, also for an end inside a frame.
+    Got read_now() {
+        if (std::exchange(drained_, false)) return Got::nothing_now;  // as the last read has shown
+        make_room();
+        std::optional<std::size_t> got = socket_.read_now({buffer_.get() + end_, capacity_ - end_});
+        if (!got) return Got::nothing_now;
+        if (*got == 0 && begin_ == end_) return Got::the_end;
+        if (*got == 0) throw NetworkError("The connection ended in the middle of a message.");
+        end_ += *got;
+        drained_ = end_ < capacity_;
+        return Got::some;
+    }
+
+    // The next frame, or nothing if the stream ended between two frames. Blocks. Throws as take()
+    // and read_now() do, and TimedOut when `deadline` is over (what has come so far is kept: call
+    // again). The deadline is for the whole frame: a time limit for each recv() alone would let a
+    // stranger hold a thread for ever by sending one byte a second.
+    std::optional<ByteSpan> next(std::size_t limit,
+                                 Clock::time_point deadline = Clock::time_point::max()) {
+        for (;;) {
+            if (std::optional<ByteSpan> frame = take(limit)) return frame;
+            if (Clock::now() >= deadline) throw TimedOut("The other side took too long.");
+            Got got = read_now();
+            if (got == Got::the_end) return std::nullopt;
+            if (got == Got::some) continue;
+            std::array<detail::PollEntry, 1> entry{{{socket_.handle(), POLLIN, 0}}};
+            detail::poll_until(entry, deadline);
+        }
+    }
+
+    // Gives back the memory that a burst needed. For times of silence.
+    void shrink() {
+        if (begin_ != end_ || capacity_ == smallest_) return;
+        buffer_.reset();
+        begin_ = end_ = capacity_ = 0;
     }
 
   private:
-    // Reads until `wanted` bytes are in the buffer. False if the stream ended before the first one.
-    bool fill(std::size_t wanted) {
+    // A buffer that was filled to its end was too small, or a frame needs more than is left. It
+    // grows up to two of the largest frames, so that one can be read while another is being used.
+    void make_room() {
         if (begin_ == end_) begin_ = end_ = 0;
-        if (begin_ + wanted > capacity_) {  // the frame does not fit behind: move it to the front
+        bool full = end_ == capacity_;
+        if (full && capacity_ < 2 * largest_) {
+            std::size_t larger = std::min(std::max(smallest_, 2 * capacity_), 2 * largest_);
+            std::unique_ptr<std::uint8_t[]> buffer(new std::uint8_t[larger]);  // not zeroed
+            std::copy(buffer_.get() + begin_, buffer_.get() + end_, buffer.get());
+            buffer_ = std::move(buffer);
+            capacity_ = larger;
+        } else if (full) {
             std::memmove(buffer_.get(), buffer_.get() + begin_, end_ - begin_);
-            end_ -= begin_;
-            begin_ = 0;
+        } else {
+            return;
         }
-        while (end_ - begin_ < wanted) {
-            if (deadline_)
-                socket_.set_read_timeout(
-                    std::chrono::ceil<Milliseconds>(*deadline_ - Clock::now()));
-            if (deadline_ && Clock::now() >= *deadline_)
-                throw TimedOut("The other side took too long.");
-            std::size_t got = socket_.read_some({buffer_.get() + end_, capacity_ - end_});
-            if (got == 0 && begin_ == end_) return false;
-            if (got == 0) throw NetworkError("The connection ended in the middle of a message.");
-            end_ += got;
-        }
-        return true;
+        end_ -= begin_;
+        begin_ = 0;
     }
 
+    static constexpr std::size_t smallest_ = 2048;
     Socket& socket_;
-    std::size_t capacity_;
-    std::unique_ptr<std::uint8_t[]> buffer_;  // pages that were never touched cost no memory
-    std::size_t begin_ = 0, end_ = 0;         // the bytes that are read and not yet handed out
-    std::optional<Clock::time_point> deadline_;
+    const std::size_t largest_;
+    std::unique_ptr<std::uint8_t[]> buffer_;
+    std::size_t capacity_ = 0;
+    std::size_t begin_ = 0, end_ = 0;  // the bytes that are read and not yet handed out
+    bool drained_ = false;             // the last read took less than there was room for
 };
 
 // =================================================================================================
@@ -2680,211 +2750,6 @@ inline Message take_message(Reader& record) {
     return message;
 }
 
-// The messages that arrive on a connection, one by one. One thread uses it.
-class MessageReader {
-  public:
-    // `frames` must outlive the reader.
-    MessageReader(FrameReader& frames, Secret<32> key) : frames_(frames), opener_(std::move(key)) {}
-
-    // The next message; its body is valid until the next call. Nothing if the stream ended. Blocks
-    // and throws as FrameReader::next and RecordOpener::open do.
-    std::optional<Message> next() {
-        while (left_.empty()) {
-            std::optional<ByteView> record = next_record();
-            if (!record) return std::nullopt;
-            left_ = Reader(*record, "a record");
-        }
-        return take_message(left_);
-    }
-    // The same by whole records: what is left of the last one, or the next.
-    std::optional<ByteView> next_record() {
-        if (!left_.empty()) return left_.rest();
-        std::optional<ByteSpan> frame = frames_.next(max_record_frame);
-        if (!frame) return std::nullopt;
-        ByteView record = opener_.open(*frame);
-        // Nobody needs them, and whoever sends them for ever would be served for ever.
-        if (record.empty()) throw ProtocolError("Received an empty record.");
-        return record;
-    }
-
-  private:
-    FrameReader& frames_;
-    RecordOpener opener_;
-    Reader left_{{}, "a record"};
-};
-
-// ---- The outbox ---------------------------------------------------------------------------------
-//
-// Between the threads that have something for a connection and the one thread that writes to it
-// stands a queue. Whoever puts something in never waits: a member with a slow line must not hold up
-// the others. So the queue needs a bound, and a rule for what happens at the bound:
-//
-//      a payload           is refused, and its sender is told (Undelivered: busy). Each lane has
-//                          its own bound, so that file data never takes chat's place
-//      a control message   (Joined, Left, Pong ...) may go a little over the bound, because a
-//                          client that misses one would be wrong about the world for ever; and if
-//                          it goes far over, the connection is given up
-//
-// What many members get alike is in the queue as a pointer to one shared buffer, never as a copy;
-// only the wrapped key is each member's own.
-
-struct Outgoing {
-    std::shared_ptr<const Bytes> shared;  // a message, or the part of it that all recipients share
-    WrappedKey own{};                     // the rest of it, each member's own
-    std::uint8_t own_size = 0;            // 0, or all of it
-
-    std::size_t size() const { return shared->size() + own_size; }
-};
-
-class Outbox {
-  public:
-    enum class Result { queued, refused, closed };
-
-    // The bounds in bytes, of the interactive and of the bulk lane.
-    Outbox(std::size_t bound, std::size_t bulk_bound) : bounds_{bound, bulk_bound} {}
-
-    // For payloads. Does not block.
-    Result push(Lane lane, Outgoing message) {
-        return put(lane, std::move(message), bounds_[index(lane)]);
-    }
-
-    // For control messages. Does not block. Over twice the bound, the outbox closes itself.
-    template <class Control>
-    Result push_control(const Control& message) {
-        return push_control(std::make_shared<const Bytes>(to_wire(message)));
-    }
-    Result push_control(std::shared_ptr<const Bytes> wire) {
-        Result result = put(Lane::interactive, Outgoing{std::move(wire), {}, 0}, 2 * bounds_[0]);
-        if (result == Result::refused) close();
-        return result;
-    }
-
-    // Nothing more can be pushed; what is queued is still written.
-    void finish() { end(State::finishing); }
-    // Nothing more can be pushed or written.
-    void close() { end(State::closed); }
-
-    // Whether more than `bytes` of chat wait.
-    bool is_over(std::size_t bytes) const {
-        std::lock_guard lock(mutex_);
-        return bytes_[0] > bytes;
-    }
-    // For whoever can wait, as the reader of a file can: blocks while more than `bytes` stand in
-    // the bulk lane. False if the outbox takes nothing more.
-    bool wait_for_bulk_room(std::size_t bytes) {
-        std::unique_lock lock(mutex_);
-        bulk_taken_.wait(lock, [&] { return bytes_[1] <= bytes || state_ != State::open; });
-        return state_ == State::open;
-    }
-    bool is_closed() const {
-        std::lock_guard lock(mutex_);
-        return state_ == State::closed;
-    }
-
-    // The whole life of a connection's writing thread: seals what is queued, as many messages in a
-    // record as fit, and sends it. Returns when finished or closed; throws NetworkError. `on_room`
-    // is called whenever the queue has become shorter.
-    void write_to(Socket& socket, RecordSealer& sealer, const std::function<void()>& on_room = {}) {
-        std::vector<Outgoing> batch;
-        Bytes record;
-        while (take(batch)) {
-            record.resize(frame_header_bytes);
-            for (const Outgoing& message : batch) {
-                append(record, *message.shared);
-                append(record, ByteView(message.own).first(message.own_size));
-            }
-            batch.clear();  // the last owner of a shared buffer frees it: not under the lock
-            if (on_room) on_room();
-            sealer.seal(record);
-            socket.write_all(record);
-        }
-    }
-
-  private:
-    enum class State { open, finishing, closed };
-
-    // First in, first out. Memory is kept for the next burst; what was taken is cut off when it is
-    // half of the whole, so that a queue that never runs empty does not grow for ever.
-    struct Queue {
-        std::vector<Outgoing> messages;
-        std::size_t head = 0;
-
-        bool empty() const { return head == messages.size(); }
-        Outgoing& front() { return messages[head]; }
-        Outgoing pop() {
-            Outgoing taken = std::move(messages[head++]);
-            if (2 * head >= messages.size()) {
-                messages.erase(messages.begin(),
-                               messages.begin() + static_cast<std::ptrdiff_t>(head));
-                head = 0;
-            }
-            return taken;
-        }
-    };
-
-    Result put(Lane lane, Outgoing message, std::size_t bound) {
-        if (message.size() > max_record_bytes) throw Error("A message must fit into a record.");
-        {
-            std::lock_guard lock(mutex_);
-            if (state_ != State::open) return Result::closed;
-            if (bytes_[index(lane)] + message.size() > bound) return Result::refused;
-            bytes_[index(lane)] += message.size() + sizeof(Outgoing);
-            queues_[index(lane)].messages.push_back(std::move(message));
-        }
-        changed_.notify_one();
-        return Result::queued;
-    }
-
-    // Waits for messages and takes as many as fill one record. False when there will be none.
-    bool take(std::vector<Outgoing>& batch) {
-        std::unique_lock lock(mutex_);
-        auto waiting = [&] { return bytes_[0] + bytes_[1] > 0; };
-        changed_.wait(lock, [&] { return waiting() || state_ != State::open; });
-        if (state_ == State::closed || !waiting()) return false;
-        std::size_t room = max_record_bytes;
-        for (Lane lane : {Lane::interactive, Lane::bulk}) {
-            Queue& from = queues_[index(lane)];
-            std::size_t before = bytes_[index(lane)];
-            while (!from.empty() && from.front().size() <= room) {
-                room -= from.front().size();
-                bytes_[index(lane)] -= from.front().size() + sizeof(Outgoing);
-                batch.push_back(from.pop());
-            }
-            if (lane == Lane::bulk && bytes_[1] < before) bulk_taken_.notify_all();
-            if (!from.empty()) break;  // the record is full: bulk waits for its turn
-        }
-        return true;
-    }
-
-    void end(State state) {
-        {
-            std::lock_guard lock(mutex_);
-            if (state_ != State::closed) state_ = state;
-        }
-        changed_.notify_one();
-        bulk_taken_.notify_all();
-    }
-
-    static std::size_t index(Lane lane) { return lane == Lane::bulk ? 1 : 0; }
-
-    const std::array<std::size_t, 2> bounds_;  // of each lane, like the other arrays here
-    mutable std::mutex mutex_;                 // guards everything below
-    std::condition_variable changed_;          // for the writing thread
-    std::condition_variable bulk_taken_;       // for wait_for_bulk_room
-    std::array<Queue, 2> queues_;
-    std::array<std::size_t, 2> bytes_{};  // queued, with what each entry itself costs
-    State state_ = State::open;
-};
-
-// Sends one message at once, on a connection that has no writing thread yet. Blocks.
-template <class T>
-void send_now(Socket& socket, RecordSealer& sealer, const T& message) {
-    Bytes record(frame_header_bytes);
-    append(record, to_wire(message));
-    sealer.seal(record);
-    socket.write_all(record);
-}
-
 // =================================================================================================
 //  Chapter 8. End to end
 // =================================================================================================
@@ -3043,18 +2908,22 @@ class SealingLane {
   public:
     explicit SealingLane(const Secret<32>& key) : cipher_(key) {}
 
+    // `sealed` holds room for seq (8 bytes), then kind and body, then room for the tag.
+    void seal_in_place(ByteSpan sealed, ByteView aad = {}) {
+        if (seq_ == max_sealed_per_lane) throw Error("This login has sent too much: log in again.");
+        ++seq_;
+        for (std::size_t i = 0; i < 8; ++i)
+            sealed[i] = static_cast<std::uint8_t>(seq_ >> (56 - 8 * i));
+        cipher_.seal(Nonce(seq_), aad, sealed.subspan(8, sealed.size() - 8 - gcm_tag_bytes),
+                     sealed.last<gcm_tag_bytes>());
+    }
     // Appends seq || ciphertext of (kind || body) || tag.
     void seal_to(Bytes& out, Kind kind, ByteView body, ByteView aad = {}) {
-        if (seq_ == max_sealed_per_lane) throw Error("This login has sent too much: log in again.");
-        std::size_t sealed_bytes = 8 + 1 + body.size() + gcm_tag_bytes;
-        out.reserve(out.size() + sealed_bytes);
-        Writer writer(out);
-        writer(++seq_, kind);
-        writer.raw(body);
+        std::size_t before = out.size();
+        append_fields(out, std::uint64_t{0}, kind);
+        append(out, body);
         out.resize(out.size() + gcm_tag_bytes);
-        ByteSpan sealed = ByteSpan(out).last(sealed_bytes);
-        cipher_.seal(Nonce(seq_), aad, sealed.subspan(8, 1 + body.size()),
-                     sealed.last<gcm_tag_bytes>());
+        seal_in_place(ByteSpan(out).subspan(before), aad);
     }
     Bytes seal(Kind kind, ByteView body, ByteView aad = {}) {
         Bytes out;
@@ -3072,7 +2941,12 @@ struct OpenedPayload {
     enum class State { good, repeated, damaged } state = State::damaged;
     std::uint64_t lost = 0;  // how many before this one never arrived
     Kind kind{};
-    SecretBytes body;  // may be a key
+    ByteView body;  // lies in:
+    Bytes buffer;
+
+    OpenedPayload() = default;
+    OpenedPayload(OpenedPayload&&) = default;  // a copy's body would lie in the original
+    OpenedPayload& operator=(OpenedPayload&&) = default;
 };
 
 // One lane of one direction, at the receiver.
@@ -3080,9 +2954,10 @@ class OpeningLane {
   public:
     explicit OpeningLane(const Secret<32>& key) : cipher_(key) {}
 
-    // Never throws for anything the network can contain: a damaged payload is reported, and the
-    // conversation goes on. (Unlike a damaged record: there the connection itself is in doubt.)
-    OpenedPayload open(ByteView sealed, ByteView aad = {}) {
+    // Opens in place. Never throws for anything the network can contain: a damaged payload is
+    // reported, and the conversation goes on. (Unlike a damaged record: there the connection itself
+    // is in doubt.) The buffer of what it returns is empty: the body lies in `sealed`.
+    OpenedPayload open_in_place(ByteSpan sealed, ByteView aad) {
         OpenedPayload result;
         if (sealed.size() < 8 + 1 + gcm_tag_bytes) return result;
         std::uint64_t seq = 0;
@@ -3091,22 +2966,33 @@ class OpeningLane {
             result.state = OpenedPayload::State::repeated;
             return result;
         }
-        SecretBytes copy(sealed.begin() + 8, sealed.end());
-        std::optional<ByteSpan> plain = cipher_.open(Nonce(seq), aad, copy);
+        std::optional<ByteSpan> plain = cipher_.open(Nonce(seq), aad, sealed.subspan(8));
         if (!plain) return result;
         result.state = OpenedPayload::State::good;
         result.lost = seq - last_seq_ - 1;
         result.kind = static_cast<Kind>(plain->front());
-        copy.resize(plain->size());  // without the tag
-        copy.erase(copy.begin());    // without the kind
-        result.body = std::move(copy);
+        result.body = plain->subspan(1);
         last_seq_ = seq;
+        return result;
+    }
+    // The same for what must not be changed: opens a copy, which it returns.
+    OpenedPayload open(ByteView sealed, ByteView aad = {}) {
+        Bytes copy = to_bytes(sealed);
+        OpenedPayload result = open_in_place(copy, aad);
+        result.buffer = std::move(copy);  // the bytes stay where they are
         return result;
     }
 
   private:
     GcmOpener cipher_;
     std::uint64_t last_seq_ = 0;
+};
+
+// A wrapped key, opened.
+struct UnwrappedKey {
+    OpenedPayload::State state = OpenedPayload::State::damaged;
+    std::uint64_t lost = 0;
+    std::optional<Secret<32>> key;  // if it is good, and a key at all
 };
 
 namespace detail {
@@ -3136,13 +3022,14 @@ class PairSender {
 
     // One thread at a time for each lane.
     Bytes seal(Lane lane, Kind kind, ByteView body) {
-        Bytes payload;
-        seal_to(payload, lane, kind, body);
+        Bytes payload(1, static_cast<std::uint8_t>(PayloadType::sealed));
+        this->lane(lane).seal_to(payload, kind, body);
         return payload;
     }
-    void seal_to(Bytes& payload, Lane lane, Kind kind, ByteView body) {
-        payload.assign(1, static_cast<std::uint8_t>(PayloadType::sealed));
-        this->lane(lane).seal_to(payload, kind, body);
+    // The whole payload, with room for what is not known yet, as SealingLane wants it.
+    void seal_in_place(Lane lane, ByteSpan payload) {
+        payload[0] = static_cast<std::uint8_t>(PayloadType::sealed);
+        this->lane(lane).seal_in_place(payload.subspan(1));
     }
     WrappedKey wrap_key(const Secret<32>& room_key, const Digest& sealed_text_hash) {
         Bytes sealed = interactive_.seal(Kind::room_key, room_key.view(), sealed_text_hash);
@@ -3184,8 +3071,13 @@ class PairReceiver {
     OpenedPayload open(Lane lane, ByteView sealed) {
         return (lane == Lane::bulk ? bulk_ : interactive_).open(sealed);
     }
-    OpenedPayload unwrap_key(const WrappedKey& wrapped_key, const Digest& sealed_text_hash) {
-        return interactive_.open(wrapped_key, sealed_text_hash);
+    UnwrappedKey unwrap_key(const WrappedKey& wrapped, const Digest& sealed_text_hash) {
+        Secret<wrapped_key_bytes> opened{ByteView(wrapped)};  // wiped, as it will hold a key
+        OpenedPayload payload = interactive_.open_in_place(opened.span(), sealed_text_hash);
+        UnwrappedKey result{payload.state, payload.lost, std::nullopt};
+        if (payload.kind == Kind::room_key && payload.body.size() == 32)
+            result.key.emplace(payload.body);
+        return result;
     }
 
   private:
@@ -3828,32 +3720,24 @@ class PartFile {
 
 // ---- The two ends of a running transfer: a thread each ------------------------------------------
 
-// The bulk lane to one login. The threads of several transfers share it.
+// How the thread of a running transfer sends: over the bulk lane to one login. (Chapter 12 has the
+// real one.) The threads of several transfers share it.
 class BulkLane {
   public:
-    BulkLane(std::shared_ptr<PairSender> pair, std::shared_ptr<Outbox> outbox, LoginId to)
-        : pair_(std::move(pair)), outbox_(std::move(outbox)), to_(to) {}
+    virtual ~BulkLane() = default;
 
-    // Seals and queues one message; `tag` comes back if it cannot be delivered. Blocks while enough
-    // is queued. False if the connection is over.
+    // The beginning of a message, to which the caller appends the body: a chunk is read from the
+    // disk to where it will be sealed and sent from. `tag` comes back if it cannot be delivered.
+    virtual Bytes begin(std::uint32_t tag, Kind kind) = 0;
+    // Seals and queues it. Blocks while enough is queued. False if the connection is over.
+    virtual bool finish(Bytes message) = 0;
+
     template <class T>
     bool send(std::uint32_t tag, const T& message) {
-        if (!outbox_->wait_for_bulk_room(comfortable)) return false;
-        std::lock_guard lock(mutex_);
-        body_.clear();
-        encode_to(body_, message);
-        pair_->seal_to(payload_, Lane::bulk, T::kind, body_);
-        auto wire = std::make_shared<const Bytes>(to_wire(Send{to_, Lane::bulk, tag, payload_}));
-        return outbox_->push(Lane::bulk, {std::move(wire), {}, 0}) == Outbox::Result::queued;
+        Bytes bytes = begin(tag, T::kind);
+        encode_to(bytes, message);
+        return finish(std::move(bytes));
     }
-
-  private:
-    static constexpr std::size_t comfortable = 256 * 1024;
-    std::mutex mutex_;  // guards the rest: what is sealed first is queued first
-    std::shared_ptr<PairSender> pair_;
-    std::shared_ptr<Outbox> outbox_;
-    LoginId to_;
-    Bytes body_, payload_;  // kept from one message to the next
 };
 
 // Reads a file and sends it, as far as the credit goes.
@@ -3927,13 +3811,15 @@ class FileSender {
         std::uint64_t offset = accepted_.offset;
         if (offset > 0 && file_->hash_of_beginning(offset, stopping_) != accepted_.held) offset = 0;
         note_begin(offset);
-        Bytes buffer(file_chunk_bytes);
         while (offset < file_->size()) {
-            ByteSpan chunk = ByteSpan(buffer).first(take_credit(file_->size() - offset));
-            if (chunk.empty()) return;  // to stop
-            file_->read(offset, chunk);
-            if (!lane_->send(tag_, FileChunk{accepted_.id, offset, chunk})) return;
-            offset += chunk.size();
+            std::size_t size = take_credit(file_->size() - offset);
+            if (size == 0) return;  // to stop
+            Bytes message = lane_->begin(tag_, FileChunk::kind);
+            append_fields(message, accepted_.id, offset, static_cast<std::uint32_t>(size));
+            message.resize(message.size() + size);
+            file_->read(offset, ByteSpan(message).last(size));
+            if (!lane_->finish(std::move(message))) return;
+            offset += size;
             note_progress(offset);
         }
         file_->require_unchanged();
@@ -4027,7 +3913,7 @@ class FileReceiver {
         return report_;
     }
     // The next chunk; `bytes` lie in `owner`. What is queued is bounded by the credit.
-    void add(std::uint64_t offset, SecretBytes owner, ByteView bytes) {
+    void add(std::uint64_t offset, Bytes owner, ByteView bytes) {
         put({offset, std::move(owner), bytes, false});
     }
     void finish() { put({0, {}, {}, true}); }
@@ -4049,7 +3935,7 @@ class FileReceiver {
   private:
     struct Piece {
         std::uint64_t offset = 0;
-        SecretBytes owner;
+        Bytes owner;
         ByteView bytes;
         bool last = false;
     };
@@ -4414,10 +4300,11 @@ class FileTransfers {
 
     // A message of one of our kinds. What is wrong with it ends the transfer that it belongs to,
     // and nothing else.
-    void receive(LoginId from, const std::string& user, Kind kind, SecretBytes body) {
+    void receive(LoginId from, const std::string& user, OpenedPayload message) {
         constexpr std::string_view what = "a message about a file";
+        ByteView body = message.body;
         try {
-            switch (kind) {
+            switch (message.kind) {
                 case Kind::file_offer:
                     return receive_offer(from, user, decode<FileOffer>(body, what));
                 case Kind::file_accept:
@@ -4426,7 +4313,7 @@ class FileTransfers {
                     return receive_credit(from, user, decode<FileCredit>(body, what));
                 case Kind::file_chunk: {
                     FileChunk chunk = decode<FileChunk>(body, what);
-                    return receive_chunk(from, user, chunk, std::move(body));
+                    return receive_chunk(from, user, chunk, std::move(message.buffer));
                 }
                 case Kind::file_end:
                     return receive_end(from, user, decode<FileEnd>(body, what));
@@ -4908,7 +4795,7 @@ class FileTransfers {
         t.credit = {};
     }
 
-    void receive_chunk(LoginId from, const std::string&, const FileChunk& chunk, SecretBytes body) {
+    void receive_chunk(LoginId from, const std::string&, const FileChunk& chunk, Bytes body) {
         Incoming* t = find_incoming(from, chunk.id);
         if (t == nullptr) return;
         if (!t->ready) return break_off(*t, "sent some of it before it was accepted");
@@ -5037,7 +4924,428 @@ class FileTransfers {
 //  Chapter 10. Connections
 // =================================================================================================
 //
-// placeholder
+// Chapters 2 to 7 gave us sockets, frames, records and messages. This one puts them together into
+// the object that server and client both hold for each conversation, and answers the question that
+// decides how fast a chat server is: who writes to a socket, and when?
+//
+//      many threads --> push() --> [ outbox ] --> flush() --> seal --> send() --> one thread reads
+//
+// Alice's thread has something for bob. If it wrote to bob's socket itself, it would wait when bob
+// is slow, and everybody behind alice with it. If it left the writing to a thread of bob's own,
+// each message would have to wake that thread, and a message for a thousand people would wake a
+// thousand threads, one for each small message. So it does neither:
+//
+//   - push() appends the message to bob's OUTBOX and never waits.
+//   - When alice's thread has handled all that has come from alice so far, and before it waits for
+//     more, it calls flush() for each outbox that it has put something into: seals what is there
+//     and sends it, as far as the socket takes it at once. Fifty messages that came in one go leave
+//     in one record, with one encryption and one system call for each member.
+//   - If bob's socket is full, the rest stays in the outbox, and somebody who can afford to wait
+//     (the server's pump, the client's engine: see on_full) goes on when poll() says that there is
+//     room. Nobody else waits for bob.
+//
+// So for each outbox there is at any time at most one who writes, and if something is in it there
+// is exactly one who is going to. The outbox keeps book of that:
+//
+//      who empties it   push()                flush()            the socket is full   all is sent
+//      ---------------  --------------------  -----------------  -------------------  -----------
+//      nobody           -> due: the caller's  nothing to do
+//                          duty to flush()
+//      due              stays: somebody will  -> writing
+//      writing          stays: who writes     leaves it to who   -> full              -> nobody
+//                       looks again           writes
+//      full             stays                 leaves it; who
+//                                             polls: -> writing
+//
+// An outbox has two LANES. Chat goes in the interactive one, file data in the bulk one, and bulk
+// gets a turn only when the interactive lane is empty. And it has bounds, because a member that
+// reads too slowly must not fill our memory:
+//
+//      a payload           over the bound of its lane is refused, and its sender is told
+//                          (Undelivered: busy). File data never takes chat's place
+//      a control message   (Joined, Left, Pong ...) may go over the bound, because a client that
+//                          misses one would be wrong about the world for ever; but if it goes to
+//                          twice the bound, the connection is given up
+//
+// What is queued lies there as the plaintext of a record, with room for its header in front. It is
+// sealed in place, at the last moment, in the order in which it is sent.
+//
+// The end. A connection ends in one of two ways. finish(): nothing more can be queued, what is
+// queued is still sent, then our stream ends; so a Goodbye or a Refused is heard. abort(): at once,
+// and what was queued is thrown away; for those who are not there any more.
+//
+// Silence. Who says nothing for a while is sent a Ping; who then says nothing for as long again is
+// gone (TimedOut). Both sides do it, each in its own time.
+//
+// Locks. One mutex for each outbox, held for as long as it takes to append or take out a message.
+// Under it nobody waits and nothing else is locked.
+
+// The frames that wait to be sent on one connection. Any thread.
+class Outbox {
+  public:
+    // due: queued, and nobody is going to send it yet: call Connection::flush() before you wait for
+    // anything. queued: somebody will. refused: over the bound. closed: over altogether.
+    enum class Result { due, queued, refused, closed };
+
+    // The bounds in bytes, of the interactive and of the bulk lane.
+    Outbox(std::size_t bound, std::size_t bulk_bound) : bounds_{bound, bulk_bound} {}
+
+    // For payloads: a message, or its bytes in two pieces (what all recipients share, and what is
+    // the recipient's own). Does not block. Throws Error for what fits into no record.
+    template <class T>
+    Result push(Lane lane, const T& message) {
+        return put(lane, bounds_[index(lane)],
+                   [&](Bytes& frame) { append_message(frame, message); });
+    }
+    Result push(Lane lane, ByteView wire, ByteView own) {
+        return put(lane, bounds_[index(lane)], [&](Bytes& frame) {
+            append(frame, wire);
+            append(frame, own);
+        });
+    }
+    // For control messages. Does not block. Over twice the bound, the outbox closes itself.
+    template <class T>
+    Result push_control(const T& message) {
+        return push_control_with([&](Bytes& frame) { append_message(frame, message); });
+    }
+    Result push_control(ByteView wire) {  // several messages that fit into one record
+        return push_control_with([&](Bytes& frame) { append(frame, wire); });
+    }
+    // A whole frame for the bulk lane: room for the header, then messages.
+    Result push_frame(Bytes frame) {
+        std::lock_guard lock(mutex_);
+        if (state_ != State::open) return Result::closed;
+        std::size_t added = frame.size() - frame_header_bytes;
+        if (bytes_[1] + added > bounds_[1]) return Result::refused;
+        bytes_[1] += added;
+        lanes_[1].push_back(std::move(frame));
+        return note_queued();
+    }
+
+    // Nothing more can be queued; what is there is still sent.
+    void finish() { end(State::finishing); }
+    // Nothing more can be queued or sent.
+    void close() { end(State::closed); }
+    bool is_closed() const {
+        std::lock_guard lock(mutex_);
+        return state_ == State::closed;
+    }
+
+    // Whether more than `bytes` of chat wait.
+    bool is_over(std::size_t bytes) const {
+        std::lock_guard lock(mutex_);
+        return bytes_[0] > bytes;
+    }
+    // For whoever can wait, as the reader of a file can: blocks while more than `bytes` stand in
+    // the bulk lane. False if the outbox takes nothing more.
+    bool wait_for_bulk_room(std::size_t bytes) {
+        std::unique_lock lock(mutex_);
+        bulk_taken_.wait(lock, [&] { return bytes_[1] <= bytes || state_ != State::open; });
+        return state_ == State::open;
+    }
+
+    // ---- For who writes: see the table above ----------------------------------------------------
+
+    enum class Writer { nobody, due, writing, full };
+
+    // True if the caller is to write now: from `from` to writing.
+    bool start_writing(Writer from) {
+        std::lock_guard lock(mutex_);
+        if (writer_ != from) return false;
+        writer_ = Writer::writing;
+        return true;
+    }
+    void stop_at_full_socket() {
+        std::lock_guard lock(mutex_);
+        writer_ = Writer::full;
+    }
+    bool is_full() const {
+        std::lock_guard lock(mutex_);
+        return writer_ == Writer::full;
+    }
+    // The next frame to seal and send: chat first. Nothing: all is sent, or it is closed, and the
+    // caller is not writing any more. `last` is set if nothing will ever follow.
+    std::optional<Bytes> take(bool& last) {
+        std::lock_guard lock(mutex_);
+        for (Lane lane : {Lane::interactive, Lane::bulk}) {
+            std::deque<Bytes>& frames = lanes_[index(lane)];
+            if (frames.empty() || state_ == State::closed) continue;
+            Bytes frame = std::move(frames.front());
+            frames.pop_front();
+            bytes_[index(lane)] -= frame.size() - frame_header_bytes;
+            if (lane == Lane::bulk) bulk_taken_.notify_all();
+            return frame;
+        }
+        writer_ = Writer::nobody;
+        last = state_ == State::finishing;
+        return std::nullopt;
+    }
+
+  private:
+    enum class State { open, finishing, closed };
+    static constexpr std::size_t smallest_allocation = 512;
+
+    static std::size_t index(Lane lane) { return lane == Lane::bulk ? 1 : 0; }
+
+    template <class Append>
+    Result push_control_with(const Append& append_to) {
+        Result result = put(Lane::interactive, 2 * bounds_[0], append_to);
+        if (result == Result::refused) close();
+        return result;
+    }
+
+    // Appends to the last frame of a lane, or begins a new one if the record would be too large.
+    template <class Append>
+    Result put(Lane lane, std::size_t bound, const Append& append_to) {
+        std::lock_guard lock(mutex_);
+        if (state_ != State::open) return Result::closed;
+        std::deque<Bytes>& frames = lanes_[index(lane)];
+        if (frames.empty()) frames.push_back(new_frame());
+        std::size_t before = frames.back().size();
+        bool queued = false;
+        detail::AtExit undo([&] {
+            if (queued) return;
+            frames.back().resize(before);
+            if (before == frame_header_bytes) frames.pop_back();
+        });
+        append_to(frames.back());
+        std::size_t added = frames.back().size() - before;
+        if (added > max_record_bytes) throw Error("A message must fit into a record.");
+        if (bytes_[index(lane)] + added > bound) return Result::refused;
+        if (before + added > frame_header_bytes + max_record_bytes) {
+            Bytes next = new_frame();
+            append(next, ByteView(frames.back()).last(added));
+            frames.back().resize(before);
+            frames.push_back(std::move(next));
+        }
+        queued = true;
+        bytes_[index(lane)] += added;
+        return note_queued();
+    }
+    static Bytes new_frame() {
+        Bytes frame;
+        frame.reserve(smallest_allocation);
+        frame.resize(frame_header_bytes);
+        return frame;
+    }
+    Result note_queued() {
+        if (writer_ != Writer::nobody) return Result::queued;
+        writer_ = Writer::due;
+        return Result::due;
+    }
+
+    void end(State state) {
+        std::lock_guard lock(mutex_);
+        if (state_ != State::closed) state_ = state;
+        if (writer_ == Writer::nobody) writer_ = Writer::due;  // somebody ends the stream
+        if (state_ == State::closed)
+            for (std::deque<Bytes>& frames : lanes_) frames.clear();
+        bulk_taken_.notify_all();
+    }
+
+    const std::array<std::size_t, 2> bounds_;  // of each lane, like the other arrays here
+    mutable std::mutex mutex_;                 // guards everything below
+    std::condition_variable bulk_taken_;       // for wait_for_bulk_room
+    std::array<std::deque<Bytes>, 2> lanes_;
+    std::array<std::size_t, 2> bytes_{};  // queued, without the frames' headers
+    State state_ = State::open;
+    Writer writer_ = Writer::nobody;
+};
+
+// One end of a conversation between client and server. One thread owns it: that one alone reads and
+// waits. What is marked so is for any thread.
+class Connection {
+  public:
+    Connection(Socket socket, std::size_t bound, std::size_t bulk_bound)
+        : outbox(bound, bulk_bound),
+          socket_(std::move(socket)),
+          frames_(socket_, max_record_frame) {}
+    Connection(const Connection&) = delete;
+    Connection& operator=(const Connection&) = delete;
+
+    Outbox outbox;  // any thread
+
+    // Called by whichever thread has found the socket full: somebody who waits for the socket to
+    // take more must call flush_full() then. (Our own wait() does, too.) Set it before anything is
+    // sent.
+    std::function<void()> on_full = [] {};
+
+    // ---- The handshake: frames in the clear -----------------------------------------------------
+
+    // The content of the next frame, valid until the next call. Blocks. Throws ProtocolError,
+    // TimedOut or NetworkError (also when the stream ends).
+    ByteSpan receive_frame(Clock::time_point deadline) {
+        std::optional<ByteSpan> frame = frames_.next(max_handshake_bytes, deadline);
+        if (!frame) throw NetworkError(ended);
+        return *frame;
+    }
+    // Blocks. Throws TimedOut or NetworkError.
+    void send_frame(ByteView content, Milliseconds patience) {
+        socket_.set_write_timeout(patience);
+        socket_.write_all(make_frame(content));
+    }
+    // From now on everything travels in records.
+    void secure(Secret<32> receiving_key, Secret<32> sending_key) {
+        opener_.emplace(std::move(receiving_key));
+        sealer_.emplace(std::move(sending_key));
+        heard_ = Clock::now();
+    }
+    bool is_secure() const { return sealer_.has_value(); }
+
+    // ---- Receiving ------------------------------------------------------------------------------
+
+    // The next message of what has come so far; its body is valid until the next call. Nothing: the
+    // input is used up for the moment; flush what you have said, then wait(). Does not block.
+    // Throws ProtocolError for a record or a message that must not be, NetworkError when the stream
+    // has ended.
+    std::optional<Message> next() {
+        while (left_.empty()) {
+            std::optional<ByteSpan> frame = frames_.take(max_record_frame);
+            if (!frame) {
+                FrameReader::Got got = frames_.read_now();
+                if (got == FrameReader::Got::the_end) throw NetworkError(ended);
+                if (got == FrameReader::Got::nothing_now) return std::nullopt;
+                heard_ = Clock::now();
+                asked_ = false;
+                continue;
+            }
+            ByteView record = opener_->open(*frame);
+            // Nobody needs them, and whoever sends them for ever would be served for ever.
+            if (record.empty()) throw ProtocolError("Received an empty record.");
+            left_ = Reader(record, "a record");
+        }
+        return take_message(left_);
+    }
+    // The next message, for a login: blocks until it is there. Throws as next(), and TimedOut.
+    Message expect(Clock::time_point deadline) {
+        for (;;) {
+            flush();
+            if (std::optional<Message> message = next()) return *message;
+            if (Clock::now() >= deadline) throw TimedOut("The other side took too long.");
+            wait(deadline);
+        }
+    }
+
+    // How long the other side may be silent before it is pinged, and then again before wait()
+    // throws TimedOut. At first, and for a login, for ever.
+    void set_patience(Milliseconds patience) { patience_ = patience; }
+
+    // Blocks until there is something to read, until `deadline`, or until `waker` is awake;
+    // meanwhile it sends what a full socket has left behind, and pings. (Events of the socket
+    // that are not wanted now, because our reader is behind, are not waited for.)
+    void wait(Clock::time_point deadline, const Waker* waker = nullptr, bool reading = true) {
+        auto events = static_cast<short>((reading ? POLLIN : 0) | (outbox.is_full() ? POLLOUT : 0));
+        std::array<detail::PollEntry, 2> entries{
+            {{socket_.handle(), events, 0},
+             {waker != nullptr ? waker->handle() : detail::no_socket, POLLIN, 0}}};
+        Clock::time_point silence_ends = heard_ + (asked_ ? 2 : 1) * patience_;
+        std::size_t count = waker != nullptr ? 2 : 1;
+        bool ready = detail::poll_until(std::span(entries).first(count),
+                                        reading ? std::min(deadline, silence_ends) : deadline);
+        if ((entries[0].revents & POLLOUT) != 0) flush_full();
+        if (ready || !reading || Clock::now() < silence_ends) return;
+        if (asked_) throw TimedOut("The other side fell silent.");
+        asked_ = true;
+        frames_.shrink();
+        outbox.push_control(Ping{});
+        flush();
+    }
+    // Blocks for that long, or until the connection is over. Reads nothing: TCP makes the other
+    // side wait.
+    void pause(Milliseconds duration) { socket_.wait(0, duration); }
+
+    // ---- Sending --------------------------------------------------------------------------------
+
+    // Sends what is queued, as far as the socket takes it at once. Does not block. Any thread. If
+    // the connection breaks, the owner is the one who hears of it.
+    void flush() {
+        if (outbox.start_writing(Outbox::Writer::due)) write();
+    }
+    // Goes on at a socket that was full. Does not block. Any thread.
+    void flush_full() {
+        if (outbox.start_writing(Outbox::Writer::full)) write();
+    }
+    // One message, at once.
+    template <class T>
+    void send(const T& message) {
+        outbox.push_control(message);
+        flush();
+    }
+
+    // ---- The end --------------------------------------------------------------------------------
+
+    // What is queued is still sent, then our stream ends. Does not block. Any thread.
+    void finish() {
+        outbox.finish();
+        flush();
+    }
+    // Everything is over at once; the owner notices. Does not block. Any thread.
+    void abort() noexcept {
+        outbox.close();
+        socket_.shut_down();
+    }
+    // The polite end: finish(), until all is sent or `to_send` is over; then what the other side
+    // still sends is read away until it ends its stream too (see Socket::close_politely), or `to_end`
+    // is over. Blocks.
+    void close(Milliseconds to_send, Milliseconds to_end) noexcept {
+        try {
+            finish();
+            for (auto until = Clock::now() + to_send; outbox.is_full() && Clock::now() < until;) {
+                socket_.wait(POLLOUT, std::chrono::ceil<Milliseconds>(until - Clock::now()));
+                flush_full();
+            }
+            socket_.read_away(Clock::now() + to_end);
+        } catch (const std::exception&) {
+            // it ends all the same
+        }
+        abort();
+    }
+
+    detail::SocketHandle handle() const { return socket_.handle(); }  // for poll()
+
+  private:
+    static constexpr const char* ended = "The other side closed the connection.";
+
+    // Called by one thread at a time, as Outbox::start_writing says. The table above.
+    void write() {
+        try {
+            for (bool last = false;;) {
+                if (sending_.empty()) {
+                    std::optional<Bytes> frame = outbox.take(last);
+                    if (!frame && last) socket_.finish_writing();
+                    if (!frame) return;
+                    sealer_->seal(*frame);
+                    sending_ = std::move(*frame);
+                    sent_ = 0;
+                }
+                sent_ += socket_.write_now(ByteView(sending_).subspan(sent_));
+                if (sent_ < sending_.size()) {
+                    outbox.stop_at_full_socket();
+                    on_full();
+                    return;
+                }
+                sending_ = Bytes();  // gives the memory back
+            }
+        } catch (const std::exception&) {
+            abort();
+        }
+    }
+
+    Socket socket_;  // other threads: send() by who writes, and shut_down()
+
+    // The owner's.
+    FrameReader frames_;
+    std::optional<RecordOpener> opener_;
+    Reader left_{{}, "a record"};
+    Clock::time_point heard_ = Clock::now();
+    Milliseconds patience_ = std::chrono::hours(24 * 365);
+    bool asked_ = false;
+
+    // Of who is writing.
+    std::optional<RecordSealer> sealer_;
+    Bytes sending_;  // a sealed frame, of which so many bytes are sent:
+    std::size_t sent_ = 0;
+};
 
 // =================================================================================================
 //  Chapter 11. The server
@@ -5285,6 +5593,7 @@ struct ServerOptions {
     Milliseconds handshake_timeout{10'000};
     Milliseconds login_timeout{60'000};     // the client's slow hash is part of it
     Milliseconds ping_after{30'000};        // of silence
+    Milliseconds announce_every{10};        // Joined and Left, gathered
     Milliseconds takeover_patience{3'000};  // for a Pong, when the same user logs in again
     Milliseconds write_timeout{20'000};
     LoginThrottle::Options throttle{};
@@ -5319,84 +5628,301 @@ class TokenBucket {
     Clock::time_point last_ = Clock::now();
 };
 
-// One connection. Its reader thread owns it; others may use what is marked so.
-struct Session {
+// One connection and what the server knows of who is behind it. Its own thread's, if it does not
+// say otherwise.
+struct Session : std::enable_shared_from_this<Session> {
     Session(Socket accepted, const Endpoint& from, const ServerOptions& options)
-        : socket(std::move(accepted)),
-          frames(socket, max_record_frame),
-          outbox(options.queue_bound, options.bulk_queue_bound),
+        : connection(std::move(accepted), options.queue_bound, options.bulk_queue_bound),
           bucket(options.messages_per_second, options.message_burst),
           host(from.host()),
           address(from.text()) {}
 
-    Socket socket;  // others: shut_down() only
-    FrameReader frames;
-    std::optional<MessageReader> incoming;  // once the channel stands
-    std::optional<RecordSealer> sealer;     // after the login: the writer's
+    Connection connection;  // others: what is marked "any thread" there
     Digest channel_binding{};
-    Outbox outbox;  // any thread
     TokenBucket bucket;
-    std::string host, address;  // "127.0.0.1", "127.0.0.1:41234"
+    const std::string host, address;  // "127.0.0.1", "127.0.0.1:41234"
 
-    std::string user;                   // empty until the login is proved; then constant
-    LoginId id{};                       // likewise
-    std::shared_ptr<const Bytes> card;  // a CardOf message; constant once the session is a member
+    // Guarded by Members.
+    enum class Stage { stranger, logging_in, member, gone };
+    std::atomic<Stage> stage = Stage::stranger;
+    std::string user;         // empty for a stranger
+    LoginId id{};             // likewise
+    Bytes card;               // a member's
+    std::size_t told = 0;     // see Members
+    std::uint64_t pongs = 0;  // how many have come
 
-    std::thread reader;                   // joined by Server::run
-    std::atomic<bool> finished = false;   // the reader is at its end
-    std::atomic<bool> logged_in = false;  // does not count as a stranger any more
+    // Its thread's: in whose outboxes it has put something that is not flushed yet, and how much.
+    std::vector<std::shared_ptr<Session>> touched;
+    std::size_t unflushed = 0;
 
-    // What others wait for: any thread, under `mutex`.
-    std::mutex mutex;
-    std::condition_variable changed;
-    std::uint64_t pongs = 0;
-    bool gone = false;      // not in the list of those who are online any more
-    bool stopping = false;  // the server ends
-    std::string drop_reason;
-
-    void note_pong() {
-        {
-            std::lock_guard lock(mutex);
-            ++pongs;
-        }
-        changed.notify_all();
-    }
-    // Asks the client whether it is alive, and waits for the answer. True if it is.
-    bool answers_ping(Milliseconds patience) {
-        std::unique_lock lock(mutex);
-        std::uint64_t before = pongs;
-        outbox.push_control(Ping{before});
-        changed.wait_for(lock, patience, [&] { return pongs != before || gone || stopping; });
-        return pongs != before;
-    }
-    bool wait_until_gone(Milliseconds patience) {
-        std::unique_lock lock(mutex);
-        return changed.wait_for(lock, patience, [&] { return gone; });
-    }
-    // Waits, but not beyond the end of the server.
-    void pause(Milliseconds duration) {
-        std::unique_lock lock(mutex);
-        changed.wait_for(lock, duration, [&] { return stopping || !drop_reason.empty(); });
-    }
-    void mark_gone() {
-        {
-            std::lock_guard lock(mutex);
-            gone = true;
-        }
-        changed.notify_all();
-    }
-    // Ends the connection from outside.
-    void drop(const std::string& reason) {
-        {
-            std::lock_guard lock(mutex);
-            if (drop_reason.empty()) drop_reason = reason;
-        }
-        changed.notify_all();
-        outbox.close();
-        socket.shut_down();
-    }
+    std::thread login_thread;            // joined by `thread`, or by Server::run
+    std::thread thread;                  // joined by Server::run
+    std::atomic<bool> finished = false;  // there is nothing more to do
 };
 using SessionPtr = std::shared_ptr<Session>;
+
+// Who is here. Any thread, which must not hold a lock of its own. Nothing under this lock waits for
+// a network or a disk; the outboxes' locks are taken under it, one at a time.
+//
+// Announcements. A thousand who join one after the other must not be half a million small messages.
+// What there is to announce since the last time goes to everybody in one piece, at most once in
+// announce_every. Who has joined meanwhile knows the beginning of that piece from the roster, and gets the
+// rest: Session::told is where it begins. Nobody gets a message of a login that was not announced
+// to them, nor hears that a login is gone before its Left: list_for() and announce_now() see to it.
+class Members {
+  public:
+    // `on_news` is called, under the lock, when there is something to announce.
+    Members(const ServerOptions& options, std::function<void()> on_news)
+        : options_(options), on_news_(std::move(on_news)) {}
+
+    std::size_t size() const {
+        std::shared_lock lock(mutex_);
+        return members_.size();
+    }
+
+    // Makes a session the one login of its user, and numbers it. Throws Refusal. If there is
+    // another login, the live one stays (P8): one that is still being completed is alive (its
+    // client may be making a key, and answers nothing meanwhile; login_timeout bounds that), a
+    // member is if it answers a ping, for which this waits up to takeover_patience. Returns what
+    // there is to log.
+    std::string claim(const SessionPtr& session, const std::string& user) {
+        std::unique_lock lock(mutex_);
+        std::string line;
+        auto found = online_.find(user);
+        if (found != online_.end() && found->second->stage == Session::Stage::member) {
+            SessionPtr other = found->second;
+            std::uint64_t before = other->pongs;
+            other->connection.send(Ping{before});
+            changed_.wait_for(lock, options_.takeover_patience, [&] {
+                return other->pongs != before || other->stage == Session::Stage::gone;
+            });
+            if (other->pongs == before)
+                line = drop_locked(*other, "its connection was dead when the user logged in again");
+        }
+        if (online_.contains(user))
+            throw Refusal(RefusalReason::already_online,
+                          concat("\"", user, "\" is online already, and only once at a time."));
+        if (online_.size() >= options_.max_clients)
+            throw Refusal(RefusalReason::server_full, "The server is full. Try again later.");
+        online_.emplace(user, session);
+        session->user = user;
+        session->id = LoginId{++last_id_};
+        session->stage = Session::Stage::logging_in;
+        return line;
+    }
+    void note_pong(Session& s) {
+        std::lock_guard lock(mutex_);
+        ++s.pongs;
+        changed_.notify_all();
+    }
+
+    // Tells the newcomer about everybody, and puts the newcomer into the next announcement, in one
+    // step: under the lock nobody can come or go in between, so nobody is missed and nobody is told
+    // twice. Returns how many are here.
+    std::size_t join(const SessionPtr& session) {
+        std::lock_guard lock(mutex_);
+        Outbox& outbox = session->connection.outbox;
+        for (const SessionPtr& other : members_)
+            outbox.push_control(Joined{other->id, other->user});
+        outbox.push_control(Ready{});
+        append_news(Joined{session->id, session->user});
+        session->told = news_.size();
+        members_.insert(lower_bound(session->id), session);
+        session->stage = Session::Stage::member;
+        return members_.size();
+    }
+
+    // Takes a session off the lists, at once, however long its thread still has to do. Returns what
+    // there is to log: nothing if it was off them already.
+    std::string remove(Session& s, const std::string& reason) {
+        std::lock_guard lock(mutex_);
+        return remove_locked(s, reason);
+    }
+    // The same, and ends its connection: for what others find wrong with it.
+    std::string drop(Session& s, const std::string& reason) {
+        std::lock_guard lock(mutex_);
+        return drop_locked(s, reason);
+    }
+
+    // The members in ascending order of their numbers, as long as the list is held.
+    struct List {
+        std::shared_lock<std::shared_mutex> lock;
+        const std::vector<SessionPtr>& all;
+
+        auto find(LoginId id) const {
+            auto at = std::lower_bound(all.begin(), all.end(), id, before);
+            return at != all.end() && (*at)->id == id ? at : all.end();
+        }
+    };
+    List list() const { return {std::shared_lock(mutex_), members_}; }
+    // For `s` to say something to them.
+    List list_for(Session& s) {
+        List list{std::shared_lock(mutex_), members_};
+        if (s.told == 0) return list;  // everybody knows that it is here
+        list.lock.unlock();
+        announce_now(s.touched);
+        list.lock.lock();
+        return list;
+    }
+
+    // When the next announcement is due.
+    Clock::time_point next_announcement() const {
+        std::shared_lock lock(mutex_);
+        return announce_at_;
+    }
+    // Puts it into everybody's outbox; those that are to be flushed then are appended to `touched`.
+    void announce_now(std::vector<SessionPtr>& touched) {
+        std::lock_guard lock(mutex_);
+        if (news_.empty()) return;
+        for (const SessionPtr& member : members_) {
+            ByteView news = ByteView(news_).subspan(std::exchange(member->told, 0));
+            if (news.empty()) continue;
+            Outbox::Result result = member->connection.outbox.push_control(news);
+            if (result == Outbox::Result::due) touched.push_back(member);
+            if (result == Outbox::Result::refused) member->connection.abort();
+        }
+        news_.clear();
+        announced_at_ = Clock::now();
+        announce_at_ = Clock::time_point::max();
+    }
+
+  private:
+    static bool before(const SessionPtr& member, LoginId id) { return member->id < id; }
+    std::vector<SessionPtr>::iterator lower_bound(LoginId id) {
+        return std::lower_bound(members_.begin(), members_.end(), id, before);
+    }
+
+    // Under mutex_, like the rest:
+    std::string drop_locked(Session& s, const std::string& reason) {
+        s.connection.abort();
+        return remove_locked(s, reason);
+    }
+    std::string remove_locked(Session& s, const std::string& reason) {
+        Session::Stage stage = s.stage.exchange(Session::Stage::gone);
+        if (stage == Session::Stage::gone) return "";
+        if (stage != Session::Stage::stranger) online_.erase(s.user);
+        changed_.notify_all();
+        if (stage != Session::Stage::member)
+            return concat("refused ", s.address,
+                          s.user.empty() ? "" : concat(" (\"", s.user, "\")"), ": ", reason);
+        members_.erase(lower_bound(s.id));
+        append_news(Left{s.id});
+        return concat("\"", s.user, "\" left: ", reason);
+    }
+    template <class T>
+    void append_news(const T& message) {
+        append_message(news_, message);
+        if (news_.size() > max_record_bytes / 2) announced_at_ = {};  // it must fit into a record
+        Clock::time_point due = std::max(Clock::now(), announced_at_ + options_.announce_every);
+        if (due >= announce_at_) return;
+        announce_at_ = due;
+        on_news_();
+    }
+
+    const ServerOptions& options_;
+    const std::function<void()> on_news_;
+    mutable std::shared_mutex mutex_;           // guards the rest
+    std::condition_variable_any changed_;       // for claim(): a Pong has come, somebody is gone
+    std::map<std::string, SessionPtr> online_;  // by name, from the proof of the password on
+    std::vector<SessionPtr> members_;           // those who have shown a card, by id
+    Bytes news_;                                // Joined and Left that not all were told yet
+    Clock::time_point announced_at_{}, announce_at_ = Clock::time_point::max();
+    std::uint32_t last_id_ = 0;
+};
+
+// The one thread that waits for those who are slow. Whoever finds a member's socket full leaves it
+// to the pump, which goes on when the socket takes more, and drops a member whose socket takes
+// nothing for `patience`. It also makes the announcements when they are due.
+class Pump {
+  public:
+    // Throws std::system_error if there is no thread for it.
+    Pump(Members& members, Milliseconds patience, std::function<void(const std::string&)> log)
+        : members_(members), patience_(patience), log_(std::move(log)) {}
+    ~Pump() { stop(); }
+
+    void start() {
+        thread_ = std::thread([this] { run(); });
+    }
+    void stop() {
+        stopping_ = true;
+        waker_.wake();
+        if (thread_.joinable()) thread_.join();
+    }
+    void wake() { waker_.wake(); }  // any thread
+    // Any thread: much memory was needed and is free again. When there was no burst for a second,
+    // it goes back to the system.
+    void note_burst() {
+        last_burst_ = Clock::now();
+        if (!cleaning_up_.exchange(true)) wake();
+    }
+    // Any thread: called by Connection::flush.
+    void take_over(Session& s) {
+        {
+            std::lock_guard lock(mutex_);
+            new_.push_back(s.shared_from_this());
+        }
+        wake();
+    }
+
+  private:
+    void run() noexcept {
+        while (!stopping_) {
+            try {
+                wait_and_write();
+            } catch (const std::exception& e) {
+                log_(concat("the pump: ", e.what()));  // no memory: perhaps the next time
+            }
+        }
+    }
+    void wait_and_write() {
+        std::vector<PollEntry> entries{{waker_.handle(), POLLIN, 0}};
+        Clock::time_point deadline = members_.next_announcement();
+        if (cleaning_up_) deadline = std::min(deadline, last_burst_.load() + rest);
+        for (const auto& [session, since] : full_) {
+            entries.push_back({session->connection.handle(), POLLOUT, 0});
+            deadline = std::min(deadline, since + patience_);
+        }
+        poll_until(entries, deadline);
+        waker_.drain();
+        Clock::time_point now = Clock::now();
+        auto entry = entries.begin();
+        for (auto it = full_.begin(); it != full_.end();) {
+            auto [session, since] = *it;
+            bool ready = (++entry)->revents != 0;
+            if (ready) session->connection.flush_full();  // if it is full again, take_over follows
+            if (!ready && now >= since + patience_) {
+                std::string line = members_.drop(*session, "it takes no more data");
+                if (!line.empty()) log_(line);
+            }
+            it = ready || !session->connection.outbox.is_full() ? full_.erase(it) : std::next(it);
+        }
+        {
+            std::lock_guard lock(mutex_);
+            for (SessionPtr& session : new_) full_.insert_or_assign(std::move(session), now);
+            new_.clear();
+        }
+        if (cleaning_up_ && now >= last_burst_.load() + rest) {
+            cleaning_up_ = false;
+            give_back_free_memory();
+        }
+        if (now < members_.next_announcement()) return;
+        std::vector<SessionPtr> touched;
+        members_.announce_now(touched);
+        for (const SessionPtr& member : touched) member->connection.flush();
+    }
+
+    Members& members_;
+    const Milliseconds patience_;
+    const std::function<void(const std::string&)> log_;
+    static constexpr std::chrono::seconds rest{1};
+    Waker waker_;
+    std::atomic<bool> stopping_ = false, cleaning_up_ = false;
+    std::atomic<Clock::time_point> last_burst_{};
+    std::map<SessionPtr, Clock::time_point> full_;  // the thread's: since when each takes nothing
+    std::mutex mutex_;                              // guards new_
+    std::vector<SessionPtr> new_;
+    std::thread thread_;  // joined by stop()
+};
 
 }  // namespace detail
 
@@ -5429,13 +5955,15 @@ class Server {
     std::uint16_t port() const { return listener_.port(); }
     Fingerprint fingerprint() const { return key_.public_key().fingerprint(); }
 
-    // Serves until stop(): blocks. Then says goodbye to everybody and joins every thread.
+    // Serves until stop(): blocks. Then says goodbye to everybody and joins every thread. Throws
+    // std::system_error if the system has not even one thread.
     void run() {
+        pump_.start();
         while (!stopping_.load()) {
             try {
                 if (std::optional<Listener::Accepted> newcomer = listener_.accept(waker_))
                     admit(std::move(*newcomer));
-            } catch (const NetworkError& e) {
+            } catch (const std::exception& e) {
                 warn(e.what());
                 std::unique_lock lock(sessions_mutex_);  // let somebody leave before the next try
                 session_ended_.wait_for(lock, Milliseconds(50));
@@ -5444,6 +5972,7 @@ class Server {
             join_finished();
         }
         say_goodbye();
+        pump_.stop();
     }
 
     // Makes run() return soon. Any thread may call it, and a signal handler too.
@@ -5457,10 +5986,7 @@ class Server {
         std::lock_guard lock(sessions_mutex_);
         return sessions_.size();
     }
-    std::size_t members() const {
-        std::shared_lock lock(members_mutex_);
-        return members_.size();
-    }
+    std::size_t members() const { return members_.size(); }
 
     // Adds an account to a data directory that no server is using: throws Error if one is, or if
     // the name is taken or bad, or the password too weak. Blocks for the slow hash.
@@ -5479,15 +6005,18 @@ class Server {
   private:
     using Session = detail::Session;
     using SessionPtr = detail::SessionPtr;
+    using Stage = Session::Stage;
     using Refusal = detail::Refusal;
 
     // ---- Start ----------------------------------------------------------------------------------
 
     static DirectoryLock lock_data_directory(const std::filesystem::path& directory) {
         make_private_directory(directory);
-        if (!detail::may_write_into(directory))
+#ifndef _WIN32
+        if (::access(directory.c_str(), W_OK | X_OK) != 0)
             throw Error(concat("The data directory ", directory.string(), " cannot be written: ",
                                system_reason(), ". Choose another with --data."));
+#endif
         return DirectoryLock(directory, false,
                              concat("Another server uses the data directory ", directory.string(),
                                     ". Stop it, or choose another directory with --data."));
@@ -5517,18 +6046,19 @@ class Server {
     void admit(Listener::Accepted newcomer) {
         auto session =
             std::make_shared<Session>(std::move(newcomer.socket), newcomer.from, options_);
+        session->connection.on_full = [this, s = session.get()] { pump_.take_over(*s); };
         std::lock_guard lock(sessions_mutex_);
-        std::size_t strangers = 0;
-        for (const SessionPtr& other : sessions_)
-            if (!other->logged_in && other->host == session->host) ++strangers;
-        if (strangers >= options_.max_logins_per_address ||
+        auto strangers = std::count_if(sessions_.begin(), sessions_.end(), [&](const auto& other) {
+            return other->stage != Stage::member && other->host == session->host;
+        });
+        if (static_cast<std::size_t>(strangers) >= options_.max_logins_per_address ||
             sessions_.size() >= 2 * options_.max_clients) {
             warn(concat("refused ", session->address, ": too many connections"));
             return;
         }
         sessions_.push_back(session);
         try {
-            session->reader = std::thread([this, session] { serve(session); });
+            session->login_thread = std::thread([this, session] { let_in(session); });
         } catch (const std::system_error& e) {
             warn(concat("refused ", session->address, ": no thread for it: ", e.what()));
             sessions_.pop_back();
@@ -5536,35 +6066,29 @@ class Server {
     }
 
     void join_finished() {
-        std::vector<SessionPtr> finished;
+        std::list<SessionPtr> finished;
         {
             std::lock_guard lock(sessions_mutex_);
             for (auto it = sessions_.begin(); it != sessions_.end();) {
                 auto here = it++;
-                if ((*here)->finished.load()) {
-                    finished.push_back(std::move(*here));
-                    sessions_.erase(here);
-                }
+                if ((*here)->finished) finished.splice(finished.end(), sessions_, here);
             }
         }
-        for (const SessionPtr& session : finished) session->reader.join();
+        for (const SessionPtr& session : finished)
+            for (std::thread* thread : {&session->login_thread, &session->thread})
+                if (thread->joinable()) thread->join();
     }
 
     void say_goodbye() {
         info("stopping");
         std::unique_lock lock(sessions_mutex_);
         for (const SessionPtr& session : sessions_) {
-            {
-                std::lock_guard session_lock(session->mutex);
-                session->stopping = true;
+            if (session->stage != Stage::member) {
+                session->connection.abort();
+                continue;
             }
-            session->changed.notify_all();
-            if (session->logged_in) {
-                session->outbox.push_control(Goodbye{"The server is stopping."});
-                session->outbox.finish();
-            } else {
-                session->socket.shut_down();
-            }
+            session->connection.outbox.push_control(Goodbye{"The server is stopping."});
+            session->connection.finish();
         }
         // The clients close their end when they see the goodbye. Those that do not are cut off.
         auto all_finished = [&] {
@@ -5572,65 +6096,83 @@ class Server {
                                [](const SessionPtr& s) { return s->finished.load(); });
         };
         session_ended_.wait_for(lock, Milliseconds(2000), all_finished);
-        for (const SessionPtr& session : sessions_) session->drop("the server stopped");
+        for (const SessionPtr& session : sessions_) session->connection.abort();
+        session_ended_.wait(lock, all_finished);
         lock.unlock();
-        while (connections() > 0) {
-            join_finished();
-            lock.lock();
-            session_ended_.wait_for(lock, Milliseconds(50),
-                                    [&] { return sessions_.empty() || all_finished(); });
-            lock.unlock();
-        }
+        join_finished();
         info("stopped");
     }
 
     // ---- One connection, from beginning to end --------------------------------------------------
 
-    // The reader thread. Nothing that happens to one connection may leave this function.
-    void serve(const SessionPtr& session) noexcept {
-        std::string end;  // how it ended, for the log
-        try {
+    // Its first thread: handshake and login. What these leave behind in a thread (pages of the
+    // stack, OpenSSL's random generators, the allocator's caches: 25 KiB) ends with it; who is
+    // logged in gets a fresh one.
+    void let_in(const SessionPtr& session) noexcept {
+        end(session, [&] {
             greet(*session);
             log_in(session);
-            end = take_part(session);
-        } catch (const Refusal& e) {
-            end = e.what();
-            refuse(*session, e.reason, e.what());
-        } catch (const ProtocolError& e) {
-            end = e.what();
-            refuse(*session, RefusalReason::broke_protocol, e.what());
-        } catch (const std::exception& e) {
-            end = e.what();
-        }
-        leave(session, end);
-        session->outbox.close();
-        session->socket.close_politely(Milliseconds(1000));
-        session->finished.store(true);
+            session->thread = std::thread([this, session] { serve(session); });
+            return std::string();
+        });
+    }
+    // Its second one: everything after that.
+    void serve(const SessionPtr& session) noexcept {
+        std::thread before;
         {
-            std::lock_guard lock(sessions_mutex_);  // so that nobody misses the notification
+            std::lock_guard lock(sessions_mutex_);  // now admit() has written it down
+            before = std::move(session->login_thread);
         }
+        before.join();
+        end(session, [&] { return take_part(session); });
+    }
+
+    // Does the work of a thread, and ends the session with what it returns, if it is not empty: how
+    // it ended, for the log. Nothing that happens to a connection may leave its thread, not even
+    // what nobody has thought of.
+    template <class Work>
+    void end(const SessionPtr& session, const Work& work) noexcept {
+        try {
+            std::string how;
+            try {
+                how = work();
+                if (how.empty()) return;
+            } catch (const Refusal& e) {
+                how = refuse(*session, e.reason, e.what());
+            } catch (const ProtocolError& e) {
+                how = refuse(*session, RefusalReason::broke_protocol, e.what());
+            } catch (const std::exception& e) {
+                session->connection.abort();  // what still waits for it must not keep it here
+                how = e.what();
+            }
+            flush_touched(*session);
+            log_if_any(members_.remove(*session, how));
+        } catch (...) {
+            session->connection.abort();
+        }
+        session->connection.close(options_.write_timeout, Milliseconds(1000));
+        std::lock_guard lock(sessions_mutex_);  // so that nobody misses the notification
+        session->finished = true;
         session_ended_.notify_all();
         waker_.wake();
     }
 
+    // Tells the client why, if there is a channel to tell it through.
+    static std::string refuse(Session& s, RefusalReason reason, const std::string& sentence) {
+        if (s.connection.is_secure()) s.connection.send(Refused{reason, sentence});
+        return sentence;
+    }
+
     // The handshake of chapter 5, and Welcome.
     void greet(Session& s) {
-        auto next_frame = [&] {
-            std::optional<ByteSpan> frame = s.frames.next(max_handshake_bytes);
-            if (!frame) throw NetworkError("It left before the handshake was done.");
-            return *frame;
-        };
-        s.frames.set_deadline(Clock::now() + options_.handshake_timeout);
-        s.socket.set_write_timeout(options_.write_timeout);
-        ServerHandshake handshake(key_, next_frame());
-        s.socket.write_all(make_frame(handshake.hello()));
-        HopKeys keys = finish_handshake(handshake, next_frame());
-        s.incoming.emplace(s.frames, std::move(keys.client_to_server));
-        s.sealer.emplace(std::move(keys.server_to_client));
+        Clock::time_point deadline = Clock::now() + options_.handshake_timeout;
+        ServerHandshake handshake(key_, s.connection.receive_frame(deadline));
+        s.connection.send_frame(handshake.hello(), options_.write_timeout);
+        HopKeys keys = finish_handshake(handshake, s.connection.receive_frame(deadline));
+        s.connection.secure(std::move(keys.client_to_server), std::move(keys.server_to_client));
         s.channel_binding = keys.channel_binding;
-        send_now(s.socket, *s.sealer,
-                 Welcome{std::string(version),
-                         options_.registration_open ? std::uint8_t{1} : std::uint8_t{0}});
+        s.connection.send(Welcome{std::string(version),
+                                  options_.registration_open ? std::uint8_t{1} : std::uint8_t{0}});
     }
 
     // The expensive part, for as many at once as there are processors.
@@ -5640,28 +6182,22 @@ class Server {
         return handshake.receive_key(frame3);
     }
 
-    // Messages until somebody is logged in. One wrong password ends the connection.
+    // Messages until somebody is logged in and has shown a card. One wrong password ends it.
     void log_in(const SessionPtr& session) {
         Session& s = *session;
-        s.frames.set_deadline(Clock::now() + options_.login_timeout);
-        for (bool registered = false;;) {
-            Message message = expect(s);
-            if (message.type == MessageType::register_account && !registered) {
-                register_account(s, from_wire<RegisterAccount>(message.body));
-                registered = true;
-            } else if (message.type == MessageType::login_start) {
-                check_login(session, from_wire<LoginStart>(message.body));
-                return;
-            } else {
-                throw ProtocolError("Received something else than a login.");
-            }
+        Clock::time_point deadline = Clock::now() + options_.login_timeout;
+        Message message = s.connection.expect(deadline);
+        if (message.type == MessageType::register_account) {
+            register_account(s, from_wire<RegisterAccount>(message.body));
+            message = s.connection.expect(deadline);
         }
-    }
-
-    static Message expect(Session& s) {
-        std::optional<Message> message = s.incoming->next();
-        if (!message) throw NetworkError("It left before it was logged in.");
-        return *message;
+        if (message.type != MessageType::login_start)
+            throw ProtocolError("Received something else than a login.");
+        check_login(session, from_wire<LoginStart>(message.body), deadline);
+        message = s.connection.expect(deadline);
+        if (message.type != MessageType::publish_card)
+            throw ProtocolError("Received something else than a key card.");
+        publish(s, from_wire<PublishCard>(message.body).card);
     }
 
     void register_account(Session& s, const RegisterAccount& request) {
@@ -5677,7 +6213,7 @@ class Server {
             throw Refusal(RefusalReason::bad_account, e.what());
         }
         // Each account costs a rewrite of users.db: whoever makes hundreds is made to wait.
-        s.pause(registrations_.delay(s.host, s.host, Clock::now()));
+        s.connection.pause(registrations_.delay(s.host, s.host, Clock::now()));
         registrations_.failed(s.host, s.host, Clock::now());
         bool added = false;
         try {
@@ -5697,18 +6233,19 @@ class Server {
                                  "\" is taken. Choose another, or log "
                                  "in without --register if it is yours."));
         info(concat("registered \"", account.user, "\" from ", s.address));
-        send_now(s.socket, *s.sealer, Registered{});
+        s.connection.send(Registered{});
     }
 
-    void check_login(const SessionPtr& session, const LoginStart& start) {
+    void check_login(const SessionPtr& session, const LoginStart& start,
+                     Clock::time_point deadline) {
         Session& s = *session;
         ScramServer scram(start.client_first, s.channel_binding);
         std::optional<Account> account = accounts_.find(scram.user());
-        s.pause(throttle_.delay(scram.user(), s.host, Clock::now()));
+        s.connection.pause(throttle_.delay(scram.user(), s.host, Clock::now()));
         ScramVerifier verifier = account ? account->verifier : unknown_user(scram.user());
-        send_now(s.socket, *s.sealer, LoginChallenge{scram.challenge(std::move(verifier))});
+        s.connection.send(LoginChallenge{scram.challenge(std::move(verifier))});
 
-        Message message = expect(s);
+        Message message = s.connection.expect(deadline);
         if (message.type != MessageType::login_proof)
             throw ProtocolError("Received something else than a login proof.");
         std::optional<std::string> server_final =
@@ -5718,9 +6255,8 @@ class Server {
             throw Refusal(RefusalReason::bad_login, "The name or the password is wrong.");
         }
         throttle_.succeeded(scram.user());
-        s.user = scram.user();
-        claim_name(session);
-        send_now(s.socket, *s.sealer, LoginDone{*server_final, s.id});
+        log_if_any(members_.claim(session, scram.user()));
+        s.connection.send(LoginDone{*server_final, s.id});
     }
 
     // What an unknown user's entry would look like: the same each time, and no password fits. (Who
@@ -5733,166 +6269,54 @@ class Server {
         return {default_iterations, Bytes(salt.begin(), salt.begin() + 16), stored, server};
     }
 
-    // Makes this session the one login of its user, and numbers it. If there is another one, it is
-    // asked whether it is alive: if so it stays, and we are refused (P8).
-    void claim_name(const SessionPtr& session) {
-        for (int tries = 0; tries < 3; ++tries) {
-            SessionPtr other;
-            {
-                std::lock_guard lock(members_mutex_);
-                if (online_.size() >= options_.max_clients)
-                    throw Refusal(RefusalReason::server_full,
-                                  "The server is full. Try again later.");
-                auto [entry, free] = online_.try_emplace(session->user, session);
-                if (free) {
-                    session->id = LoginId{++last_id_};
-                    return;
-                }
-                other = entry->second;
-            }
-            if (other->answers_ping(options_.takeover_patience)) break;
-            other->drop("its connection was dead when the user logged in again");
-            other->wait_until_gone(options_.takeover_patience);
-        }
-        throw Refusal(
-            RefusalReason::already_online,
-            concat("\"", session->user, "\" is online already, and only once at a time."));
-    }
-
-    // From the card to the end. Returns why it ended.
-    std::string take_part(const SessionPtr& session) {
-        Session& s = *session;
-        Message message = expect(s);
-        if (message.type != MessageType::publish_card)
-            throw ProtocolError("Received something else than a key card.");
-        publish(s, from_wire<PublishCard>(message.body).card);
-        s.frames.set_patience(options_.ping_after);
-        s.logged_in = true;
-        std::thread writer([&s] { write_outbox(s); });
-        detail::AtExit join_writer([&] {
-            s.outbox.finish();  // what was said before the end is still written
-            writer.join();
-        });
-        join_members(session);
-        try {
-            return converse(s);
-        } catch (...) {
-            s.outbox.close();
-            throw;
-        }
-    }
-
-    static void write_outbox(Session& s) noexcept {
-        try {
-            s.outbox.write_to(s.socket, *s.sealer);
-            if (s.outbox.is_closed())
-                s.socket.shut_down();
-            else
-                s.socket.finish_writing();
-        } catch (const std::exception& e) {
-            s.drop(e.what());
-        }
-    }
-
+    // The server does not judge cards: the clients do, each for itself (chapter 8). It looks at
+    // what it writes down, the identity that an account has, and only at one that is new to it.
     void publish(Session& s, ByteView bytes) {
-        CheckedCard card(bytes, s.user);
-        s.card = std::make_shared<const Bytes>(to_wire(CardOf{s.id, to_bytes(bytes)}));
+        s.card = to_bytes(bytes);
+        Card card = decode<Card>(bytes, "a key card");
         std::optional<Account> account = accounts_.find(s.user);
-        if (!account || account->identity == card.identity().der()) return;
+        if (!account || account->identity == card.identity_der) return;
+        CheckedCard checked(bytes, s.user);
         if (!account->identity.empty())
             warn(concat("\"", s.user, "\" comes with another identity key than before: now ",
-                        card.fingerprint().text()));
+                        checked.fingerprint().text()));
         try {
-            accounts_.set_identity(s.user, card.identity().der());
+            accounts_.set_identity(s.user, checked.identity().der());
         } catch (const Error& e) {
             warn(e.what());  // the record is for the operator only: no reason to refuse the user
         }
     }
 
-    // Tells everybody about the newcomer and the newcomer about everybody, in one step: under the
-    // lock nobody can come or go in between, so nobody is missed and nobody is told twice.
-    void join_members(const SessionPtr& session) {
-        std::size_t count = 0;
-        {
-            std::lock_guard lock(members_mutex_);
-            for (const auto& [id, other] : members_) {
-                other->outbox.push_control(Joined{session->id, session->user});
-                session->outbox.push_control(Joined{id, other->user});
-            }
-            session->outbox.push_control(Ready{});
-            members_.emplace(session->id, session);
-            count = members_.size();
-        }
-        info(concat("\"", session->user, "\" joined from ", session->address, " as login ",
-                    static_cast<std::uint32_t>(session->id), "; online: ", count));
-    }
-
-    void leave(const SessionPtr& session, const std::string& end) {
-        bool was_online = false, was_member = false;
-        {
-            std::lock_guard lock(members_mutex_);
-            auto found = online_.find(session->user);
-            if (found != online_.end() && found->second == session) {
-                online_.erase(found);
-                was_online = true;
-            }
-            was_member = members_.erase(session->id) > 0 && was_online;
-            if (was_member)
-                for (const auto& [id, other] : members_)
-                    other->outbox.push_control(Left{session->id});
-        }
-        session->mark_gone();
-        std::string dropped;
-        {
-            std::lock_guard lock(session->mutex);
-            dropped = session->drop_reason;
-        }
-        const std::string& reason = dropped.empty() ? end : dropped;
-        if (was_member)
-            info(concat("\"", session->user, "\" left: ", reason));
-        else
-            info(concat("refused ", session->address,
-                        session->user.empty() ? "" : concat(" (\"", session->user, "\")"), ": ",
-                        reason));
-    }
-
-    // Tells the client why, if there is a channel to tell it through.
-    static void refuse(Session& s, RefusalReason reason, const std::string& sentence) noexcept {
-        try {
-            if (s.sealer) send_now(s.socket, *s.sealer, Refused{reason, sentence});
-        } catch (const std::exception&) {
-            // it did not want to hear it
-        }
-    }
-
     // ---- A member talks -------------------------------------------------------------------------
 
-    std::string converse(Session& s) {
-        for (bool asked = false;;) {
-            std::optional<Message> message;
-            try {
-                message = s.incoming->next();
-                asked = false;
-            } catch (const TimedOut&) {
-                if (asked) return hang_up(s, "it fell silent");
-                asked = true;
-                s.outbox.push_control(Ping{});
-                continue;
+    // Returns why it ended.
+    std::string take_part(const SessionPtr& session) {
+        Session& s = *session;
+        s.connection.set_patience(options_.ping_after);
+        std::size_t online = members_.join(session);
+        s.connection.flush();
+        info(concat("\"", s.user, "\" joined from ", s.address, " as login ",
+                    static_cast<std::uint32_t>(s.id), "; online: ", online));
+        for (;;) {
+            while (std::optional<Message> message = s.connection.next()) {
+                if (message->type == MessageType::quit) {
+                    s.connection.send(Goodbye{"Goodbye."});
+                    return "said goodbye";
+                }
+                handle(s, *message);
+                if (s.unflushed > max_unflushed) flush_touched(s);
             }
-            if (!message) return hang_up(s, "the connection ended");
-            if (message->type == MessageType::quit) {
-                s.outbox.push_control(Goodbye{"Goodbye."});
-                return "said goodbye";
-            }
-            handle(s, *message);
+            flush_touched(s);
+            s.connection.wait(Clock::time_point::max());
         }
     }
 
-    // Nobody is there any more. What still waits for them must not keep them in the list: where
-    // nobody takes it, the writer would stand until its timeout.
-    static std::string hang_up(Session& s, const std::string& reason) {
-        s.drop(reason);
-        return reason;
+    // Sends what this thread has put into the outboxes of others. It does so before it waits for
+    // anything, and after max_unflushed deliveries, so that a flood does not delay its beginning.
+    void flush_touched(Session& s) {
+        for (const SessionPtr& other : s.touched) other->connection.flush();
+        s.touched.clear();
+        if (std::exchange(s.unflushed, 0) > large_burst) pump_.note_burst();
     }
 
     void handle(Session& s, const Message& message) {
@@ -5916,10 +6340,10 @@ class Server {
                 send_card(s, from_wire<GetCard>(message.body).id);
                 break;
             case MessageType::ping:
-                s.outbox.push_control(Pong{from_wire<Ping>(message.body).number});
+                s.connection.send(Pong{from_wire<Ping>(message.body).number});
                 break;
             case MessageType::pong:
-                s.note_pong();
+                members_.note_pong(s);
                 break;
             default:
                 throw ProtocolError(concat("Received a message of the unknown type ",
@@ -5929,71 +6353,87 @@ class Server {
         // are worth less than a member's queue holds, so who reads along at all loses nothing.
         double cost = 1 + static_cast<double>(text) / 256;
         Milliseconds wait = s.bucket.take(cost, Clock::now());
-        if (wait.count() > 0) s.pause(wait);
+        if (wait.count() == 0) return;
+        flush_touched(s);
+        s.connection.pause(wait);
     }
 
     void relay(Session& s, const Send& send) {
         if (send.lane != Lane::interactive && send.lane != Lane::bulk)
             throw ProtocolError("Received a payload for a lane that does not exist.");
-        Delivered delivered{s.id, send.lane, send.payload};
-        Outgoing outgoing{std::make_shared<const Bytes>(to_wire(delivered)), {}, 0};
-        SessionPtr to = member(send.to);
-        Outbox::Result result =
-            to ? to->outbox.push(send.lane, std::move(outgoing)) : Outbox::Result::closed;
-        if (result != Outbox::Result::queued)
-            s.outbox.push_control(Undelivered{send.to, send.tag, reason_of(result)});
+        SessionPtr to;
+        {
+            detail::Members::List members = members_.list_for(s);
+            if (auto found = members.find(send.to); found != members.all.end()) to = *found;
+        }
+        Outbox::Result result = Outbox::Result::closed;
+        if (to)
+            result =
+                to->connection.outbox.push(send.lane, Delivered{s.id, send.lane, send.payload});
+        if (result <= Outbox::Result::queued)  // also if another thread is going to: it may be busy
+            s.touched.push_back(to);
+        else
+            tell_undelivered(s, send.to, send.tag, result);
+        ++s.unflushed;
         if (options_.log_relayed) log_relayed(s, to ? to->user : "nobody", send.payload);
     }
 
     void relay_to_room(Session& s, const Fanout& fanout) {
         if (fanout.wrapped_keys.size() % Fanout::entry_bytes != 0)
-            throw ProtocolError("Received a room message with a broken list of wrapped keys.");
+            throw ProtocolError("Received a room message with a broken list of keys.");
         // Everything but the wrapped key is the same for all: it is encoded once.
-        Bytes prefix = to_wire(RoomDelivered{s.id, fanout.text, {}});
-        prefix.resize(prefix.size() - wrapped_key_bytes);
-        Outgoing outgoing{std::make_shared<const Bytes>(std::move(prefix)), {}, wrapped_key_bytes};
-        Reader wrapped_keys(fanout.wrapped_keys, "a list of wrapped keys");
+        Bytes shared = to_wire(RoomDelivered{s.id, fanout.text, {}});
+        shared.resize(shared.size() - wrapped_key_bytes);
+        Reader entries(fanout.wrapped_keys, "a list of keys");
         std::vector<LoginId> busy;
         std::size_t reached = 0;
         {
-            std::shared_lock lock(members_mutex_);
-            for (LoginId id{}, before{}; !wrapped_keys.empty(); before = id) {
-                wrapped_keys(id, outgoing.own);
+            detail::Members::List members = members_.list_for(s);
+            auto member = members.all.begin(), end = members.all.end();
+            for (LoginId id{}, before{}; !entries.empty(); before = id) {
+                entries(id);
+                ByteView wrapped_key = entries.raw(wrapped_key_bytes);
                 if (id <= before)  // ascending, so nobody can be flooded by naming him often
-                    throw ProtocolError(
-                        "Received a room message whose wrapped keys are out of order.");
-                auto found = members_.find(id);
-                if (found == members_.end()) continue;  // left in the meantime
-                Outbox::Result result = found->second->outbox.push(Lane::interactive, outgoing);
+                    throw ProtocolError("Received a room message whose keys are out of order.");
+                if (member == end || (*member)->id != id) member = members.find(id);
+                if (member == end) continue;  // left in the meantime
+                Outbox::Result result =
+                    (*member)->connection.outbox.push(Lane::interactive, shared, wrapped_key);
+                if (result == Outbox::Result::due) s.touched.push_back(*member);
                 if (result == Outbox::Result::refused) busy.push_back(id);
                 ++reached;
+                ++member;
             }
         }
-        for (LoginId id : busy)
-            s.outbox.push_control(Undelivered{id, fanout.tag, UndeliveredReason::busy});
+        s.unflushed += reached;
+        for (LoginId id : busy) tell_undelivered(s, id, fanout.tag, Outbox::Result::refused);
         if (options_.log_relayed) log_relayed(s, concat("the room (", reached, ")"), fanout.text);
     }
 
+    void tell_undelivered(Session& s, LoginId to, std::uint32_t tag, Outbox::Result result) {
+        bool busy = result == Outbox::Result::refused;
+        if (!busy) members_.announce_now(s.touched);  // its Left comes first
+        s.connection.send(
+            Undelivered{to, tag, busy ? UndeliveredReason::busy : UndeliveredReason::gone});
+    }
+
     void send_card(Session& s, LoginId id) {
-        // No answer if it has left: the asker has a Left in its queue already.
-        if (SessionPtr of = member(id)) s.outbox.push_control(of->card);
-    }
-
-    SessionPtr member(LoginId id) const {
-        std::shared_lock lock(members_mutex_);
-        auto found = members_.find(id);
-        return found == members_.end() ? nullptr : found->second;
-    }
-
-    static UndeliveredReason reason_of(Outbox::Result result) {
-        return result == Outbox::Result::refused ? UndeliveredReason::busy
-                                                 : UndeliveredReason::gone;
+        {
+            detail::Members::List members = members_.list();
+            auto found = members.find(id);  // no answer if it has left: the asker hears that
+            if (found != members.all.end())
+                s.connection.outbox.push_control(CardOf{id, (*found)->card});
+        }
+        s.connection.flush();
     }
 
     // ---- The log --------------------------------------------------------------------------------
 
     void info(const std::string& line) { options_.log(LogLevel::info, line); }
     void warn(const std::string& line) { options_.log(LogLevel::warning, line); }
+    void log_if_any(const std::string& line) {
+        if (!line.empty()) info(line);
+    }
     // All that the server can know about a message.
     void log_relayed(const Session& from, const std::string& to, ByteView payload) {
         options_.log(
@@ -6001,6 +6441,9 @@ class Server {
             concat(from.user, " -> ", to, ": ", payload.size(), " bytes ",
                    to_hex(payload.first(std::min<std::size_t>(payload.size(), 24))), "..."));
     }
+
+    static constexpr std::size_t max_unflushed = 32 * 1024;  // deliveries: some milliseconds
+    static constexpr std::size_t large_burst = 256;          // one that is worth cleaning up after
 
     ServerOptions options_;
     Listener listener_;
@@ -6014,15 +6457,12 @@ class Server {
         static_cast<std::ptrdiff_t>(std::max(1U, std::thread::hardware_concurrency()))};
     Waker waker_;
     std::atomic<bool> stopping_ = false;
+    detail::Members members_{options_, [this] { pump_.wake(); }};
+    detail::Pump pump_{members_, options_.write_timeout, [this](const std::string& l) { info(l); }};
 
-    mutable std::mutex sessions_mutex_;  // guards sessions_
-    std::condition_variable session_ended_;
-    std::list<SessionPtr> sessions_;  // every connection that has a thread
-
-    mutable std::shared_mutex members_mutex_;          // guards the rest
-    std::map<std::string, SessionPtr> online_;         // by name, from the proof of the password on
-    std::unordered_map<LoginId, SessionPtr> members_;  // those who have published their card
-    std::uint32_t last_id_ = 0;
+    mutable std::mutex sessions_mutex_;      // guards sessions_
+    std::condition_variable session_ended_;  // for run() and say_goodbye()
+    std::list<SessionPtr> sessions_;         // every connection that has a thread
 };
 
 // =================================================================================================
@@ -6275,137 +6715,67 @@ struct ClientOptions {
                                              // wakes somebody, and does nothing else
 };
 
-class Client final : private FileHost {
+namespace detail {
+
+// The end of the engine, with its reason.
+struct Halt : Error {
+    StopReason reason;
+    Halt(StopReason why, const std::string& sentence) : Error(sentence), reason(why) {}
+};
+
+// What passes between the engine and everybody else: commands in, events out, and "stop". Any
+// thread, unless it says otherwise. The engine waits in poll(), for its socket and for `waker`;
+// a front end waits here.
+class Mailbox {
   public:
-    // Starts the engine, which connects and logs in; everything else is told in events. Throws
-    // Error for a user name that cannot be one.
-    explicit Client(ClientOptions options)
-        : options_(std::move(options)),
-          user_(fold_name(options_.user)),
-          server_(concat(options_.host.find(':') == std::string::npos
-                             ? options_.host
-                             : concat("[", options_.host, "]"),
-                         ":", options_.port)),
-          registering_(options_.register_account),
-          engine_([this] { run(); }) {}
+    explicit Mailbox(std::function<void()> on_event) : on_event_(std::move(on_event)) {}
 
-    // Ends at once, without a goodbye: post Leave and wait for Stopped for a polite end.
-    ~Client() {
-        stop();
-        engine_.join();
-    }
-    Client(const Client&) = delete;
-    Client& operator=(const Client&) = delete;
+    // ---- For a front end: see Client ------------------------------------------------------------
 
-    // Any thread. Does not block, except for a caller that is a thousand commands ahead.
-    void post(Command command) {
-        std::unique_lock lock(mutex_);
-        changed_for_front_end_.wait(lock,
-                                    [&] { return commands_.size() < max_commands || ended_; });
-        if (ended_) return;
-        commands_.push_back(std::move(command));
-        lock.unlock();
-        changed_.notify_all();
-    }
-    // For a front end that must never wait. False, and nothing is done, where post() would block or
-    // the engine has ended.
-    bool try_post(Command command) {
+    bool post(Command command, bool may_wait) {
         {
-            std::lock_guard lock(mutex_);
-            if (ended_ || commands_.size() >= max_commands) return false;
+            std::unique_lock lock(mutex_);
+            auto room = [&] { return commands_.size() < max_commands || ended_; };
+            if (may_wait) changed_.wait(lock, room);
+            if (ended_ || !room()) return false;
             commands_.push_back(std::move(command));
         }
-        changed_.notify_all();
+        waker.wake();
         return true;
     }
-    // How many commands wait for the connection. Any thread.
     std::size_t waiting() const {
         std::lock_guard lock(mutex_);
         return commands_.size();
     }
-
-    // The next event, if there is one: does not block. One thread takes events.
-    std::optional<Event> poll_event() {
+    std::optional<Event> next_event(std::optional<Milliseconds> patience) {
         std::unique_lock lock(mutex_);
-        return take_event(lock);
+        auto ready = [&] { return !events_.empty() || ended_; };
+        if (patience)
+            changed_.wait_for(lock, *patience, ready);
+        else
+            changed_.wait(lock, ready);
+        if (events_.empty()) return std::nullopt;
+        Event event = std::move(events_.front());
+        events_.pop_front();
+        bool room_again = events_.size() == max_events - 1;
+        lock.unlock();
+        if (room_again) waker.wake();
+        return event;
     }
-    // Waits for one. Nothing after Stopped was taken, or when `patience` is over.
-    std::optional<Event> next_event(Milliseconds patience = std::chrono::hours(24)) {
-        std::unique_lock lock(mutex_);
-        changed_for_front_end_.wait_for(lock, patience, [&] { return !events_.empty() || ended_; });
-        return take_event(lock);
-    }
-
-    // Ends at once; Stopped follows. Any thread.
     void stop() noexcept {
         {
             std::lock_guard lock(mutex_);
             stopping_ = true;
-            if (socket_ != nullptr) socket_->shut_down();
+            if (connection_) connection_->abort();
         }
-        cancel_.wake();
-        changed_.notify_all();
+        stop_waker.wake();
+        waker.wake();
     }
 
-    const std::string& user() const { return user_; }
-    const std::string& server() const { return server_; }
+    // ---- For the engine -------------------------------------------------------------------------
 
-  private:
-    static constexpr std::size_t max_commands = 1024;
-    static constexpr std::size_t max_records = 64;     // received and not yet handled
-    static constexpr std::size_t max_events = 20'000;  // until some are taken, we read no more
-    static constexpr std::size_t comfortable_outbox = std::size_t{1} << 20;
-    static constexpr std::size_t max_remembered = 256;  // private messages that may come back
-    static constexpr std::size_t max_people = 100'000;
-
-    struct Halt : Error {  // the end of the engine, with its reason
-        StopReason reason;
-        Halt(StopReason why, const std::string& sentence) : Error(sentence), reason(why) {}
-    };
-
-    // Somebody's login, as we see it.
-    struct Peer {
-        LoginId id{};
-        std::string user;
-        bool card_requested = false;
-        std::optional<CheckedCard> card;
-        enum class Standing { unknown, trusted, changed, refused } standing = Standing::unknown;
-        std::shared_ptr<PairSender> sender;    // once we have opened to them
-        std::shared_ptr<BulkLane> bulk;        // once a file goes to them
-        std::optional<PairReceiver> receiver;  // once they have opened to us
-    };
-
-    struct Job {
-        Command command;
-        bool again = false;  // it came back once already
-    };
-
-    struct SentPrivate {
-        std::uint32_t tag = 0;
-        Job job;
-    };
-
-    // One connection, from connect() to its loss.
-    struct Link {
-        explicit Link(Socket s) : socket(std::move(s)), frames(socket, max_record_frame) {}
-        Socket socket;
-        FrameReader frames;
-        std::optional<MessageReader> incoming;  // the engine's, then the reader's
-        std::optional<RecordSealer> sealer;     // the engine's, then the writer's
-        Digest channel_binding{};
-        Fingerprint server_key;
-        // Bounded by `comfortable_outbox` (see may_take_command) and by BulkLane.
-        std::shared_ptr<Outbox> outbox = std::make_shared<Outbox>(SIZE_MAX / 4, SIZE_MAX / 4);
-        std::optional<LoginKeys> keys;
-        std::map<LoginId, Peer> peers;  // in ascending order, as Fanout wants it
-        std::map<std::string, LoginId> by_name;
-        std::uint32_t last_tag = 0;
-        std::deque<SentPrivate> sent;
-        bool quit_sent = false;
-        std::thread reader, writer;  // joined by end_link
-    };
-
-    // ---- Events ---------------------------------------------------------------------------------
+    Waker waker;       // awake: there may be a command, room for events, or something of a file
+    Waker stop_waker;  // awake: stop() was called
 
     template <class What>
     void emit(What what) {
@@ -6413,162 +6783,243 @@ class Client final : private FileHost {
             std::lock_guard lock(mutex_);
             events_.push_back(Event{std::chrono::system_clock::now(), std::move(what)});
         }
-        changed_for_front_end_.notify_all();
-        options_.on_event();
+        changed_.notify_all();
+        on_event_();
     }
-
-    std::optional<Event> take_event(std::unique_lock<std::mutex>& lock) {
-        if (events_.empty()) return std::nullopt;
-        Event event = std::move(events_.front());
-        events_.pop_front();
-        bool room_again = events_.size() == max_events - 1;
-        lock.unlock();
-        if (room_again) changed_.notify_all();
-        return event;
+    // Until the front end takes some, we read no more: then TCP makes the server wait, and the
+    // server bounds what it keeps for us.
+    bool has_room_for_events() const {
+        std::lock_guard lock(mutex_);
+        return events_.size() < max_events;
     }
-
-    // ---- The engine's life ----------------------------------------------------------------------
-
-    void run() noexcept {
-        Stopped end{StopReason::left, "Goodbye."};
-        try {
-            live();
-        } catch (const Halt& e) {
-            end = {e.reason, e.what()};
-        } catch (const std::exception& e) {
-            end = {StopReason::local_trouble, e.what()};
-        }
-        if (link_) link_->outbox->close();
-        files_.reset();  // joins the transfers' threads, which may still be writing
-        end_link();
-        tell_unsent();
-        emit(end);
-        {
-            std::lock_guard lock(mutex_);
-            ended_ = true;
-        }
-        changed_for_front_end_.notify_all();
-    }
-
-    // What was written and never left is lost, but not without a word.
-    void tell_unsent() {
+    std::optional<Command> take_command() {
         std::unique_lock lock(mutex_);
-        auto unsent = std::count_if(commands_.begin(), commands_.end(), [](const Command& c) {
-            return std::holds_alternative<Say>(c) || std::holds_alternative<Tell>(c);
-        });
-        commands_.clear();
+        if (commands_.empty()) return std::nullopt;
+        Command command = std::move(commands_.front());
+        commands_.pop_front();
         lock.unlock();
-        if (unsent > 0)
-            emit(Problem{
-                concat(unsent, unsent == 1 ? " message was" : " messages were", " not sent.")});
+        changed_.notify_all();
+        return command;
     }
-
-    // Connects, again and again; returns when the user has left.
-    void live() {
-        int tries = 0;
-        for (Milliseconds pause = options_.first_pause;;) {
-            std::string reason;
-            try {
-                connect();
-                tries = 0;
-                pause = options_.first_pause;
-                converse();
-                return;
-            } catch (const ProtocolError& e) {
-                reason = e.what();
-            } catch (const NetworkError& e) {
-                reason = e.what();
+    void put_back(Command command) {  // it is the next one again
+        std::lock_guard lock(mutex_);
+        commands_.push_front(std::move(command));
+    }
+    // The oldest command of one type, before all others.
+    template <class T>
+    std::optional<T> take_if_there() {
+        std::lock_guard lock(mutex_);
+        for (auto it = commands_.begin(); it != commands_.end(); ++it)
+            if (auto* found = std::get_if<T>(&*it)) {
+                T taken = std::move(*found);
+                commands_.erase(it);
+                return taken;
             }
-            if (is_stopping()) return;
-            if (!been_online_) throw Halt(StopReason::cannot_connect, reason);
-            end_link();
-            if (options_.reconnect_tries > 0 && ++tries > options_.reconnect_tries)
-                throw Halt(StopReason::cannot_connect,
-                           concat("Gave up after ", options_.reconnect_tries, " tries: ", reason));
-            emit(ConnectionLost{reason, pause});
-            wait_for_stop(pause);
-            if (is_stopping()) return;
-            pause = std::min(2 * pause, options_.longest_pause);
-        }
+        return std::nullopt;
     }
-
     bool is_stopping() const {
         std::lock_guard lock(mutex_);
         return stopping_;
     }
-    void wait_for_stop(Milliseconds pause) {
-        std::unique_lock lock(mutex_);
-        changed_.wait_for(lock, pause, [&] { return stopping_; });
+    // Whom stop() is to abort. Throws NetworkError if it was called already.
+    void set_connection(std::shared_ptr<Connection> connection) {
+        std::lock_guard lock(mutex_);
+        connection_ = std::move(connection);
+        if (stopping_ && connection_) throw NetworkError("Stopped.");
     }
-
-    // Joins the threads of the connection and forgets it. Jobs go back to where they came from.
-    void end_link() {
-        if (!link_) return;
-        link_->outbox->close();
-        link_->socket.shut_down();
+    // Blocks until something may have been put here, or until `deadline`.
+    void wait(Clock::time_point deadline) {
+        std::array<PollEntry, 1> entry{{{waker.handle(), POLLIN, 0}}};
+        poll_until(entry, deadline);
+        waker.drain();
+    }
+    void end() {  // there will be no more events
         {
             std::lock_guard lock(mutex_);
-            lost_ = true;  // a reader that waits for room goes on, and ends
+            ended_ = true;
         }
         changed_.notify_all();
-        if (link_->reader.joinable()) link_->reader.join();
-        if (link_->writer.joinable()) link_->writer.join();
-        if (files_) files_->connection_lost();
-        std::lock_guard lock(mutex_);
-        for (; !jobs_.empty(); jobs_.pop_back())
-            commands_.push_front(std::move(jobs_.back().command));
-        records_.clear();
-        socket_ = nullptr;
-        link_.reset();
     }
 
-    // ---- Connecting and logging in --------------------------------------------------------------
+  private:
+    static constexpr std::size_t max_commands = 1024;
+    static constexpr std::size_t max_events = 20'000;
 
-    void connect() {
-        emit(Connecting{server_});
-        begin_link();
+    const std::function<void()> on_event_;
+    mutable std::mutex mutex_;         // guards the rest
+    std::condition_variable changed_;  // for front ends: room for commands, events, the end
+    std::deque<Command> commands_;
+    std::deque<Event> events_;
+    std::shared_ptr<Connection> connection_;
+    bool stopping_ = false, ended_ = false;
+};
+
+// The bulk lane of one connection to one login. The threads of several transfers share it.
+class ConnectionBulkLane final : public BulkLane {
+  public:
+    ConnectionBulkLane(std::shared_ptr<PairSender> pair, std::shared_ptr<Connection> connection,
+                       LoginId to)
+        : pair_(std::move(pair)), connection_(std::move(connection)), to_(to) {}
+
+    // A Send whose payload is a sealed one: everything before the body, with room for what is not
+    // known yet, the lengths and seq.
+    Bytes begin(std::uint32_t tag, Kind kind) override {
+        Bytes frame;
+        frame.reserve(frame_header_bytes + max_record_frame);
+        frame.resize(frame_header_bytes);
+        append_fields(frame, Send::type, std::uint32_t{0}, to_, Lane::bulk, tag, std::uint32_t{0},
+                      PayloadType::sealed, std::uint64_t{0}, kind);
+        return frame;
+    }
+    bool finish(Bytes frame) override {
+        constexpr std::size_t body_at = frame_header_bytes + message_header_bytes;
+        constexpr std::size_t payload_at = body_at + 4 + 1 + 4 + 4;
+        frame.resize(frame.size() + gcm_tag_bytes);
+        ByteSpan all(frame);
+        auto body_size = frame_header(all.size() - body_at);  // a u32 like that of a frame
+        auto payload_size = frame_header(all.size() - payload_at);
+        std::copy(body_size.begin(), body_size.end(), all.begin() + (body_at - 4));
+        std::copy(payload_size.begin(), payload_size.end(), all.begin() + (payload_at - 4));
+        if (!connection_->outbox.wait_for_bulk_room(comfortable)) return false;
+        Outbox::Result result;
+        {
+            std::lock_guard lock(mutex_);
+            pair_->seal_in_place(Lane::bulk, all.subspan(payload_at));
+            result = connection_->outbox.push_frame(std::move(frame));
+        }
+        connection_->flush();
+        return result == Outbox::Result::due || result == Outbox::Result::queued;
+    }
+
+  private:
+    static constexpr std::size_t comfortable = 256 * 1024;
+    std::mutex mutex_;  // what is sealed first is queued first; guards pair_'s bulk lane
+    const std::shared_ptr<PairSender> pair_;
+    const std::shared_ptr<Connection> connection_;
+    const LoginId to_;
+};
+
+// Somebody's login, as we see it.
+struct Peer {
+    LoginId id{};
+    std::string user;
+    bool card_requested = false;
+    std::optional<CheckedCard> card;
+    enum class Standing { unknown, trusted, changed, refused } standing = Standing::unknown;
+    std::shared_ptr<PairSender> sender;    // once we have opened to them
+    std::shared_ptr<BulkLane> bulk;        // once a file goes to them
+    std::optional<PairReceiver> receiver;  // once they have opened to us
+};
+
+// One connection to the server, from connect() to its loss, and who is there.
+struct Link {
+    explicit Link(Socket socket)
+        : connection(std::make_shared<Connection>(std::move(socket), chat_bound, bulk_bound)) {}
+
+    std::shared_ptr<Connection> connection;  // shared with the threads of transfers
+    Digest channel_binding{};
+    Fingerprint server_key;
+    std::optional<LoginKeys> keys;
+    std::map<LoginId, Peer> peers;  // in ascending order, as Fanout wants it
+    std::map<std::string, LoginId> by_name;
+
+    // Throws ProtocolError for somebody who cannot be.
+    Peer& add(const Joined& joined) {
+        if (!is_valid_name(joined.user) || joined.id == LoginId{} || peers.size() >= max_people ||
+            peers.contains(joined.id))
+            throw ProtocolError("The server announced somebody who cannot be.");
+        by_name[joined.user] = joined.id;
+        Peer& peer = peers[joined.id];
+        peer.id = joined.id;
+        peer.user = joined.user;
+        return peer;
+    }
+    Peer* find(LoginId id) {
+        auto found = peers.find(id);
+        return found == peers.end() ? nullptr : &found->second;
+    }
+    Peer* find(const std::string& user) {
+        auto found = by_name.find(user);
+        return found == by_name.end() ? nullptr : find(found->second);
+    }
+    void remove(LoginId id) {
+        auto found = peers.find(id);
+        if (found == peers.end()) return;
+        auto name = by_name.find(found->second.user);
+        if (name != by_name.end() && name->second == id) by_name.erase(name);
+        peers.erase(found);
+    }
+
+  private:
+    static constexpr std::size_t max_people = 100'000;
+    // Commands wait for much less (see Client::may_take_command), and so do files: whoever makes
+    // more wait, by asking and not reading, is no server that one can talk to.
+    static constexpr std::size_t chat_bound = std::size_t{16} << 20;
+    static constexpr std::size_t bulk_bound = std::size_t{4} << 20;
+};
+
+// From "not connected" to "logged in", as often as needed: connects, checks the server's key, proves
+// the password, shows the card. Keeps what lasts from one login to the next: the identity, the pins,
+// the salted password. The engine's thread uses it; everything in it blocks.
+class Login {
+  public:
+    Login(const ClientOptions& options, std::string user, std::string server, Mailbox& mail)
+        : options_(options),
+          user_(std::move(user)),
+          server_(std::move(server)),
+          mail_(mail),
+          registering_(options.register_account) {}
+
+    // A connection on which we are logged in, with the people who are there. Throws Halt for what
+    // will not be better the next time, NetworkError or ProtocolError for what may.
+    std::unique_ptr<Link> connect() {
+        mail_.emit(Connecting{server_});
+        begin();
         if (!shake_hands()) {
-            end_link();
-            begin_link();
+            begin();
             if (!shake_hands()) throw NetworkError("The server shows another key each time.");
         }
+        if (registering_) register_account();
         log_in();
-        link_->frames.set_patience(options_.ping_after);
-        link_->writer = std::thread([this] { write_outbox(); });
-        link_->reader = std::thread([this] { read_records(); });
+        prepare_identity();
+        publish_card();
+        meet_everybody();
+        link_->connection->set_patience(options_.ping_after);
+        return std::move(link_);
+    }
+    bool has_been_online() const { return been_online_; }
+
+    // From the first login on:
+    const RsaPrivateKey& identity() const { return *identity_; }
+    PinStore& pins() { return *pins_; }
+    std::filesystem::path account_directory(const Fingerprint& server_key) const {
+        std::string server = to_hex(ByteView(server_key.digest).first(16));
+        return options_.home / "servers" / server / user_;
     }
 
-    void begin_link() {
+  private:
+    void begin() {
+        if (link_) link_->connection->abort();
         link_ = std::make_unique<Link>(
-            connect_to(options_.host, options_.port, options_.connect_timeout, cancel_));
-        std::lock_guard lock(mutex_);
-        socket_ = &link_->socket;
-        lost_ = false;
-        if (stopping_) throw NetworkError("Stopped.");
-        link_->socket.set_write_timeout(options_.answer_timeout);
-        link_->frames.set_deadline(Clock::now() + options_.answer_timeout);
+            connect_to(options_.host, options_.port, options_.connect_timeout, mail_.stop_waker));
+        link_->connection->on_full = [this] { mail_.waker.wake(); };
+        mail_.set_connection(link_->connection);
+        deadline_ = Clock::now() + options_.answer_timeout;
     }
 
     // The handshake of chapter 5. False if the user had to be asked about the server's key, and has
     // accepted it: a person needs more time for a fingerprint than a server has for a handshake, so
     // that connection is over.
     bool shake_hands() {
-        auto next_frame = [&](std::size_t limit) {
-            std::optional<ByteSpan> frame = link_->frames.next(limit);
-            if (!frame)
-                throw NetworkError(concat("The server at ", server_,
-                                          " closed the connection. It may "
-                                          "be full, or no ChatSecure server."));
-            return *frame;
-        };
+        Connection& connection = *link_->connection;
         ClientHandshake handshake;
-        link_->socket.write_all(make_frame(handshake.hello()));
-        link_->server_key = handshake.receive_hello(next_frame(max_handshake_bytes)).fingerprint();
+        connection.send_frame(handshake.hello(), options_.answer_timeout);
+        link_->server_key =
+            handshake.receive_hello(connection.receive_frame(deadline_)).fingerprint();
         if (!check_server_key(link_->server_key)) return false;
         HopKeys keys;
-        link_->socket.write_all(make_frame(handshake.key_message(keys)));
-        link_->sealer.emplace(std::move(keys.client_to_server));
-        link_->incoming.emplace(link_->frames, std::move(keys.server_to_client));
+        connection.send_frame(handshake.key_message(keys), options_.answer_timeout);
+        connection.secure(std::move(keys.server_to_client), std::move(keys.client_to_server));
         link_->channel_binding = keys.channel_binding;
         try {
             expect<Welcome>();
@@ -6616,50 +7067,39 @@ class Client final : private FileHost {
 
     // Returns if the user accepts; else throws Halt.
     void ask_about_server(const Fingerprint& seen) {
-        auto refuse = [&] {
-            throw Halt(
-                StopReason::server_key_unknown,
-                concat("The server at ", server_, " is not known yet. Its key is\n  ", seen.text(),
-                       "\nCompare it with the one that the server's operator gives "
-                       "(the server prints it when it starts), then give it with "
-                       "--server-key SHA256:... or answer yes when asked; --accept-new takes "
-                       "whatever comes first."));
-        };
-        if (!options_.ask_about_server) refuse();
-        link_->socket.shut_down();
-        emit(ServerKeyUnknown{server_, seen});
         std::optional<AcceptServerKey> answer;
-        std::unique_lock lock(mutex_);
-        changed_.wait(lock, [&] {
-            for (auto it = commands_.begin(); it != commands_.end() && !answer; ++it)
-                if (const auto* found = std::get_if<AcceptServerKey>(&*it)) answer = *found;
-            return stopping_ || answer;
-        });
-        if (stopping_) throw NetworkError("Stopped.");
-        std::erase_if(commands_, [](const Command& command) {
-            return std::holds_alternative<AcceptServerKey>(command);
-        });
-        lock.unlock();
-        if (!answer->accept) refuse();
+        if (options_.ask_about_server) {
+            link_->connection->abort();
+            mail_.emit(ServerKeyUnknown{server_, seen});
+            while (!(answer = mail_.take_if_there<AcceptServerKey>())) {
+                if (mail_.is_stopping()) throw NetworkError("Stopped.");
+                mail_.wait(Clock::time_point::max());
+            }
+        }
+        if (answer && answer->accept) return;
+        throw Halt(
+            StopReason::server_key_unknown,
+            concat("The server at ", server_, " is not known yet. Its key is\n  ", seen.text(),
+                   "\nCompare it with the one that the server's operator gives "
+                   "(the server prints it when it starts), then give it with "
+                   "--server-key SHA256:... or answer yes when asked; --accept-new takes "
+                   "whatever comes first."));
     }
 
     template <class T>
-    void send_now(const T& message) {
-        chatsecure::send_now(link_->socket, *link_->sealer, message);
+    void send(const T& message) {
+        link_->connection->send(message);
     }
-
     // The next message, which must be a T (or a refusal, which ends the attempt).
     template <class T>
     T expect() {
-        std::optional<Message> message = link_->incoming->next();
-        if (!message) throw NetworkError("The server closed the connection.");
-        if (message->type == MessageType::refused) refused(from_wire<Refused>(message->body));
-        if (message->type != T::type)
+        Message message = link_->connection->expect(deadline_);
+        if (message.type == MessageType::refused) refused(from_wire<Refused>(message.body));
+        if (message.type != T::type)
             throw ProtocolError(concat("The server sent a message of type ",
-                                       static_cast<int>(message->type), " out of turn."));
-        return from_wire<T>(message->body);
+                                       static_cast<int>(message.type), " out of turn."));
+        return from_wire<T>(message.body);
     }
-
     // Some refusals pass by themselves: worth another try for somebody who was online already.
     [[noreturn]] void refused(const Refused& refusal) {
         bool passing = refusal.reason == RefusalReason::already_online ||
@@ -6669,20 +7109,16 @@ class Client final : private FileHost {
     }
 
     void log_in() {
-        if (registering_) register_account();
         ScramClient scram(user_, link_->channel_binding);
-        send_now(LoginStart{scram.first()});
+        send(LoginStart{scram.first()});
         std::string server_first = expect<LoginChallenge>().server_first;
         try {
             auto [salt, iterations] = scram.receive_challenge(server_first);
-            send_now(LoginProof{scram.final(salted_password(salt, iterations))});
+            send(LoginProof{scram.final(salted_password(salt, iterations))});
             scram.verify_server(expect<LoginDone>().server_final);
         } catch (const ProtocolError& e) {
             throw Halt(StopReason::server_distrusted, e.what());
         }
-        prepare_identity();
-        publish_card();
-        meet_everybody();
     }
 
     void register_account() {
@@ -6696,7 +7132,7 @@ class Client final : private FileHost {
         ScramVerifier verifier =
             make_verifier(salted_password(salt, options_.iterations), salt, options_.iterations);
         RsaPrivateKey& identity = identity_ ? *identity_ : new_identity();
-        send_now(RegisterAccount{user_, verifier.text(), identity.public_key().der()});
+        send(RegisterAccount{user_, verifier.text(), identity.public_key().der()});
         expect<Registered>();
         registering_ = false;
     }
@@ -6710,12 +7146,9 @@ class Client final : private FileHost {
 
     // ---- The identity ---------------------------------------------------------------------------
 
-    std::filesystem::path account_directory() const {
-        std::string server = to_hex(ByteView(link_->server_key.digest).first(16));
-        return options_.home / "servers" / server / user_;
+    std::filesystem::path identity_file() const {
+        return account_directory(link_->server_key) / "identity.pem";
     }
-    std::filesystem::path identity_file() const { return account_directory() / "identity.pem"; }
-
     void load_identity() {
         if (identity_) return;
         try {
@@ -6731,7 +7164,7 @@ class Client final : private FileHost {
         identity_saved_ = identity_.has_value();
     }
     RsaPrivateKey& new_identity() {
-        emit(MakingIdentity{});
+        mail_.emit(MakingIdentity{});
         return identity_.emplace(RsaPrivateKey::generate(options_.rsa_bits));
     }
     // On the disk before anybody can have seen it.
@@ -6739,90 +7172,202 @@ class Client final : private FileHost {
         load_identity();
         if (!identity_) new_identity();
         if (!identity_saved_) {
-            make_private_directory(account_directory());
+            make_private_directory(identity_file().parent_path());
             identity_->save(identity_file(), options_.password, options_.iterations);
             identity_saved_ = true;
         }
-        if (!pins_) pins_.emplace(account_directory() / "known_users");
-        if (!files_)
-            files_.emplace(static_cast<FileHost&>(*this), options_.files,
-                           account_directory() / "partial_files");
+        if (!pins_) pins_.emplace(account_directory(link_->server_key) / "known_users");
     }
 
     void publish_card() {
         std::uint64_t issued = pins_->next_issued(user_, identity_->public_key().fingerprint());
         pins_->save();
         link_->keys.emplace(*identity_, user_, issued);
-        send_now(PublishCard{link_->keys->card_bytes()});
+        send(PublishCard{link_->keys->card_bytes()});
     }
 
     void meet_everybody() {
         LoggedIn event{user_, server_, link_->server_key, identity_file(), {}, been_online_};
         for (;;) {
-            std::optional<Message> message = link_->incoming->next();
-            if (!message) throw NetworkError("The server closed the connection.");
-            if (message->type == MessageType::refused) refused(from_wire<Refused>(message->body));
-            if (message->type == MessageType::ready) break;
-            if (message->type != MessageType::joined)
+            Message message = link_->connection->expect(deadline_);
+            if (message.type == MessageType::refused) refused(from_wire<Refused>(message.body));
+            if (message.type == MessageType::ready) break;
+            if (message.type != MessageType::joined)
                 throw ProtocolError("The server sent something else than who is online.");
-            event.others.push_back(add_peer(from_wire<Joined>(message->body)).user);
+            event.others.push_back(link_->add(from_wire<Joined>(message.body)).user);
         }
         been_online_ = true;
-        emit(std::move(event));
+        mail_.emit(std::move(event));
     }
 
-    // ---- The threads of a connection ------------------------------------------------------------
+    const ClientOptions& options_;
+    const std::string user_, server_;
+    Mailbox& mail_;
 
-    void write_outbox() noexcept {
-        try {
-            link_->outbox->write_to(link_->socket, *link_->sealer, [this] {
-                { std::lock_guard lock(mutex_); }  // the engine is either before its check or waits
-                changed_.notify_all();
-            });
-        } catch (const std::exception&) {
-            link_->socket.shut_down();  // the reader notices, and tells
-        }
+    struct Salted {
+        Bytes salt;
+        std::uint32_t iterations = 0;
+        Secret<32> password;
+    };
+    bool registering_;
+    bool been_online_ = false;
+    std::optional<Salted> salted_;
+    std::optional<RsaPrivateKey> identity_;
+    bool identity_saved_ = false;
+    std::optional<PinStore> pins_;
+    std::unique_ptr<Link> link_;  // while it is being made
+    Clock::time_point deadline_;  // for all of that
+};
+
+}  // namespace detail
+
+class Client final : private FileHost {
+  public:
+    // Starts the engine, which connects and logs in; everything else is told in events. Throws
+    // Error for a user name that cannot be one.
+    explicit Client(ClientOptions options)
+        : options_(std::move(options)),
+          user_(fold_name(options_.user)),
+          server_(concat(options_.host.find(':') == std::string::npos
+                             ? options_.host
+                             : concat("[", options_.host, "]"),
+                         ":", options_.port)),
+          mail_(options_.on_event),
+          login_(options_, user_, server_, mail_),
+          engine_([this] { run(); }) {}
+
+    // Ends at once, without a goodbye: post Leave and wait for Stopped for a polite end.
+    ~Client() {
+        stop();
+        engine_.join();
+    }
+    Client(const Client&) = delete;
+    Client& operator=(const Client&) = delete;
+
+    // Any thread. Does not block, except for a caller that is a thousand commands ahead.
+    void post(Command command) { mail_.post(std::move(command), true); }
+    // For a front end that must never wait. False, and nothing is done, where post() would block or
+    // the engine has ended.
+    bool try_post(Command command) { return mail_.post(std::move(command), false); }
+    // How many commands wait for the connection. Any thread.
+    std::size_t waiting() const { return mail_.waiting(); }
+
+    // The next event. One thread takes events. The first waits as long as it takes, and gives
+    // nothing only after Stopped was taken; the second also when `patience` is over; the third does
+    // not wait.
+    std::optional<Event> next_event() { return mail_.next_event(std::nullopt); }
+    std::optional<Event> next_event(Milliseconds patience) { return mail_.next_event(patience); }
+    std::optional<Event> poll_event() { return mail_.next_event(Milliseconds(0)); }
+
+    // Ends at once; Stopped follows. Any thread.
+    void stop() noexcept { mail_.stop(); }
+
+    const std::string& user() const { return user_; }
+    const std::string& server() const { return server_; }
+
+  private:
+    using Peer = detail::Peer;
+    using Halt = detail::Halt;
+    static constexpr std::size_t comfortable_outbox = std::size_t{1} << 20;
+    static constexpr std::size_t max_remembered = 256;  // private messages that may come back
+    static constexpr int max_messages_at_once = 256;    // handled before commands have their turn
+
+    struct Job {
+        Command command;
+        bool again = false;  // it came back once already
+    };
+
+    struct SentPrivate {
+        std::uint32_t tag = 0;
+        Job job;
+    };
+
+    template <class What>
+    void emit(What what) {
+        mail_.emit(std::move(what));
     }
 
-    void read_records() noexcept {
-        std::string reason = "The server closed it.";
+    // ---- The engine's life ----------------------------------------------------------------------
+
+    void run() noexcept {
+        Stopped end{StopReason::left, "Goodbye."};
         try {
-            for (bool asked = false;;) {
-                try {
-                    std::optional<ByteView> record = link_->incoming->next_record();
-                    if (!record) break;
-                    asked = false;
-                    if (!hand_over(to_bytes(*record))) break;
-                } catch (const TimedOut&) {
-                    if (asked) throw;
-                    asked = true;
-                    link_->outbox->push_control(Ping{});
-                }
-            }
+            live();
+        } catch (const Halt& e) {
+            end = {e.reason, e.what()};
         } catch (const std::exception& e) {
-            reason = e.what();
+            end = {StopReason::local_trouble, e.what()};
         }
-        {
-            std::lock_guard lock(mutex_);
-            lost_ = true;
-            lost_reason_ = reason;
+        try {
+            if (link_) link_->connection->abort();
+            files_.reset();  // joins the transfers' threads, which may still be writing
+            end_link();
+            tell_unsent();
+            emit(end);
+        } catch (const std::exception&) {
+            // no memory even for the last words
         }
-        changed_.notify_all();
+        mail_.end();
     }
 
-    // Waits while the engine or the front end is behind: then TCP makes the server wait, and the
-    // server bounds what it keeps for us.
-    bool hand_over(Bytes record) {
-        std::unique_lock lock(mutex_);
-        changed_.wait(lock, [&] {
-            return stopping_ || lost_ ||
-                   (records_.size() < max_records && events_.size() < max_events);
-        });
-        if (stopping_ || lost_) return false;
-        records_.push_back(std::move(record));
-        lock.unlock();
-        changed_.notify_all();
-        return true;
+    // What was written and never left is lost, but not without a word.
+    void tell_unsent() {
+        std::size_t unsent = 0;
+        while (std::optional<Command> command = mail_.take_command())
+            if (std::holds_alternative<Say>(*command) || std::holds_alternative<Tell>(*command))
+                ++unsent;
+        if (unsent > 0)
+            emit(Problem{
+                concat(unsent, unsent == 1 ? " message was" : " messages were", " not sent.")});
+    }
+
+    // Connects, again and again; returns when the user has left.
+    void live() {
+        int tries = 0;
+        for (Milliseconds pause = options_.first_pause;;) {
+            std::string reason;
+            try {
+                link_ = login_.connect();
+                begin_conversation();
+                tries = 0;
+                pause = options_.first_pause;
+                converse();
+                return;
+            } catch (const ProtocolError& e) {
+                reason = e.what();
+            } catch (const NetworkError& e) {
+                reason = e.what();
+            }
+            if (mail_.is_stopping()) return;
+            if (!login_.has_been_online()) throw Halt(StopReason::cannot_connect, reason);
+            end_link();
+            if (options_.reconnect_tries > 0 && ++tries > options_.reconnect_tries)
+                throw Halt(StopReason::cannot_connect,
+                           concat("Gave up after ", options_.reconnect_tries, " tries: ", reason));
+            emit(ConnectionLost{reason, pause});
+            Clock::time_point next = Clock::now() + pause;
+            while (!mail_.is_stopping() && Clock::now() < next) mail_.wait(next);
+            if (mail_.is_stopping()) return;
+            pause = std::min(2 * pause, options_.longest_pause);
+        }
+    }
+
+    void begin_conversation() {
+        last_tag_ = 0;
+        sent_.clear();
+        quit_sent_ = false;
+        if (!files_)
+            files_.emplace(static_cast<FileHost&>(*this), options_.files,
+                           login_.account_directory(link_->server_key) / "partial_files");
+    }
+    // Forgets the connection. Jobs go back to where they came from.
+    void end_link() {
+        if (!link_) return;
+        link_->connection->abort();
+        if (files_) files_->connection_lost();
+        for (; !jobs_.empty(); jobs_.pop_back()) mail_.put_back(std::move(jobs_.back().command));
+        mail_.set_connection(nullptr);
+        link_.reset();
     }
 
     // ---- The conversation -----------------------------------------------------------------------
@@ -6831,52 +7376,57 @@ class Client final : private FileHost {
     // connection is lost.
     void converse() {
         for (;;) {
-            std::optional<Bytes> record;
-            bool tend_files = false;
-            {
-                std::unique_lock lock(mutex_);
-                wait_for_work(lock);
-                if (stopping_) return;
-                tend_files = std::exchange(files_woken_, false);
-                if (!records_.empty()) {
-                    record = std::move(records_.front());
-                    records_.pop_front();
-                } else if (lost_) {
-                    if (link_->quit_sent) return;
-                    throw NetworkError(lost_reason_);
-                } else if (may_take_command()) {
-                    jobs_.push_back({std::move(commands_.front()), false});
-                    commands_.pop_front();
-                }
-            }
-            changed_.notify_all();
-            changed_for_front_end_.notify_all();
-            if (record && !handle_record(*record)) return;
-            if (tend_files || Clock::now() >= files_->next_deadline()) files_->tend();
+            bool more = false;  // is there something to do without waiting?
+            if (!handle_messages(more)) return;
             run_jobs();
+            while (may_take_command()) {
+                std::optional<Command> command = mail_.take_command();
+                if (!command) break;
+                jobs_.push_back({std::move(*command), false});
+                run_jobs();
+            }
+            if (files_woken_.exchange(false) || Clock::now() >= files_->next_deadline())
+                files_->tend();
+            link_->connection->flush();
             save_pins();
+            if (mail_.is_stopping()) return;
+            more = more || (may_take_command() && mail_.waiting() > 0);
+            if (!more)
+                link_->connection->wait(files_->next_deadline(), &mail_.waker,
+                                        mail_.has_room_for_events());
+            mail_.waker.drain();
         }
     }
 
-    void wait_for_work(std::unique_lock<std::mutex>& lock) {
-        auto there_is_work = [&] {
-            return stopping_ || lost_ || files_woken_ || !records_.empty() || may_take_command();
-        };
-        Clock::time_point deadline = files_->next_deadline();
-        if (deadline == Clock::time_point::max())
-            changed_.wait(lock, there_is_work);
-        else
-            changed_.wait_until(lock, deadline, there_is_work);
+    // What has come from the server, or the beginning of it; then `more` is set. False when the
+    // user has left.
+    bool handle_messages(bool& more) {
+        for (int handled = 0; mail_.has_room_for_events(); ++handled) {
+            if (handled == max_messages_at_once) {
+                more = true;
+                return true;
+            }
+            std::optional<Message> message;
+            try {
+                message = link_->connection->next();
+            } catch (const NetworkError&) {
+                if (quit_sent_) return false;
+                throw;
+            }
+            if (!message) return true;
+            if (!handle(*message)) return false;
+        }
+        return true;
     }
 
     bool may_take_command() const {
-        return !commands_.empty() && jobs_.empty() && !link_->quit_sent &&
-               !link_->outbox->is_over(comfortable_outbox);
+        return jobs_.empty() && !quit_sent_ &&
+               !link_->connection->outbox.is_over(comfortable_outbox);
     }
 
     void save_pins() {
         try {
-            pins_->save();
+            login_.pins().save();
         } catch (const Error& e) {
             if (!std::exchange(save_failed_, true)) emit(Problem{e.what()});
             return;
@@ -6885,87 +7435,64 @@ class Client final : private FileHost {
     }
 
     // False after the server's answer to our goodbye.
-    bool handle_record(ByteView bytes) {
-        for (Reader record(bytes, "a record"); !record.empty();) {
-            Message message = take_message(record);
-            switch (message.type) {
-                case MessageType::joined:
-                    emit(PersonJoined{add_peer(from_wire<Joined>(message.body)).user});
-                    break;
-                case MessageType::left:
-                    remove_peer(from_wire<Left>(message.body).id);
-                    break;
-                case MessageType::card_of:
-                    receive_card(from_wire<CardOf>(message.body));
-                    break;
-                case MessageType::delivered:
-                    receive(from_wire<Delivered>(message.body));
-                    break;
-                case MessageType::room_delivered:
-                    receive_room(from_wire<RoomDelivered>(message.body));
-                    break;
-                case MessageType::undelivered:
-                    came_back(from_wire<Undelivered>(message.body));
-                    break;
-                case MessageType::ping:
-                    link_->outbox->push_control(Pong{from_wire<Ping>(message.body).number});
-                    break;
-                case MessageType::pong:
-                    break;
-                case MessageType::refused:
-                    throw NetworkError(from_wire<Refused>(message.body).sentence);
-                case MessageType::goodbye:
-                    if (link_->quit_sent) return false;
-                    throw NetworkError(from_wire<Goodbye>(message.body).sentence);
-                default:
-                    throw ProtocolError(concat("The server sent a message of the unknown type ",
-                                               static_cast<int>(message.type), "."));
-            }
+    bool handle(const Message& message) {
+        switch (message.type) {
+            case MessageType::joined:
+                emit(PersonJoined{link_->add(from_wire<Joined>(message.body)).user});
+                wake();  // perhaps a file waits for them
+                break;
+            case MessageType::left:
+                remove_peer(from_wire<Left>(message.body).id);
+                break;
+            case MessageType::card_of:
+                receive_card(from_wire<CardOf>(message.body));
+                break;
+            case MessageType::delivered:
+                receive(from_wire<Delivered>(message.body));
+                break;
+            case MessageType::room_delivered:
+                receive_room(from_wire<RoomDelivered>(message.body));
+                break;
+            case MessageType::undelivered:
+                came_back(from_wire<Undelivered>(message.body));
+                break;
+            case MessageType::ping:
+                push_control(Pong{from_wire<Ping>(message.body).number});
+                break;
+            case MessageType::pong:
+                break;
+            case MessageType::refused:
+                throw NetworkError(from_wire<Refused>(message.body).sentence);
+            case MessageType::goodbye:
+                if (quit_sent_) return false;
+                throw NetworkError(from_wire<Goodbye>(message.body).sentence);
+            default:
+                throw ProtocolError(concat("The server sent a message of the unknown type ",
+                                           static_cast<int>(message.type), "."));
         }
         return true;
     }
 
     // ---- People ---------------------------------------------------------------------------------
 
-    Peer& add_peer(const Joined& joined) {
-        if (!is_valid_name(joined.user) || joined.id == LoginId{} ||
-            link_->peers.size() >= max_people || link_->peers.contains(joined.id))
-            throw ProtocolError("The server announced somebody who cannot be.");
-        link_->by_name[joined.user] = joined.id;
-        Peer& peer = link_->peers[joined.id];
-        peer.id = joined.id;
-        peer.user = joined.user;
-        wake();  // perhaps a file waits for them
-        return peer;
-    }
     void remove_peer(LoginId id) {
-        auto found = link_->peers.find(id);
-        if (found == link_->peers.end()) return;
-        std::string user = found->second.user;
-        if (link_->by_name[user] == id) link_->by_name.erase(user);
-        link_->peers.erase(found);
+        Peer* peer = link_->find(id);
+        if (peer == nullptr) return;
+        std::string user = peer->user;
+        link_->remove(id);
         files_->person_left(id, user);
         emit(PersonLeft{user});
-    }
-    Peer* peer_by_id(LoginId id) {
-        auto found = link_->peers.find(id);
-        return found == link_->peers.end() ? nullptr : &found->second;
-    }
-    Peer* peer_by_name(const std::string& user) {
-        auto found = link_->by_name.find(user);
-        return found == link_->by_name.end() ? nullptr : peer_by_id(found->second);
     }
 
     // True when it is known whether the peer can be trusted; else asks for the card.
     bool is_settled(Peer& peer) {
         if (peer.standing != Peer::Standing::unknown) return true;
-        if (!std::exchange(peer.card_requested, true))
-            link_->outbox->push_control(GetCard{peer.id});
+        if (!std::exchange(peer.card_requested, true)) push_control(GetCard{peer.id});
         return false;
     }
 
     void receive_card(const CardOf& message) {
-        if (Peer* peer = peer_by_id(message.id)) accept_card(*peer, message.card);
+        if (Peer* peer = link_->find(message.id)) accept_card(*peer, message.card);
     }
 
     // The first card of a login settles who it is; a different one later is ignored.
@@ -6979,7 +7506,7 @@ class Client final : private FileHost {
             emit(Problem{e.what()});
             return;
         }
-        switch (pins_->judge(*peer.card)) {
+        switch (login_.pins().judge(*peer.card)) {
             case PinStore::Verdict::first_seen:
                 emit(IdentityPinned{peer.user, peer.card->fingerprint()});
                 peer.standing = Peer::Standing::trusted;
@@ -6989,7 +7516,7 @@ class Client final : private FileHost {
                 break;
             case PinStore::Verdict::changed:
                 peer.standing = Peer::Standing::changed;
-                emit(IdentityChanged{peer.user, pins_->find(peer.user)->fingerprint,
+                emit(IdentityChanged{peer.user, login_.pins().find(peer.user)->fingerprint,
                                      peer.card->fingerprint()});
                 break;
             case PinStore::Verdict::replayed:
@@ -7003,7 +7530,7 @@ class Client final : private FileHost {
     // ---- Receiving ------------------------------------------------------------------------------
 
     void receive(const Delivered& message) {
-        Peer* peer = peer_by_id(message.from);
+        Peer* peer = link_->find(message.from);
         if (peer == nullptr || message.payload.empty()) return;
         ByteView rest = message.payload.subspan(1);
         if (message.payload[0] == static_cast<std::uint8_t>(PayloadType::open))
@@ -7036,20 +7563,20 @@ class Client final : private FileHost {
         }
     }
 
-    // True if the payload is good and its sender is to be shown.
-    bool check_opened(const Peer& peer, const OpenedPayload& opened) {
-        if (opened.state == OpenedPayload::State::damaged)
+    // True if what came is good and its sender is to be shown.
+    bool check_opened(const Peer& peer, OpenedPayload::State state, std::uint64_t lost) {
+        if (state == OpenedPayload::State::damaged)
             emit(Problem{concat("A message from ", peer.user,
                                 " was changed on its way, and is not shown.")});
-        if (opened.state == OpenedPayload::State::repeated)
+        if (state == OpenedPayload::State::repeated)
             emit(Problem{concat("A message from ", peer.user, " came twice; once is shown.")});
-        if (opened.state != OpenedPayload::State::good) return false;
-        if (opened.lost > 0) emit(MessagesLost{peer.user, opened.lost});
+        if (state != OpenedPayload::State::good) return false;
+        if (lost > 0) emit(MessagesLost{peer.user, lost});
         return peer.standing == Peer::Standing::trusted;
     }
 
     void receive_sealed(const Peer& peer, OpenedPayload opened) {
-        if (!check_opened(peer, opened)) return;
+        if (!check_opened(peer, opened.state, opened.lost)) return;
         bool ignored = ignored_.contains(peer.user);
         switch (opened.kind) {
             case Kind::text:
@@ -7065,7 +7592,7 @@ class Client final : private FileHost {
             case Kind::file_stored:
             case Kind::file_withdraw:
             case Kind::file_refuse:
-                files_->receive(peer.id, peer.user, opened.kind, std::move(opened.body));
+                files_->receive(peer.id, peer.user, std::move(opened));
                 return;
             case Kind::room_key:  // belongs into a RoomDelivered
                 return;
@@ -7074,15 +7601,14 @@ class Client final : private FileHost {
     }
 
     void receive_room(const RoomDelivered& message) {
-        Peer* peer = peer_by_id(message.from);
+        Peer* peer = link_->find(message.from);
         if (peer == nullptr) return;
         if (!peer->receiver) return tell_unopenable(*peer);
-        OpenedPayload opened =
-            peer->receiver->unwrap_key(message.wrapped_key, sha256(message.text));
-        if (!check_opened(*peer, opened) || ignored_.contains(peer->user) ||
-            opened.kind != Kind::room_key || opened.body.size() != 32)
+        UnwrappedKey opened = peer->receiver->unwrap_key(message.wrapped_key, sha256(message.text));
+        if (!check_opened(*peer, opened.state, opened.lost) || ignored_.contains(peer->user) ||
+            !opened.key)
             return;
-        if (std::optional<std::string> text = open_room_text(message.text, Secret<32>(opened.body)))
+        if (std::optional<std::string> text = open_room_text(message.text, *opened.key))
             emit(RoomMessage{peer->user, std::move(*text), false});
     }
 
@@ -7123,12 +7649,11 @@ class Client final : private FileHost {
     void send_to_room(const std::string& text) {
         SealedRoomText room = seal_room_text(text);
         Digest hash = sha256(room.sealed);
-        std::uint32_t tag = ++link_->last_tag;
+        std::uint32_t tag = ++last_tag_;
         const std::size_t room_for_keys = max_message_body - 12 - room.sealed.size();
         Bytes wrapped_keys;
         auto flush = [&] {
-            if (!wrapped_keys.empty())
-                push(Lane::interactive, Fanout{tag, room.sealed, wrapped_keys});
+            if (!wrapped_keys.empty()) push(Fanout{tag, room.sealed, wrapped_keys});
             wrapped_keys.clear();
         };
         for (auto& [id, peer] : link_->peers) {
@@ -7146,7 +7671,7 @@ class Client final : private FileHost {
         try {
             Bytes open;
             peer.sender = std::make_shared<PairSender>(*link_->keys, *peer.card, open);
-            push(Lane::interactive, Send{peer.id, Lane::interactive, 0, open});  // 0: not a message
+            push(Send{peer.id, Lane::interactive, 0, open});  // 0: not a message
             return true;
         } catch (const ProtocolError& e) {
             peer.standing = Peer::Standing::refused;
@@ -7166,14 +7691,24 @@ class Client final : private FileHost {
                                : std::string("the key card is not valid.")));
     }
 
+    // Queues a message; it is sent before the engine waits. Throws NetworkError where more waits
+    // already than any server that reads lets wait.
     template <class T>
-    void push(Lane lane, const T& message) {
-        link_->outbox->push(lane, Outgoing{std::make_shared<const Bytes>(to_wire(message)), {}, 0});
+    void push(const T& message) {
+        queued(link_->connection->outbox.push(Lane::interactive, message));
+    }
+    template <class T>
+    void push_control(const T& message) {
+        queued(link_->connection->outbox.push_control(message));
+    }
+    static void queued(Outbox::Result result) {
+        if (result == Outbox::Result::refused)
+            throw NetworkError("The server takes nothing any more.");
     }
 
     bool perform(const Tell& tell, const Job& job) {
         if (tell.user == user_) throw Error("That is you.");
-        Peer* peer = peer_by_name(tell.user);
+        Peer* peer = link_->find(tell.user);
         if (peer == nullptr) {
             emit(NotDelivered{tell.user, tell.text,
                               job.again ? "left before it arrived" : "is not online"});
@@ -7181,13 +7716,12 @@ class Client final : private FileHost {
         }
         if (!is_settled(*peer)) return false;
         require_open(*peer);
-        std::uint32_t tag = ++link_->last_tag;
-        push(Lane::interactive,
-             Send{peer->id, Lane::interactive, tag,
+        std::uint32_t tag = ++last_tag_;
+        push(Send{peer->id, Lane::interactive, tag,
                   peer->sender->seal(Lane::interactive, Kind::text, as_bytes(tell.text))});
         if (!job.again) emit(PrivateMessage{tell.user, tell.text, true});
-        link_->sent.push_back({tag, job});
-        if (link_->sent.size() > max_remembered) link_->sent.pop_front();
+        sent_.push_back({tag, job});
+        if (sent_.size() > max_remembered) sent_.pop_front();
         return true;
     }
 
@@ -7196,10 +7730,10 @@ class Client final : private FileHost {
         if (FileTransfers::is_file_tag(message.tag))
             return files_->came_back(message.tag, message.reason);
         bool busy = message.reason == UndeliveredReason::busy;
-        auto found = std::find_if(link_->sent.begin(), link_->sent.end(),
+        auto found = std::find_if(sent_.begin(), sent_.end(),
                                   [&](const SentPrivate& s) { return s.tag == message.tag; });
-        if (found == link_->sent.end()) {
-            Peer* peer = peer_by_id(message.to);
+        if (found == sent_.end()) {
+            Peer* peer = link_->find(message.to);
             if (!busy || peer == nullptr) return;
             if (message.tag == 0) {
                 peer->sender.reset();  // our keys did not arrive: open again next time
@@ -7209,11 +7743,11 @@ class Client final : private FileHost {
             return;
         }
         Job job = std::move(found->job);
-        link_->sent.erase(found);
+        sent_.erase(found);
         const Tell& tell = std::get<Tell>(job.command);
         if (busy)
             emit(NotDelivered{tell.user, tell.text, "cannot keep up at the moment"});
-        else if (job.again || peer_by_name(tell.user) == nullptr)
+        else if (job.again || link_->find(tell.user) == nullptr)
             emit(NotDelivered{tell.user, tell.text, "left before it arrived"});
         else
             jobs_.push_back({std::move(job.command), true});
@@ -7222,23 +7756,23 @@ class Client final : private FileHost {
     bool perform(const ListPeople&, const Job&) {
         People event;
         auto add = [&](const std::string& user, bool self, Peer::Standing standing) {
-            const Pin* pin = pins_->find(user);
+            const Pin* pin = login_.pins().find(user);
             bool met = standing != Peer::Standing::unknown;
             event.people.push_back({user, self, !self && pin != nullptr && pin->verified,
                                     !met || standing == Peer::Standing::trusted,
                                     ignored_.contains(user), met});
         };
         add(user_, true, Peer::Standing::trusted);
-        for (const auto& [user, id] : link_->by_name) add(user, false, peer_by_id(id)->standing);
+        for (const auto& [user, id] : link_->by_name) add(user, false, link_->find(id)->standing);
         emit(std::move(event));
         return true;
     }
 
     bool perform(const Verify& verify, const Job&) {
         if (verify.user == user_) throw Error("That is you.");
-        Peer* peer = peer_by_name(verify.user);
+        Peer* peer = link_->find(verify.user);
         if (peer != nullptr && !is_settled(*peer)) return false;
-        const Pin* pin = pins_->find(verify.user);
+        const Pin* pin = login_.pins().find(verify.user);
         bool changed = peer != nullptr && peer->standing == Peer::Standing::changed;
         if (pin == nullptr)
             throw Error(concat("You have not met ", verify.user, " yet, who is not online."));
@@ -7246,7 +7780,7 @@ class Client final : private FileHost {
             throw Error(concat("The identity of ", verify.user, " has changed: /trust ",
                                verify.user, " first, if it is right."));
         // Of somebody whose identity has changed, the number to compare is the new one's.
-        Fingerprint mine = identity_->public_key().fingerprint();
+        Fingerprint mine = login_.identity().public_key().fingerprint();
         Fingerprint theirs = changed ? peer->card->fingerprint() : pin->fingerprint;
         if (verify.confirm) {
             auto told = told_numbers_.find(verify.user);
@@ -7256,7 +7790,7 @@ class Client final : private FileHost {
             if (other)
                 throw Error(concat("What you compared is not the identity that is known of ",
                                    verify.user, ": /verify ", verify.user, " again."));
-            pins_->mark_verified(verify.user);
+            login_.pins().mark_verified(verify.user);
         }
         told_numbers_.insert_or_assign(verify.user, theirs);
         emit(SafetyNumber{verify.user, safety_number(user_, mine, verify.user, theirs), mine,
@@ -7265,7 +7799,7 @@ class Client final : private FileHost {
     }
 
     bool perform(const Trust& trust, const Job&) {
-        Peer* peer = peer_by_name(trust.user);
+        Peer* peer = link_->find(trust.user);
         if (peer == nullptr) throw Error(concat(trust.user, " is not online."));
         if (!is_settled(*peer)) return false;
         if (peer->standing != Peer::Standing::changed)
@@ -7273,7 +7807,7 @@ class Client final : private FileHost {
         if (trust.compared && *trust.compared != peer->card->fingerprint())
             throw Error(
                 concat("The identity of ", trust.user, " has changed once more: compare again."));
-        pins_->trust(*peer->card);
+        login_.pins().trust(*peer->card);
         peer->standing = Peer::Standing::trusted;
         emit(Notice{
             concat("From now on ", trust.user, " is ", peer->card->fingerprint().text(), ".")});
@@ -7295,7 +7829,7 @@ class Client final : private FileHost {
 
     bool perform(const SendFile& file, const Job&) {
         if (file.user == user_) throw Error("That is you.");
-        Peer* peer = peer_by_name(file.user);
+        Peer* peer = link_->find(file.user);
         if (peer == nullptr)
             throw Error(concat(file.user, " is not online. Files go from hand to hand: both sides ",
                                "have to be there."));
@@ -7323,8 +7857,8 @@ class Client final : private FileHost {
 
     bool perform(const Leave& leave, const Job&) {
         if (leave.after_files && files_->is_busy()) return false;
-        link_->outbox->push_control(Quit{});
-        link_->quit_sent = true;
+        push_control(Quit{});
+        quit_sent_ = true;
         return true;
     }
 
@@ -7339,65 +7873,45 @@ class Client final : private FileHost {
     void complain(const std::string& sentence) override { emit(Problem{sentence}); }
 
     std::optional<LoginId> reach(const std::string& user) override {
-        Peer* peer = link_ ? peer_by_name(user) : nullptr;
+        Peer* peer = link_ ? link_->find(user) : nullptr;
         if (peer == nullptr || !is_settled(*peer) || !open_to(*peer)) return std::nullopt;
         return peer->id;
     }
     void send(LoginId to, std::uint32_t tag, Kind kind, ByteView body) override {
-        Peer* peer = link_ ? peer_by_id(to) : nullptr;
+        Peer* peer = link_ ? link_->find(to) : nullptr;
         if (peer == nullptr || !open_to(*peer)) return;
-        push(Lane::interactive,
-             Send{to, Lane::interactive, tag, peer->sender->seal(Lane::interactive, kind, body)});
+        push(Send{to, Lane::interactive, tag, peer->sender->seal(Lane::interactive, kind, body)});
     }
     std::shared_ptr<BulkLane> bulk_lane(LoginId to) override {
-        Peer* peer = link_ ? peer_by_id(to) : nullptr;
+        Peer* peer = link_ ? link_->find(to) : nullptr;
         if (peer == nullptr || !open_to(*peer)) return nullptr;
-        if (!peer->bulk) peer->bulk = std::make_shared<BulkLane>(peer->sender, link_->outbox, to);
+        if (!peer->bulk)
+            peer->bulk =
+                std::make_shared<detail::ConnectionBulkLane>(peer->sender, link_->connection, to);
         return peer->bulk;
     }
     void wake() noexcept override {
-        {
-            std::lock_guard lock(mutex_);
-            files_woken_ = true;
-        }
-        changed_.notify_all();
+        files_woken_ = true;
+        mail_.waker.wake();
     }
 
     ClientOptions options_;
     const std::string user_, server_;
 
+    detail::Mailbox mail_;                   // any thread
+    std::atomic<bool> files_woken_ = false;  // any thread: tend() has something to do
+
     // The engine thread's own.
-    struct Salted {
-        Bytes salt;
-        std::uint32_t iterations = 0;
-        Secret<32> password;
-    };
-    bool registering_;
-    bool been_online_ = false;
-    std::optional<Salted> salted_;
-    std::optional<RsaPrivateKey> identity_;
-    bool identity_saved_ = false;
-    std::optional<PinStore> pins_;
-    bool save_failed_ = false;
+    detail::Login login_;
+    std::unique_ptr<detail::Link> link_;
+    std::uint32_t last_tag_ = 0;  // of this connection, like the next two
+    std::deque<SentPrivate> sent_;
+    bool quit_sent_ = false;
     std::set<std::string> ignored_;
     std::map<std::string, Fingerprint> told_numbers_;  // whose key each SafetyNumber was of
     std::deque<Job> jobs_;
-    std::unique_ptr<Link> link_;
+    bool save_failed_ = false;
     std::optional<FileTransfers> files_;  // from the first login on; its threads call wake()
-
-    Waker cancel_;
-    mutable std::mutex mutex_;                       // guards the rest
-    std::condition_variable changed_;                // for the engine and the reader
-    std::condition_variable changed_for_front_end_;  // for post() and next_event()
-    std::deque<Command> commands_;
-    std::deque<Bytes> records_;
-    std::deque<Event> events_;
-    Socket* socket_ = nullptr;  // the connection's, while there is one: to shut it down
-    bool lost_ = false;
-    std::string lost_reason_;
-    bool files_woken_ = false;  // tend() has something to do
-    bool stopping_ = false;
-    bool ended_ = false;
 
     std::thread engine_;  // last, so that everything above exists when it starts; joined in ~Client
 };
@@ -7583,6 +8097,11 @@ inline Fingerprint fingerprint_from(const std::string& file_or_fingerprint) {
 // system allows this process; returns the limit in force.
 inline std::size_t raise_descriptor_limit();  // chapter 14
 
+// For a program with a thread for each of a thousand connections, once, when it starts. glibc gives
+// its threads up to eight heaps for each processor, and what one of them keeps for the next burst,
+// no other can use.
+inline void share_one_heap();
+
 // ---- Lines of input, for every front end alike --------------------------------------------------
 
 struct CommandHelp {
@@ -7707,6 +8226,7 @@ inline int open_file(const std::filesystem::path& path, bool create, FileMode) {
     int flags = create ? _O_WRONLY | _O_CREAT | _O_EXCL : _O_RDONLY;
     return ::_wopen(path.c_str(), flags | _O_BINARY, _S_IREAD | _S_IWRITE);
 }
+inline void give_back_free_memory() {}
 inline int close_file(int file) { return ::_close(file); }
 inline int sync_file(int file) { return ::_commit(file); }
 inline std::ptrdiff_t read_some(int file, ByteSpan into) {
@@ -7780,19 +8300,13 @@ inline void start_socket_library() {
     };
     static Library library;
 }
-inline void prepare_socket(SocketHandle) {}  // there are no signals, and nobody inherits
+inline void prepare_socket(SocketHandle s) {  // there are no signals, and nobody inherits
+    u_long on = 1;
+    ::ioctlsocket(s, static_cast<long>(FIONBIO), &on);
+}
 inline void close_socket(SocketHandle s) { ::closesocket(s); }
 inline void shut_down_both(SocketHandle s) { ::shutdown(s, SD_BOTH); }
 inline void shut_down_writing(SocketHandle s) { ::shutdown(s, SD_SEND); }
-inline void set_blocking(SocketHandle s, bool blocking) {
-    u_long on = blocking ? 0 : 1;
-    ::ioctlsocket(s, static_cast<long>(FIONBIO), &on);
-}
-// Zero would mean "for ever", so it becomes one millisecond.
-inline void set_timeout_option(SocketHandle s, int name, std::chrono::milliseconds timeout) {
-    timeout = std::max(timeout, std::chrono::milliseconds(1));
-    set_option(s, SOL_SOCKET, name, static_cast<DWORD>(timeout.count()));
-}
 inline void keep_system_queue_short(SocketHandle) {}  // cannot be asked for
 // Nothing to do. (SO_REUSEADDR means something else here: that others may take the port away.)
 inline void allow_quick_restart(SocketHandle) {}
@@ -7808,7 +8322,7 @@ inline std::array<SocketHandle, 2> make_waker_ends() {
     if (both == no_socket || ::bind(both, address, size) != 0 ||
         ::getsockname(both, address, &size) != 0 || ::connect(both, address, size) != 0)
         throw Error(concat("Cannot create a socket: ", socket_reason(socket_error()), "."));
-    set_blocking(both, false);
+    prepare_socket(both);
     return {both, both};
 }
 
@@ -7820,7 +8334,7 @@ inline std::ptrdiff_t send_some(SocketHandle s, ByteView bytes) {
     auto size = static_cast<int>(std::min<std::size_t>(bytes.size(), 1 << 30));
     return ::send(s, reinterpret_cast<const char*>(bytes.data()), size, 0);
 }
-inline int poll_sockets(std::vector<PollEntry>& entries, int timeout_ms) {
+inline int poll_sockets(std::span<PollEntry> entries, int timeout_ms) {
     return ::WSAPoll(entries.data(), static_cast<ULONG>(entries.size()), timeout_ms);
 }
 
@@ -7848,6 +8362,7 @@ inline void read_keys(std::string_view prompt, const std::function<bool(int key)
 }  // namespace detail
 
 inline std::size_t raise_descriptor_limit() { return 16384; }
+inline void share_one_heap() {}
 
 inline std::filesystem::path default_home() {
     const char* data = std::getenv("APPDATA");
@@ -7863,6 +8378,11 @@ namespace detail {
 inline int open_file(const std::filesystem::path& path, bool create, FileMode mode) {
     int flags = create ? O_WRONLY | O_CREAT | O_EXCL | O_NOFOLLOW : O_RDONLY;
     return ::open(path.c_str(), flags | O_CLOEXEC, mode == FileMode::owner_only ? 0600 : 0644);
+}
+inline void give_back_free_memory() {
+#ifdef __GLIBC__
+    ::malloc_trim(0);
+#endif
 }
 inline int close_file(int file) { return ::close(file); }
 inline int sync_file(int file) { return ::fsync(file); }
@@ -7961,6 +8481,7 @@ inline void start_socket_library() {}
 // one shall be an error: on macOS one says that here, elsewhere with each send().
 inline void prepare_socket(SocketHandle s) {
     ::fcntl(s, F_SETFD, FD_CLOEXEC);
+    ::fcntl(s, F_SETFL, ::fcntl(s, F_GETFL, 0) | O_NONBLOCK);
 #ifdef SO_NOSIGPIPE
     set_option(s, SOL_SOCKET, SO_NOSIGPIPE, 1);
 #endif
@@ -7968,18 +8489,6 @@ inline void prepare_socket(SocketHandle s) {
 inline void close_socket(SocketHandle s) { ::close(s); }
 inline void shut_down_both(SocketHandle s) { ::shutdown(s, SHUT_RDWR); }
 inline void shut_down_writing(SocketHandle s) { ::shutdown(s, SHUT_WR); }
-inline void set_blocking(SocketHandle s, bool blocking) {
-    int flags = ::fcntl(s, F_GETFL, 0);
-    ::fcntl(s, F_SETFL, blocking ? flags & ~O_NONBLOCK : flags | O_NONBLOCK);
-}
-// Zero would mean "for ever", so it becomes one millisecond.
-inline void set_timeout_option(SocketHandle s, int name, std::chrono::milliseconds timeout) {
-    timeout = std::max(timeout, std::chrono::milliseconds(1));
-    timeval value{};
-    value.tv_sec = static_cast<decltype(value.tv_sec)>(timeout.count() / 1000);
-    value.tv_usec = static_cast<decltype(value.tv_usec)>(timeout.count() % 1000 * 1000);
-    set_option(s, SOL_SOCKET, name, value);
-}
 inline void keep_system_queue_short([[maybe_unused]] SocketHandle s) {
 #ifdef TCP_NOTSENT_LOWAT
     set_option(s, IPPROTO_TCP, TCP_NOTSENT_LOWAT, 256 * 1024);
@@ -7995,7 +8504,6 @@ inline std::array<SocketHandle, 2> make_waker_ends() {
         throw Error(concat("Cannot create a pair of sockets: ", system_reason(), "."));
     for (SocketHandle end : ends) {
         prepare_socket(end);
-        set_blocking(end, false);
     }
     return ends;
 }
@@ -8010,7 +8518,7 @@ inline std::ptrdiff_t send_some(SocketHandle s, ByteView bytes) {
     return ::send(s, bytes.data(), bytes.size(), 0);
 #endif
 }
-inline int poll_sockets(std::vector<PollEntry>& entries, int timeout_ms) {
+inline int poll_sockets(std::span<PollEntry> entries, int timeout_ms) {
     return ::poll(entries.data(), static_cast<nfds_t>(entries.size()), timeout_ms);
 }
 
@@ -8060,6 +8568,11 @@ inline std::size_t raise_descriptor_limit() {
     ::setrlimit(RLIMIT_NOFILE, &limit);
     ::getrlimit(RLIMIT_NOFILE, &limit);
     return static_cast<std::size_t>(limit.rlim_cur);
+}
+inline void share_one_heap() {
+#ifdef __GLIBC__
+    ::mallopt(M_ARENA_MAX, 1);
+#endif
 }
 
 inline std::filesystem::path default_home() {

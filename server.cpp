@@ -82,6 +82,7 @@ int serve(const cxxopts::ParseResult& flags) {
                                         chatsecure::visible(line), "\n");
     };
     chatsecure::raise_descriptor_limit();
+    chatsecure::share_one_heap();
     chatsecure::Server server(std::move(options));
     running_server = &server;
     stop_on_signals();
