@@ -29,6 +29,9 @@
 #include <sys/resource.h>
 #include <sys/ioctl.h>
 #include <sys/wait.h>
+#ifdef __linux__
+#include <sys/epoll.h>
+#endif
 
 using namespace chatsecure;
 
@@ -42,8 +45,8 @@ constexpr Milliseconds long_enough{60'000};  // for whatever must happen: only f
 // A fresh private directory, removed with everything in it.
 struct TempDir {
     std::filesystem::path path;
-    TempDir() {
-        std::string name = (std::filesystem::temp_directory_path() / "chatsecure-XXXXXX").string();
+    explicit TempDir(const std::filesystem::path& parent = std::filesystem::temp_directory_path()) {
+        std::string name = (parent / "chatsecure-XXXXXX").string();
         if (::mkdtemp(name.data()) == nullptr) throw Error("Cannot make a temporary directory.");
         path = name;
     }
@@ -8237,10 +8240,13 @@ int check_gui() {
 //  make bench
 // =================================================================================================
 
+double seconds_since(Clock::time_point begin) {
+    return std::chrono::duration<double>(Clock::now() - begin).count();
+}
 double seconds_of(const std::function<void()>& work) {
     auto begin = Clock::now();
     work();
-    return std::chrono::duration<double>(Clock::now() - begin).count();
+    return seconds_since(begin);
 }
 
 // The CPU time of a running process, from /proc (Linux); 0 elsewhere.
@@ -8252,67 +8258,663 @@ double cpu_of_process(const std::string& pid) {
            static_cast<double>(::sysconf(_SC_CLK_TCK));
 }
 
-// A private message there and back, in seconds.
-double round_trip(Chatter& one, Chatter& two) {
-    return seconds_of([&] {
-        one->post(Tell{two->user(), "there"});
-        two.next_private();
-        two->post(Tell{one->user(), "back"});
-        one.next_private();
-    });
-}
-std::string percentiles(std::vector<double> trips) {
-    std::sort(trips.begin(), trips.end());
-    return concat(trips[trips.size() / 2] * 1e6, " us median, ",
-                  trips[trips.size() * 99 / 100] * 1e6, " us at the 99th percentile of ",
-                  trips.size());
+// The number behind `name` in a text: "joined=100", "Threads: 7". 0 if there is none.
+double number_after(std::string_view text, std::string_view name) {
+    std::size_t at = text.find(name);
+    return at == text.npos ? 0 : std::strtod(text.data() + at + name.size(), nullptr);
 }
 
-// Figures of one server process with its default key of 3072 bits. They mean something in
-// comparison on the same machine: with another version, or with one RSA operation, which is
-// measured first.
-int bench() {
-    raise_descriptor_limit();
+// Of some durations in seconds: the one that `part` of them do not exceed, in microseconds.
+double percentile_us(std::vector<double>& seconds, double part) {
+    if (seconds.empty()) throw Error("Nothing was measured.");
+    std::sort(seconds.begin(), seconds.end());
+    return seconds[static_cast<std::size_t>(part * static_cast<double>(seconds.size() - 1))] * 1e6;
+}
+std::string percentiles(std::vector<double> seconds) {
+    double median = percentile_us(seconds, 0.5), most = percentile_us(seconds, 0.99);
+    return concat("median_us=", median, " p99_us=", most, " of ", seconds.size());
+}
+
+// ---- Light clients ------------------------------------------------------------------------------
+//
+// A Client opens each message end to end, which takes more time than the server's whole work for
+// it. The clients of peers (TLS to an IRC server, and nothing above it) do not. To compare servers
+// and not clients, these log in as everybody does, and then only open the records of chapter 5. One
+// thread serves all of them, in a process of its own. They speak the wire format by themselves.
+
+constexpr std::string_view bench_salt = "one salt for all";  // so the slow hash is computed once
+constexpr int bench_people = 10'000;
+constexpr int logins_at_once = 8;  // enough that the server always has one to work at
+std::string bench_name(int i) { return concat("user", i); }
+
+// Waits for many sockets, with epoll: poll() over thousands would be most of what we measure.
+template <class Owner>
+class Readiness {
+  public:
+    using Ready = std::vector<std::pair<Owner*, int>>;  // who, and what: POLLIN and others
+#ifdef __linux__
+    ~Readiness() { ::close(epoll_); }
+    void watch(int socket, Owner* owner, int what) {  // also to change it
+        epoll_event event{};
+        event.events = static_cast<std::uint32_t>(what);  // the same numbers as poll()'s
+        event.data.ptr = owner;
+        if (::epoll_ctl(epoll_, EPOLL_CTL_MOD, socket, &event) != 0)
+            ::epoll_ctl(epoll_, EPOLL_CTL_ADD, socket, &event);
+    }
+    void forget(int socket) { ::epoll_ctl(epoll_, EPOLL_CTL_DEL, socket, nullptr); }
+    Ready wait(int timeout_ms) {
+        std::array<epoll_event, 256> events;
+        int count = ::epoll_wait(epoll_, events.data(), 256, timeout_ms);
+        Ready ready;
+        for (auto event = events.begin(); event < events.begin() + count; ++event)
+            ready.emplace_back(static_cast<Owner*>(event->data.ptr),
+                               static_cast<int>(event->events));
+        return ready;
+    }
+
+  private:
+    int epoll_ = ::epoll_create1(EPOLL_CLOEXEC);
+#else
+    void watch(int socket, Owner* owner, int what) {
+        forget(socket);
+        entries_.push_back({socket, static_cast<short>(what), 0});
+        owners_[socket] = owner;
+    }
+    void forget(int socket) {
+        std::erase_if(entries_, [&](const pollfd& entry) { return entry.fd == socket; });
+    }
+    Ready wait(int timeout_ms) {
+        ::poll(entries_.data(), static_cast<nfds_t>(entries_.size()), timeout_ms);
+        Ready ready;
+        for (const pollfd& entry : entries_)
+            if (entry.revents != 0) ready.emplace_back(owners_[entry.fd], entry.revents);
+        return ready;
+    }
+
+  private:
+    std::vector<pollfd> entries_;
+    std::map<int, Owner*> owners_;
+#endif
+};
+
+struct LightClient {
+    std::string user;
+    Bytes card;
+    Socket socket;
+    std::optional<ClientHandshake> handshake;  // until the channel stands
+    Digest binding{};
+    std::optional<ScramClient> scram;
+    std::optional<RecordSealer> sealer;
+    std::optional<RecordOpener> opener;
+    LoginId id{};
+    bool joined = false;   // Ready has come
+    Bytes in;              // the beginning of a frame whose rest has not come yet
+    Bytes out;             // records to send
+    std::size_t sent = 0;  // so much of `out`
+    bool stuck = false;    // the socket takes no more for the moment
+};
+
+class LightRoom {
+  public:
+    // The identity of all members is in `data`, where the server has its files: see BenchData.
+    LightRoom(std::uint16_t port, const std::string& data)
+        : identity_(*RsaPrivateKey::load(std::filesystem::path(data) / "identity.pem", {})),
+          salted_(pbkdf2_sha256(as_bytes(password), as_bytes(bench_salt), few_iterations)),
+          port_(port) {
+        raise_descriptor_limit();
+    }
+
+    // Makes what a client has before it connects. Called before any clock runs.
+    void prepare(int first, int count) {
+        for (int i = first; i < first + count; ++i) {
+            auto client = std::make_unique<LightClient>();
+            client->user = bench_name(i);
+            client->card = LoginKeys(identity_, client->user, 1).card_bytes();
+            members.push_back(std::move(client));
+        }
+    }
+    // Brings them online, a few at a time. Who is not there when the time is over stays away.
+    void come_online(double patience) {
+        auto begin = Clock::now();
+        std::size_t next = 0, all = members.size();
+        while (joined + lost < static_cast<int>(all) && seconds_since(begin) < patience) {
+            while (next < all && static_cast<int>(next) - joined - lost < logins_at_once)
+                connect(*members[next], next / 1000), ++next;
+            turn(50);
+        }
+        std::erase_if(members, [&](const auto& member) {
+            if (!member->joined) readiness_.forget(member->socket.handle());
+            return !member->joined;
+        });
+    }
+    // Everybody says goodbye.
+    void leave() {
+        leaving_ = true;
+        for (auto& member : members)
+            if (member->socket.is_open()) send(*member, Quit{});
+        for (auto begin = Clock::now(); joined > 0 && seconds_since(begin) < 20;) turn(50);
+    }
+
+    // Waits until something can be read or written, and does it. Whether there was anything.
+    bool turn(int timeout_ms) {
+        auto ready = readiness_.wait(timeout_ms);
+        for (auto [member, what] : ready) {
+            try {
+                if ((what & ~POLLOUT) != 0) read(*member);
+                if ((what & POLLOUT) != 0) flush(*member);
+            } catch (const Error& e) {
+                lose(*member, e.what());
+            }
+        }
+        return !ready.empty();
+    }
+    void turn_until_quiet() {  // for half a second, if it ever is
+        auto begin = Clock::now(), last = begin;
+        while (seconds_since(last) < 0.5 && seconds_since(begin) < 20)
+            if (turn(50)) last = Clock::now();
+    }
+    // From now on this member reads nothing, and its system takes next to nothing for it.
+    void go_deaf(LightClient& member) {
+        detail::set_option(member.socket.handle(), SOL_SOCKET, SO_RCVBUF, 4096);
+        readiness_.forget(member.socket.handle());
+    }
+
+    // `text` for everybody who is online: as many messages as it takes for all wrapped keys. The
+    // keys are any bytes: neither the server nor light clients can tell.
+    std::vector<Bytes> room_message(const LightClient& from, std::size_t text_bytes) const {
+        Bytes text(text_bytes, 'x'), keys;
+        std::vector<Bytes> pieces;
+        for (LoginId id : online_) {
+            if (id == from.id) continue;
+            append_fields(keys, id);
+            keys.resize(keys.size() + Fanout::entry_bytes - sizeof id, 0x5a);
+            if (text_bytes + keys.size() + Fanout::entry_bytes + 16 <= max_message_body) continue;
+            pieces.push_back(to_wire(Fanout{0, text, keys}));
+            keys.clear();
+        }
+        if (!keys.empty()) pieces.push_back(to_wire(Fanout{0, text, keys}));
+        return pieces;
+    }
+    // Puts messages into records, as many as fit into each, and sends what the socket takes.
+    void send_messages(LightClient& member, const std::vector<Bytes>& wires, long times) {
+        Bytes record(frame_header_bytes);
+        auto seal = [&] {
+            member.sealer->seal(record);
+            append(member.out, record);
+            record.resize(frame_header_bytes);
+        };
+        for (long i = 0; i < times; ++i)
+            for (const Bytes& wire : wires) {
+                if (record.size() + wire.size() > frame_header_bytes + max_record_bytes) seal();
+                append(record, wire);
+            }
+        seal();
+        flush(member);
+    }
+    template <class T>
+    void send(LightClient& member, const T& message) {
+        send_messages(member, {to_wire(message)}, 1);
+    }
+
+    std::vector<std::unique_ptr<LightClient>> members;
+    int joined = 0, lost = 0;  // members who are here; connections that ended without a goodbye
+    long heard = 0;            // room messages, of all members together
+    Clock::time_point first_heard, last_heard;
+    std::function<void(LightClient&, ByteView)> on_private = [](LightClient&, ByteView) {};
+
+  private:
+    static sockaddr_in loopback(std::size_t number, std::uint16_t port) {
+        sockaddr_in address{};
+        address.sin_family = AF_INET;
+        address.sin_port = htons(port);
+        address.sin_addr.s_addr = htonl(INADDR_LOOPBACK + static_cast<std::uint32_t>(number));
+        return address;
+    }
+    // One address has 28,000 ports, and some are still in use by connections that have ended: each
+    // thousand members has its own address.
+    void connect(LightClient& member, std::size_t address) {
+        int fd = ::socket(AF_INET, SOCK_STREAM, 0);
+        sockaddr_in own = loopback(address, 0), server = loopback(0, port_);
+        if (address > 0) ::bind(fd, reinterpret_cast<const sockaddr*>(&own), sizeof own);
+        bool connected =
+            ::connect(fd, reinterpret_cast<const sockaddr*>(&server), sizeof server) == 0;
+        member.socket = Socket(fd);
+        if (!connected) return lose(member, "it cannot connect");
+        detail::set_option(fd, IPPROTO_TCP, TCP_NODELAY, 1);
+        readiness_.watch(fd, &member, POLLIN);
+        member.handshake.emplace();
+        append(member.out, make_frame(member.handshake->hello()));
+        flush(member);
+    }
+    void lose(LightClient& member, std::string_view reason) {
+        readiness_.forget(member.socket.handle());
+        member.socket = Socket();
+        if (member.joined) --joined;
+        if (leaving_) return;
+        if (lost++ == 0) std::cerr << "lost " << member.user << ": " << reason << '\n';
+    }
+
+    void flush(LightClient& member) {
+        try {
+            member.sent += member.socket.write_now(ByteView(member.out).subspan(member.sent));
+        } catch (const NetworkError&) {
+            return;  // reading will tell
+        }
+        if (member.sent < member.out.size()) return set_stuck(member, true);
+        member.out.clear();
+        member.sent = 0;
+        set_stuck(member, false);
+    }
+    void set_stuck(LightClient& member, bool stuck) {
+        if (member.stuck == stuck) return;
+        member.stuck = stuck;
+        readiness_.watch(member.socket.handle(), &member, stuck ? POLLIN | POLLOUT : POLLIN);
+    }
+
+    // One buffer serves all members: only a frame that is cut in two is kept for the next time.
+    void read(LightClient& member) {
+        std::copy(member.in.begin(), member.in.end(), block_.begin());
+        std::size_t got = member.socket.read_some(ByteSpan(block_).subspan(member.in.size()));
+        if (got == 0) throw NetworkError("the server closed the connection");
+        ByteSpan left = ByteSpan(block_).first(member.in.size() + got);
+        while (left.size() >= frame_header_bytes) {
+            std::size_t size = frame_length(left, max_record_frame);
+            if (left.size() < frame_header_bytes + size) break;
+            take_frame(member, left.subspan(frame_header_bytes, size));
+            left = left.subspan(frame_header_bytes + size);
+        }
+        member.in.assign(left.begin(), left.end());
+    }
+    void take_frame(LightClient& member, ByteSpan content) {
+        if (!member.opener) {
+            member.handshake->receive_hello(content);
+            HopKeys keys;
+            append(member.out, make_frame(member.handshake->key_message(keys)));
+            member.sealer.emplace(std::move(keys.client_to_server));
+            member.opener.emplace(std::move(keys.server_to_client));
+            member.binding = keys.channel_binding;
+            member.handshake.reset();
+            return flush(member);
+        }
+        long before = heard;
+        Reader record(member.opener->open(content), "a record");
+        while (!record.empty()) {
+            Message message = take_message(record);
+            if (message.type == MessageType::room_delivered)
+                ++heard;
+            else
+                take(member, message);
+        }
+        if (heard == before) return;
+        last_heard = Clock::now();
+        if (before == 0) first_heard = last_heard;
+    }
+    void take(LightClient& member, const Message& message) {
+        switch (message.type) {
+            case MessageType::welcome:
+                member.scram.emplace(member.user, member.binding);
+                return send(member, LoginStart{member.scram->first()});
+            case MessageType::login_challenge:
+                member.scram->receive_challenge(
+                    from_wire<LoginChallenge>(message.body).server_first);
+                return send(member, LoginProof{member.scram->final(salted_)});
+            case MessageType::login_done: {
+                auto done = from_wire<LoginDone>(message.body);
+                member.scram->verify_server(done.server_final);
+                member.id = done.id;
+                online_.insert(done.id);
+                return send(member, PublishCard{member.card});
+            }
+            case MessageType::joined:  // what one has heard of is enough for all
+                if (&member == members.front().get())
+                    online_.insert(from_wire<Joined>(message.body).id);
+                return;
+            case MessageType::ready:
+                member.joined = true;
+                ++joined;
+                return;
+            case MessageType::delivered:
+                return on_private(member, from_wire<Delivered>(message.body).payload);
+            case MessageType::ping:
+                return send(member, Pong{from_wire<Ping>(message.body).number});
+            case MessageType::refused:
+                throw NetworkError(from_wire<Refused>(message.body).sentence);
+            default:
+                return;
+        }
+    }
+
+    RsaPrivateKey identity_;
+    Secret<32> salted_;
+    std::uint16_t port_;
+    Readiness<LightClient> readiness_;
+    Bytes block_ = Bytes(512 * 1024);
+    std::set<LoginId> online_;
+    bool leaving_ = false;
+};
+
+// ./tests --light PORT SERVER_PID N S M B DATA [SECONDS]: N members, S of whom send M messages of B
+// bytes, with the parameters, the steps and the line of ../shared/bench/fanout.cpp. With SECONDS
+// it is a flood: they talk for so long, and one of the others has stopped reading.
+int light(const std::vector<std::string>& words) {
+    const std::string& pid = words.at(1);
+    int n = std::stoi(words.at(2));
+    long s = std::stol(words.at(3)), m = std::stol(words.at(4)), b = std::stol(words.at(5));
+    double flood = words.size() > 7 ? std::stod(words[7]) : 0;
+    LightRoom room(static_cast<std::uint16_t>(std::stoi(words.at(0))), words.at(6));
+    room.prepare(0, n);
+    auto kib_each = [&, before = resident_mib(pid)] {
+        return (resident_mib(pid) - before) * 1024 / std::max(1, room.joined);
+    };
+
+    auto begin = Clock::now();
+    double cpu_begin = cpu_of_process(pid);
+    room.come_online(60);
+    double join_seconds = seconds_since(begin), join_cpu = cpu_of_process(pid) - cpu_begin;
+    double idle_kib = kib_each();
+    room.turn_until_quiet();  // everybody has heard of everybody
+    double settled_cpu = cpu_of_process(pid) - cpu_begin;
+    const int came = room.joined;
+    s = std::min<long>(s, came);
+
+    std::vector<std::vector<Bytes>> messages;
+    for (std::size_t i = 0; i < static_cast<std::size_t>(s); ++i)
+        messages.push_back(room.room_message(*room.members[i], static_cast<std::size_t>(b)));
+    if (flood > 0) room.go_deaf(*room.members.back());
+    std::vector<long> left(messages.size(), flood > 0 ? std::numeric_limits<long>::max() : m);
+    long want = m * s * (came - 1);
+    room.heard = 0;
+    begin = room.last_heard = Clock::now();
+    double cpu = cpu_of_process(pid);
+    while (flood > 0 ? seconds_since(begin) < flood
+                     : room.heard < want && seconds_since(room.last_heard) < 10) {
+        for (std::size_t i = 0; i < left.size(); ++i) {
+            if (left[i] == 0 || !room.members[i]->out.empty()) continue;
+            long now = std::min<long>(left[i], 50);
+            left[i] -= now;
+            room.send_messages(*room.members[i], messages[i], now);
+        }
+        room.turn(1);
+    }
+    double first = std::chrono::duration<double>(room.first_heard - begin).count();
+    double last = std::chrono::duration<double>(room.last_heard - begin).count();
+    cpu = cpu_of_process(pid) - cpu;
+    auto heard = static_cast<double>(room.heard);
+    std::printf(
+        "ours N=%d S=%ld M=%ld B=%ld joined=%d join_s=%.2f join_cpu=%.2f "
+        "rss_per_client_KiB=%.1f delivered=%ld/%ld  deliveries/s=%.0f  "
+        "server_cpu_us_per_delivery=%.2f\n",
+        n, s, m, b, came, join_seconds, join_cpu, idle_kib, room.heard, want, heard / last,
+        cpu / heard * 1e6);
+
+    // Memory goes back, if not at once. A flood ends here: it was about what others notice of it.
+    begin = Clock::now();
+    double after_kib = kib_each();
+    while (flood == 0 && after_kib > idle_kib && seconds_since(begin) < 5) {
+        room.turn(100);
+        after_kib = std::min(after_kib, kib_each());
+    }
+    double threads = number_after(read_text("/proc/" + pid + "/status"), "Threads:");
+    double leave_seconds = flood > 0 ? 0 : seconds_of([&] { room.leave(); });
+    std::printf(
+        "     settled_join_cpu=%.2f after_burst_KiB=%.1f first_ms=%.1f last_ms=%.1f "
+        "lost=%d threads=%.0f peak_MiB=%.0f leave_s=%.2f still_here=%d missing=%ld\n",
+        settled_cpu, after_kib, first * 1e3, last * 1e3, room.lost, threads, peak_mib(pid),
+        leave_seconds, flood > 0 ? 0 : room.joined, flood > 0 ? 0 : want - room.heard);
+    return 0;
+}
+
+// ./tests --light-pair PORT DATA [flood]: two members write to each other in private, 100 bytes.
+// There and back, 5,000 times; or, in a flood, one way every millisecond, whether the one before
+// has arrived or not: who waits for the slow ones would measure few of them.
+int light_pair(const std::vector<std::string>& words) {
+    bool flood = words.size() > 2;
+    LightRoom room(static_cast<std::uint16_t>(std::stoi(words.at(0))), words.at(1));
+    room.prepare(bench_people - 2, 2);
+    room.come_online(20);
+    if (room.joined != 2) throw Error("The pair did not come online.");
+    LightClient &one = *room.members[0], &two = *room.members[1];
+    std::cout << "online\n" << std::flush;
+
+    struct Way {
+        Clock::time_point sent, arrived;
+    };
+    std::vector<Way> ways;
+    std::size_t arrivals = 0;
+    auto send = [&](LightClient& from, LightClient& to) {
+        Bytes payload;
+        append_fields(payload, static_cast<std::uint32_t>(ways.size()));
+        payload.resize(100);
+        ways.push_back({Clock::now(), {}});
+        room.send(from, Send{to.id, Lane::interactive, 0, payload});
+    };
+    room.on_private = [&](LightClient&, ByteView payload) {
+        std::uint32_t number{};
+        Reader(payload, "a private message")(number);
+        ways.at(number).arrived = Clock::now();
+        ++arrivals;
+    };
+    std::vector<double> figures;
+    auto begin = Clock::now();
+    if (!flood) {
+        for (std::size_t trip = 0; trip < 5200 && seconds_since(begin) < 30; ++trip) {
+            double taken = seconds_of([&] {
+                for (auto [from, to] : {std::pair(&one, &two), std::pair(&two, &one)}) {
+                    send(*from, *to);
+                    while (arrivals < ways.size() && room.turn(5000)) {
+                    }
+                }
+            });
+            if (trip >= 200) figures.push_back(taken);  // the first ones warm up
+        }
+    } else {
+        // Until the flood is over: a second in which nothing was heard in the room.
+        while (room.heard == 0 ? seconds_since(begin) < 60 : seconds_since(room.last_heard) < 1) {
+            if (ways.empty() || seconds_since(ways.back().sent) >= 1e-3)
+                ways.size() % 2 == 0 ? send(one, two) : send(two, one);
+            room.turn(1);
+        }
+        for (const Way& way : ways)
+            if (way.sent >= room.first_heard && way.sent <= room.last_heard)
+                figures.push_back(std::chrono::duration<double>(way.arrived - way.sent).count());
+    }
+    if (arrivals < ways.size()) throw Error("Not every private message arrived.");
+    std::cout << percentiles(std::move(figures)) << '\n';
+    return 0;
+}
+
+// ---- The rows -----------------------------------------------------------------------------------
+
+// What the servers of all rows start with: a key, accounts, and the identity that all of them have.
+struct BenchData {
+    TempDir directory;
     RsaPrivateKey key = RsaPrivateKey::generate(default_rsa_bits);
-    Bytes encapsulated = key.public_key().encrypt(Secret<32>(), {});
-    constexpr int operations = 300;
+    std::string path = directory.path.string();
+
+    BenchData() {
+        key.save(directory.path / "server_private.pem", {}, 0);
+        test_key(1).save(directory.path / "identity.pem", {}, 0);
+        ScramVerifier verifier =
+            make_verifier(pbkdf2_sha256(as_bytes(password), as_bytes(bench_salt), few_iterations),
+                          as_bytes(bench_salt), few_iterations);
+        std::string db;
+        for (int i = 0; i < bench_people; ++i)
+            db += concat(
+                Account{bench_name(i), verifier, test_key(1).public_key().der(), rfc3339_now()}
+                    .line(),
+                "\n");
+        write_text(directory.path / "users.db", db);
+    }
+};
+
+struct BenchServer {
+    Process process;
+    std::string port, pid = process.pid();
+
+    explicit BenchServer(const BenchData& data)
+        : process({"server", "--port", "0", "--data", data.path, "--max-clients", "10100"}) {
+        process.wait_for("listening on 127.0.0.1:");
+        process.wait_for("server key SHA256:");
+        std::string output = process.output();
+        std::size_t at = output.find("127.0.0.1:") + 10;
+        port = output.substr(at, output.find('\n', at) - at);
+    }
+};
+
+// What a light process prints.
+std::string end_of(Process& process) {
+    int code = process.end();
+    if (code != 0) throw Error(process.output());
+    show(process.output());
+    return process.output();
+}
+
+// What `--light` prints with this load (N, S, M, B) on a server of its own.
+using Load = std::vector<std::string>;
+std::string room_load(const BenchData& data, const Load& load) {
+    BenchServer server(data);
+    std::vector<std::string> words{"tests", "--light", server.port, server.pid};
+    words.insert(words.end(), load.begin(), load.end());
+    words.push_back(data.path);
+    Process process(words);
+    return end_of(process);
+}
+// Three times, and the one in the middle by CPU for a delivery: a burst is short.
+std::string median_room_load(const BenchData& data, const Load& load) {
+    std::map<double, std::string> runs;
+    for (int i = 0; i < 3; ++i) {
+        std::string run = room_load(data, load);
+        runs.emplace(number_after(run, "_per_delivery="), run);
+    }
+    return std::next(runs.begin(), static_cast<std::ptrdiff_t>(runs.size() / 2))->second;
+}
+
+// The table at the end, in Markdown.
+class BenchTable {
+  public:
+    void at_most(const std::string& what, double figure, double goal, const std::string& unit) {
+        add(what, goal > 0 ? "≤ " : "", figure, goal, unit, figure <= goal);
+    }
+    void at_least(const std::string& what, double figure, double goal, const std::string& unit) {
+        add(what, "≥ ", figure, goal, unit, figure >= goal);
+    }
+    std::string text() const {
+        return concat("\n| what | goal | figure | met |\n| --- | --- | --- | --- |\n", rows_);
+    }
+
+  private:
+    static std::string number(double value) {
+        std::array<char, 32> text{};
+        std::snprintf(text.data(), text.size(), value < 1000 ? "%.3g" : "%.0f", value);
+        return text.data();
+    }
+    void add(const std::string& what, const std::string& sign, double figure, double goal,
+             const std::string& unit, bool met) {
+        rows_ += concat("| ", what, " | ", sign, number(goal), unit, " | ", number(figure), unit,
+                        " | ", met ? "yes" : "**no**", " |\n");
+    }
+    std::string rows_;
+};
+
+// How InspIRCd did: from the file that PEERS names, with the lines of ../shared/bench/peers.sh of
+// the same hour, or else what was measured once.
+double of_peer(const std::string& people, const std::string& what, double otherwise) {
+    const char* file = std::getenv("PEERS");
+    std::istringstream lines(file == nullptr ? std::string() : read_text(file));
+    for (std::string line; std::getline(lines, line);)
+        if (line.starts_with(concat("irc N=", people, " "))) return number_after(line, what);
+    return otherwise;
+}
+
+// Rooms of 100 and of 1,000 light members.
+void bench_rooms(const BenchData& data, BenchTable& table) {
+    const std::string rate = "deliveries/s=", cpu = "_per_delivery=";
+    std::string small = median_room_load(data, {"100", "4", "2000", "100"});
+    std::string large = median_room_load(data, {"1000", "4", "100", "100"});
+    table.at_most("server CPU for a room delivery, N = 100", number_after(small, cpu),
+                  of_peer("100", cpu, 0.33), " µs");
+    table.at_most("the same, N = 1,000", number_after(large, cpu), 0.7 * of_peer("1000", cpu, 0.88),
+                  " µs");
+    table.at_least("deliveries, N = 100", number_after(small, rate) / 1e6,
+                   1.3 * of_peer("100", rate, 2.6e6) / 1e6, " million/s");
+    table.at_least("deliveries, N = 1,000", number_after(large, rate) / 1e6,
+                   2 * of_peer("1000", rate, 0.95e6) / 1e6, " million/s");
+    table.at_most("room messages that did not arrive",
+                  number_after(small, "missing=") + number_after(large, "missing="), 0, "");
+    table.at_most("server CPU for 1,000 members coming online",
+                  number_after(large, "settled_join_cpu="), 4, " s");
+    table.at_most("resident memory for an idle member, N = 1,000",
+                  number_after(large, "rss_per_client_KiB="), 32, " KiB");
+    table.at_most("the same after a burst", number_after(large, "after_burst_KiB="), 32, " KiB");
+}
+
+// A private message between two light members, alone; and beside a flood of 98 others.
+void bench_pairs(const BenchData& data, BenchTable& table) {
+    BenchServer server(data);
+    Process alone({"tests", "--light-pair", server.port, data.path});
+    std::string trips = end_of(alone);
+    table.at_most("private message there and back, light clients, median",
+                  number_after(trips, "median_us="), 68, " µs");
+    table.at_most("the same, 99th percentile", number_after(trips, "p99_us="), 115, " µs");
+
+    Process pair({"tests", "--light-pair", server.port, data.path, "flood"});
+    pair.wait_for("online");
+    Process flood(
+        {"tests", "--light", server.port, server.pid, "98", "4", "0", "100", data.path, "6"});
+    end_of(flood);
+    table.at_most("private message one way in a flood, 99th percentile",
+                  number_after(end_of(pair), "p99_us=") / 1e3, 5, " ms");
+}
+
+// A limit of the system: the file's number, or no limit.
+double system_limit(const std::string& file) {
+    double limit = number_after(read_text(file), "");
+    return limit > 0 ? limit : std::numeric_limits<double>::infinity();
+}
+
+// 10,000 members, or as many as the system lets a process have.
+void bench_many(const BenchData& data, BenchTable& table) {
+    std::string cgroup = read_text("/proc/self/cgroup");
+    cgroup = cgroup.substr(0, cgroup.find('\n'));
+    auto descriptors = static_cast<double>(raise_descriptor_limit());
+    double maps = system_limit("/proc/sys/vm/max_map_count");
+    double threads = std::min(
+        {system_limit("/proc/sys/kernel/pid_max"), system_limit("/proc/sys/kernel/threads-max"),
+         system_limit("/sys/fs/cgroup" + cgroup.substr(cgroup.rfind(':') + 1) + "/pids.max")});
+    show(concat("limits: ", descriptors, " descriptors, ", threads, " threads, ", maps,
+                " memory maps (a thread's stack takes two)\n"));
+    int n = static_cast<int>(
+        std::min({double{bench_people}, descriptors - 200, threads - 1000, maps / 2 - 1000}));
+    if (n < bench_people) show(concat("They allow no more than ", n, " members.\n"));
+    std::string run = room_load(data, {std::to_string(n), "1", "1", "100"});
+    double came = number_after(run, "joined=");
+    table.at_least("members online at once", came, bench_people, "");
+    table.at_most(concat("one room message to ", came, " members, first to last"),
+                  number_after(run, "last_ms=") - number_after(run, "first_ms="), 150, " ms");
+    table.at_most("of them dropped, or without the message, or unable to leave",
+                  number_after(run, " lost=") + number_after(run, "still_here=") +
+                      number_after(run, "missing="),
+                  0, "");
+}
+
+// What a login costs, in RSA operations: as many as possible for a while, from four threads, of
+// people who come and go.
+void bench_logins(const BenchData& data, BenchTable& table) {
+    Bytes encapsulated = data.key.public_key().encrypt(Secret<32>(), {});
+    constexpr int operations = 300, logins = 400;
     double rsa = seconds_of([&] {
-                     for (int i = 0; i < operations; ++i) key.decrypt(encapsulated, {});
+                     for (int i = 0; i < operations; ++i) data.key.decrypt(encapsulated, {});
                  }) /
                  operations;
-    show(concat("one RSA-3072 decryption       ", rsa * 1e3, " ms\n"));
-
-    TempDir data, homes;
-    key.save(data.path / "server_private.pem", {}, 0);
-    constexpr int people = 100;
-    std::string db;
-    Bytes salt(16, 7);
-    ScramVerifier verifier = make_verifier(pbkdf2_sha256(as_bytes(password), salt, few_iterations),
-                                           salt, few_iterations);
-    auto name = [](int i) { return concat("user", i); };
-    for (int i = 0; i < people; ++i) {
-        db +=
-            Account{name(i), verifier, test_key(1).public_key().der(), rfc3339_now()}.line() + "\n";
-        give_identity(homes.path, name(i), 1, key);
-    }
-    write_text(data.path / "users.db", db);
-    Process server({"server", "--port", "0", "--data", data.path.string()});
-    server.wait_for("listening on 127.0.0.1:");
-    std::size_t at = server.output().find("127.0.0.1:") + 10;
-    auto port = static_cast<std::uint16_t>(std::stoi(server.output().substr(at)));
-    server.wait_for("server key SHA256:");
-    std::string pid = server.pid();
-
-    // Logins: as many as possible for a while, from four threads, of people who come and go.
-    constexpr int logins = 400;
-    double cpu = cpu_of_process(pid);
+    BenchServer server(data);
+    auto port = static_cast<std::uint16_t>(std::stoi(server.port));
     std::atomic<int> left = logins;
     double time = seconds_of([&] {
         std::vector<std::thread> threads;
         for (int t = 0; t < 4; ++t)
             threads.emplace_back([&, t] {
                 while (left-- > 0) {
-                    HandDriven visitor(port, name(t));
+                    HandDriven visitor(port, bench_name(t));
                     visitor.join();
                     visitor.send(Quit{});
                     try {
@@ -8324,106 +8926,109 @@ int bench() {
             });
         for (std::thread& thread : threads) thread.join();
     });
-    cpu = cpu_of_process(pid) - cpu;
-    show(concat("logins per second             ", logins / time, "\nserver CPU per login          ",
-                cpu / logins * 1e3, " ms = ", cpu / logins / rsa, " RSA operations\n"));
+    double cpu = cpu_of_process(server.pid) / logins;
+    show(concat("logins: ", logins / time, " /s, server CPU ", cpu * 1e3,
+                " ms; one RSA-3072 operation ", rsa * 1e3, " ms\n"));
+    table.at_most("server CPU for a login", cpu / rsa, 1.2, " RSA operations");
+}
 
-    // A room: everybody hears what four say.
-    std::list<Chatter> room;
-    for (int i = 0; i < people; ++i) room.emplace_back(client_options(port, name(i), homes.path));
-    for (Chatter& chatter : room)
-        while (chatter.online.size() < people - 1) chatter.pull();
-    constexpr int speakers = 4, messages = 500;
-    std::string text(100, 'x');
-    auto say_all = [&](int count) {
-        int s = 0;
-        std::vector<std::thread> talking;
-        for (auto it = room.begin(); s < speakers; ++it, ++s)
-            talking.emplace_back([&, it, count] {
-                for (int i = 0; i < count; ++i) (*it)->post(Say{text});
-            });
-        std::vector<std::thread> listening;
-        for (int t = 0; t < 4; ++t)
-            listening.emplace_back([&, t] {
-                int i = 0;
-                for (Chatter& chatter : room)
-                    if (i++ % 4 == t)
-                        for (int heard = 0; heard < count * (speakers - (i <= speakers ? 1 : 0));
-                             ++heard)
-                            chatter.next_room();
-            });
-        for (std::thread& thread : talking) thread.join();
-        for (std::thread& thread : listening) thread.join();
-    };
-    say_all(1);  // the keys are exchanged before the clock starts
-    cpu = cpu_of_process(pid);
-    time = seconds_of([&] { say_all(messages); });
-    cpu = cpu_of_process(pid) - cpu;
-    double deliveries = static_cast<double>(messages) * speakers * (people - 1);
-    show(concat("room of ", people, ": deliveries       ", deliveries / time,
-                " /s, with all clients on the same machine\nserver CPU per delivery       ",
-                cpu / deliveries * 1e6, " us\n"));
-
-    // There and back, in private.
-    Chatter &one = room.front(), &two = room.back();
+// Whole clients: two people in this process write to each other, and two processes move a file.
+void bench_whole(const BenchData& data, BenchTable& table) {
+    BenchServer server(data);
+    // In memory, if there is room for three copies: the disk is not what we measure.
+    std::error_code none;
+    bool roomy = std::filesystem::space("/dev/shm", none).available > std::uint64_t{3} << 30;
+    TempDir homes, files(roomy && !none ? "/dev/shm" : std::filesystem::temp_directory_path());
+    for (int i = 0; i < 4; ++i) give_identity(homes.path, bench_name(i), 1, data.key);
+    auto port = static_cast<std::uint16_t>(std::stoi(server.port));
+    Chatter one(client_options(port, bench_name(0), homes.path));
+    Chatter two(client_options(port, bench_name(1), homes.path));
+    one.meet(bench_name(1));
+    two.meet(bench_name(0));
     std::vector<double> trips;
-    for (int i = 0; i < 2000; ++i) trips.push_back(round_trip(one, two));
-    show(concat("private round trip            ", percentiles(trips), "\n"));
+    auto round_trip = [&] {
+        trips.push_back(seconds_of([&] {
+            one->post(Tell{bench_name(1), "there"});
+            two.next_private();
+            two->post(Tell{bench_name(0), "back"});
+            one.next_private();
+        }));
+    };
+    for (int i = 0; i < 200; ++i) round_trip();  // the keys are exchanged, the caches warm
+    trips.clear();
+    for (int i = 0; i < 5000; ++i) round_trip();
+    show(concat("whole clients: ", percentiles(trips), "\n"));
+    table.at_most("private message there and back, whole clients, median",
+                  percentile_us(trips, 0.5), 110, " µs");
+    table.at_most("the same, 99th percentile", percentile_us(trips, 0.99), 200, " µs");
 
-    // Files, between two client processes; meanwhile the same two people write to each other.
-    while (room.size() > 2) room.pop_back();
-    Chatter& other = room.back();
-    TempDir files;
-    std::vector<std::string> env{concat("CHATSECURE_PASSWORD=", password)};
     auto client = [&](int i, std::vector<std::string> more) {
         std::vector<std::string> words{
-            "client", concat("127.0.0.1:", port), "-u",           name(i), "--accept-new",
-            "--home", homes.path.string(),        "--wait-limit", "600"};
+            "client", "127.0.0.1:" + server.port, "-u",           bench_name(i),
+            "--home", homes.path.string(),        "--accept-new", "--wait-limit",
+            "600"};
         words.insert(words.end(), more.begin(), more.end());
-        auto process = std::make_unique<Process>(words, Process::Input::pipe, env);
+        auto process = std::make_unique<Process>(
+            words, Process::Input::pipe,
+            std::vector<std::string>{concat("CHATSECURE_PASSWORD=", password)});
         process->wait_for("online: ");
         return process;
     };
-    auto receiver = client(people - 1, {"--auto-accept", "--max-size", "100G", "--downloads",
-                                        (files.path / "downloads").string()});
-    auto sender = client(people - 2, {});
-    sender->wait_for(name(people - 1));
-    auto move_file = [&](const std::string& file, double gib, bool with_chat) {
-        const std::array<std::string, 3> pids{sender->pid(), pid, receiver->pid()};
-        std::array<double, 3> cpus{};
-        for (std::size_t i = 0; i < 3; ++i) cpus[i] = cpu_of_process(pids[i]);
-        trips.clear();
-        std::atomic<bool> done = false;
-        std::thread chatting([&] {
-            while (with_chat && !done) trips.push_back(round_trip(one, other));
-        });
-        double taken = seconds_of([&] {
-            sender->write(
-                concat("/file ", name(people - 1), " ", (files.path / file).string(), "\n"));
-            sender->wait_for("has arrived", std::chrono::minutes(10));
-        });
-        done = true;
-        chatting.join();
-        for (std::size_t i = 0; i < 3; ++i) cpus[i] = (cpu_of_process(pids[i]) - cpus[i]) / gib;
-        show(concat(file, with_chat ? ", with chat" : "", ": ", gib * (1 << 30) / 1e9 / taken,
-                    " GB/s\n  CPU seconds per GiB           sender ", cpus[0], ", server ", cpus[1],
-                    ", receiver ", cpus[2], "\n  largest resident size         sender ",
-                    peak_mib(pids[0]), ", server ", peak_mib(pids[1]), ", receiver ",
-                    peak_mib(pids[2]), " MiB\n"));
-        if (with_chat) show(concat("  private round trip meanwhile  ", percentiles(trips), "\n"));
-        std::filesystem::remove_all(files.path / "downloads");
-    };
+    auto receiver = client(2, {"--auto-accept", "--max-size", "100G", "--downloads",
+                               (files.path / "downloads").string()});
+    auto sender = client(3, {});
+    sender->wait_for(bench_name(2));
     {
         std::ofstream out(files.path / "1 GiB", std::ios::binary);
         Bytes block = noise(1 << 20);
         for (int i = 0; i < 1024; ++i) out << as_text(block);
     }
     shell("sync");
-    for (bool with_chat : {false, false, true}) move_file("1 GiB", 1, with_chat);
-    write_text(files.path / "5 GiB of zeros", "");
-    std::filesystem::resize_file(files.path / "5 GiB of zeros", std::uint64_t{5} << 30);
-    move_file("5 GiB of zeros", 5, false);
-    room.clear();
+    double best = std::numeric_limits<double>::infinity();
+    for (bool with_chat : {false, false, true}) {
+        std::map<std::string, std::string> pids{
+            {"sender", sender->pid()}, {"server", server.pid}, {"receiver", receiver->pid()}};
+        std::map<std::string, double> cpu;
+        for (const auto& [role, pid] : pids) cpu[role] = cpu_of_process(pid);
+        trips.clear();
+        std::atomic<bool> done = false;
+        std::thread chatting([&] {
+            while (with_chat && !done) round_trip();
+        });
+        double taken = seconds_of([&] {
+            sender->write(
+                concat("/file ", bench_name(2), " ", (files.path / "1 GiB").string(), "\n"));
+            sender->wait_for("has arrived", std::chrono::minutes(1));
+        });
+        done = true;
+        chatting.join();
+        if (!with_chat) best = std::min(best, taken);
+        show(concat("1 GiB", with_chat ? " with chat: " : ": ", taken, " s, ",
+                    (1 << 30) / 1e9 / taken, " GB/s"));
+        for (const auto& [role, pid] : pids)
+            show(concat("; ", role, " CPU ", cpu_of_process(pid) - cpu[role], " s, peak ",
+                        peak_mib(pid), " MiB"));
+        show(with_chat ? concat("; private ", percentiles(trips), "\n") : "\n");
+        std::filesystem::remove_all(files.path / "downloads");
+    }
+    table.at_most("a file of 1 GiB through the relay", best, 1.7, " s");
+}
+
+// ./tests --bench N S M B: one room alone, to run in turn with ../shared/bench/peers.sh.
+int bench_room(const Load& load) {
+    room_load(BenchData(), load);
+    return 0;
+}
+
+// Figures of server processes with their default key of 3072 bits. They mean something in
+// comparison on the same machine: with another version, with a peer, or with one RSA operation.
+int bench() {
+    raise_descriptor_limit();
+    BenchData data;
+    BenchTable table;
+    for (auto part : {bench_rooms, bench_pairs, bench_logins, bench_whole, bench_many})
+        part(data, table);
+    show(table.text());
     return 0;
 }
 
@@ -8515,6 +9120,12 @@ int main(int argc, char** argv) {
     try {
         if (argc == 2 && std::string_view(argv[1]) == "--demo") return demo();
         if (argc == 2 && std::string_view(argv[1]) == "--bench") return bench();
+        if (argc > 2 && std::string_view(argv[1]) == "--light")
+            return light({argv + 2, argv + argc});
+        if (argc > 2 && std::string_view(argv[1]) == "--light-pair")
+            return light_pair({argv + 2, argv + argc});
+        if (argc == 6 && std::string_view(argv[1]) == "--bench")
+            return bench_room({argv + 2, argv + argc});
         if (argc == 2 && std::string_view(argv[1]) == "--bench-gui") return bench_gui();
         if (argc == 2 && std::string_view(argv[1]) == "--check-gui") return check_gui();
     } catch (const std::exception& e) {
