@@ -5353,16 +5353,21 @@ class Connection {
 //
 // A relay. It knows who is online and passes on what it cannot read. Its threads:
 //
-//      run()           accepts connections, and joins the threads of those that ended
-//      one reader      for each connection: handshake, login, then message by message
-//      one writer      for each member: empties that member's outbox (chapter 10)
+//      run()               accepts connections, and joins the threads of those that ended
+//      one per connection  handshake and login in one thread, everything after that in another:
+//                          reads, handles, and writes to the members whom it concerns
+//      the pump            writes to those members whose sockets were full, and tells everybody
+//                          who has come and gone
 //
-//      reader of alice --+--> outbox of bob   --> writer of bob   --> socket
-//                        +--> outbox of carol --> writer of carol --> socket
+//      alice --> socket --> alice's thread --+--> outbox of bob   --> bob's socket
+//                                            +--> outbox of carol --> carol's socket (full)
+//                                                       |                 ^
+//                                                       +---> the pump ---+
 //
 // A thread for each connection is the simplest thing that works: the code of one connection reads
-// from top to bottom, like the conversation. The reader of alice puts her messages into the queues
-// of the others and never waits for any of them.
+// from top to bottom, like the conversation. Alice's thread puts her messages into the outboxes of
+// the others, and when it has handled what has come from her so far, it sends those outboxes as far
+// as the sockets take it (chapter 10). It never waits for bob or carol, only for alice.
 //
 // What goes wrong in servers, and what this one does about it:
 //
@@ -5370,20 +5375,28 @@ class Connection {
 //     one for the login, and a bound on how many may be in that state from one address.
 //   - A connection storm: each handshake costs an RSA operation, so only as many as there are
 //     processors run at once. The threads that serve the chat get their share.
-//   - A member that reads too slowly: its queue is bounded, payloads for it are refused, and when
-//     it takes nothing at all for a while it is dropped. So the memory of all queues together is at
-//     most (queue_bound + bulk_queue_bound) for each member, whatever anybody sends.
+//   - A member that reads too slowly: its outbox is bounded, payloads for it are refused, and when
+//     its socket takes nothing at all for a while the pump drops it. So the memory of all outboxes
+//     is bounded for each member, whatever anybody sends.
 //   - A member that talks too fast: the server reads from it more slowly, and TCP makes it wait.
 //   - A member whose machine vanished: silence is answered with a Ping, and further silence with
 //     the end. If the same user logs in again meanwhile, the old connection gets a few seconds to
-//     answer a Ping; so a dead connection locks nobody out, and a live one is never pushed out
-//     (P8).
+//     answer a Ping; so a dead connection locks nobody out, and a live one, also one whose login is
+//     still being completed, is never pushed out (P8).
 //   - A member that ends the stream while much waits for it: it is off the list at once, and what
-//     waited is thrown away. Only around a goodbye, of either side, is a queue written to its end.
+//     waited is thrown away. Only around a goodbye or a refusal is an outbox sent to its end.
+//   - A thousand who come at once: who is here is told in batches, not one by one (see Members).
 //   - No descriptor or thread left: the newcomer is turned away, the others do not notice.
 //
-// Two kinds of locks. `members_mutex_` guards who is here; each outbox has its own. They are
-// always taken in this order, and nothing that can wait happens under either.
+// Locks, and who waits under them for what. Each is taken alone, but for one order: Members, then
+// an Outbox or the pump's list.
+//
+//      AuthStore       the accounts      the disk, while an account is written
+//      LoginThrottle   failed logins     nothing
+//      sessions_mutex_ all connections   nothing; run() sleeps on it until one has ended
+//      Members         who is here       nothing; a login sleeps on it for another login's Pong
+//      Outbox          chapter 10        nothing; a file's thread sleeps on it, in the client only
+//      Pump            who is new there  nothing
 
 // ---- users.db -----------------------------------------------------------------------------------
 //
@@ -6472,11 +6485,15 @@ class Server {
 // The engine behind a front end: a terminal, a window, a test. A front end posts commands and takes
 // events; it never waits for the network, the disk or an RSA operation.
 //
-//      front end -- post(Say{"hi"}) -> [commands] --+
-//                                                   +--> engine --> [outbox] --> writer --> socket
-//      socket ----> reader ----------> [records] ---+    |
-//                                                        v
-//      front end <- next_event() <------------------ [events]
+//      front end -- post(Say{"hi"}) --> [ Mailbox ] --+
+//                                                     +--> engine --> outbox --> socket
+//      socket ----------------------------------------+      |          ^
+//                                                            v          | (chunks)
+//      front end <-- next_event() <--- [ Mailbox ] <-----  events    a thread for each file
+//
+// The engine is one thread. It sleeps in poll(), for its socket and for a Waker, which whoever puts
+// something into the Mailbox wakes; then it handles what has come from the server and from the
+// front end, sends what it has to say, and sleeps again.
 //
 // The engine thread alone knows the conversation's state: the people, their keys, the pins. State
 // that one thread owns needs no lock, and everything happens in an order that one can follow.
@@ -6487,9 +6504,14 @@ class Server {
 // are taken from their queue only when no job waits, so messages leave in the order in which they
 // were written.
 //
-// A file that is on its way has a thread that reads or writes it (chapter 9). It sends its chunks
-// itself, over the bulk lane; everything else about it is said and decided in the engine's thread,
-// which these threads only wake.
+// A file that is on its way has a thread that reads or writes it (chapter 9). A sender's thread puts
+// its chunks into the outbox and sends like everybody else; everything else about a file is said
+// and decided in the engine's thread, which these threads only wake.
+//
+// Locks. The Mailbox has one mutex, and front ends sleep on it until there is an event or room for
+// a command; the engine does not. Each outbox has one (chapter 10), each file's thread has one
+// (chapter 9), and what is sealed for one bulk lane is queued under one, so that it is queued in the
+// order of its numbers. That one is held while an Outbox's is taken; the others are taken alone.
 //
 // When the connection is lost, the engine connects again, with growing pauses, until it succeeds or
 // is told to stop; commands wait meanwhile. A server that comes back with another key ends it.
