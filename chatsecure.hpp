@@ -137,7 +137,6 @@
 #include <openssl/err.h>
 #include <openssl/evp.h>
 #include <openssl/hmac.h>
-#include <openssl/kdf.h>
 #include <openssl/params.h>
 #include <openssl/pem.h>
 #include <openssl/pkcs12.h>
@@ -220,6 +219,15 @@ inline std::string to_string(ByteView bytes) { return std::string(as_text(bytes)
 inline Bytes to_bytes(ByteView bytes) { return Bytes(bytes.begin(), bytes.end()); }
 inline void append(Bytes& to, ByteView more) { to.insert(to.end(), more.begin(), more.end()); }
 
+// Exactly N bytes. Throws Error if it is another number.
+template <std::size_t N>
+std::array<std::uint8_t, N> to_fixed(ByteView bytes) {
+    if (bytes.size() != N) throw Error(concat(N, " bytes were expected, not ", bytes.size(), "."));
+    std::array<std::uint8_t, N> fixed{};
+    std::copy(bytes.begin(), bytes.end(), fixed.begin());
+    return fixed;
+}
+
 // One buffer from several: the transcript of a handshake, the input of a key derivation.
 template <class... Part>
 Bytes join(const Part&... part) {
@@ -245,10 +253,7 @@ template <std::size_t N>
 class Secret {
   public:
     Secret() = default;
-    explicit Secret(ByteView from) {
-        if (from.size() != N) throw Error(concat("A secret of ", N, " bytes was expected."));
-        std::copy(from.begin(), from.end(), bytes_.begin());
-    }
+    explicit Secret(ByteView from) : bytes_(to_fixed<N>(from)) {}
     Secret(Secret&& other) noexcept : bytes_(other.bytes_) { other.wipe(); }
     Secret& operator=(Secret&& other) noexcept {
         if (this != &other) {
@@ -408,8 +413,7 @@ class Reader {
     }
     template <std::size_t N>
     void get(std::array<std::uint8_t, N>& fixed) {
-        ByteView bytes = raw(N);
-        std::copy(bytes.begin(), bytes.end(), fixed.begin());
+        fixed = to_fixed<N>(raw(N));
     }
 
     ByteView in_;
@@ -1430,8 +1434,6 @@ using PkeyPtr = std::unique_ptr<EVP_PKEY, Freed<EVP_PKEY_free>>;
 using PkeyContext = std::unique_ptr<EVP_PKEY_CTX, Freed<EVP_PKEY_CTX_free>>;
 using DigestContext = std::unique_ptr<EVP_MD_CTX, Freed<EVP_MD_CTX_free>>;
 using CipherContext = std::unique_ptr<EVP_CIPHER_CTX, Freed<EVP_CIPHER_CTX_free>>;
-using KdfPtr = std::unique_ptr<EVP_KDF, Freed<EVP_KDF_free>>;
-using KdfContext = std::unique_ptr<EVP_KDF_CTX, Freed<EVP_KDF_CTX_free>>;
 using BioPtr = std::unique_ptr<BIO, Freed<BIO_free_all>>;
 using Pkcs8Ptr = std::unique_ptr<PKCS8_PRIV_KEY_INFO, Freed<PKCS8_PRIV_KEY_INFO_free>>;
 using X509SigPtr = std::unique_ptr<X509_SIG, Freed<X509_SIG_free>>;
@@ -1499,44 +1501,24 @@ Digest sha256(const Part&... part) {  // of all parts, one after the other
 }
 
 // HMAC-SHA256 (RFC 2104).
-inline void hmac_sha256(ByteView key, ByteView message, ByteSpan out32) {
+inline Secret<32> hmac_sha256(ByteView key, ByteView message) {
+    Secret<32> mac;
     require_openssl(::HMAC(::EVP_sha256(), key.data(), static_cast<int>(key.size()), message.data(),
-                           message.size(), out32.data(), nullptr) != nullptr,
+                           message.size(), mac.span().data(), nullptr) != nullptr,
                     "HMAC");
+    return mac;
 }
 
 // ---- HKDF: one secret becomes many keys (RFC 5869) ----------------------------------------------
 
-namespace detail {
-inline void hkdf(int mode, ByteView key, ByteView salt, ByteView info, ByteSpan out) {
-    KdfPtr kdf(::EVP_KDF_fetch(nullptr, "HKDF", nullptr));
-    KdfContext context(::EVP_KDF_CTX_new(kdf.get()));
-    std::array<OSSL_PARAM, 6> params{::OSSL_PARAM_construct_int(OSSL_KDF_PARAM_MODE, &mode),
-                                     text_param(OSSL_KDF_PARAM_DIGEST, "SHA256"),
-                                     bytes_param(OSSL_KDF_PARAM_KEY, key),
-                                     mode == EVP_KDF_HKDF_MODE_EXTRACT_ONLY
-                                         ? bytes_param(OSSL_KDF_PARAM_SALT, salt)
-                                         : bytes_param(OSSL_KDF_PARAM_INFO, info),
-                                     ::OSSL_PARAM_construct_end(),
-                                     ::OSSL_PARAM_construct_end()};
-    require_openssl(::EVP_KDF_derive(context.get(), out.data(), out.size(), params.data()) == 1,
-                    "HKDF");
-}
-}  // namespace detail
-
 // Concentrates the entropy of `ikm` into a pseudorandom key. The salt need not be secret; here it
 // is the hash of everything that was said, so that whoever changed a byte gets another key.
-inline Secret<32> hkdf_extract(ByteView salt, ByteView ikm) {
-    Secret<32> prk;
-    detail::hkdf(EVP_KDF_HKDF_MODE_EXTRACT_ONLY, ikm, salt, {}, prk.span());
-    return prk;
-}
+inline Secret<32> hkdf_extract(ByteView salt, ByteView ikm) { return hmac_sha256(salt, ikm); }
 // Derives a key for one purpose, named by `label`. Keys with different labels tell nothing about
 // each other.
 inline Secret<32> hkdf_expand(const Secret<32>& prk, std::string_view label) {
-    Secret<32> key;
-    detail::hkdf(EVP_KDF_HKDF_MODE_EXPAND_ONLY, prk.view(), {}, as_bytes(label), key.span());
-    return key;
+    constexpr std::array<std::uint8_t, 1> first_block{1};  // 32 bytes are one block: the only one
+    return hmac_sha256(prk.view(), join(as_bytes(label), first_block));
 }
 
 // The construction of the chapter's introduction: both long-lived and ephemeral secret, bound to
@@ -1585,9 +1567,7 @@ struct Fingerprint {
             throw Error(concat("\"", visible(text.substr(0, 80)),
                                "\" is no fingerprint: that is SHA256: and 43 characters, as the "
                                "server prints it."));
-        Fingerprint fingerprint;
-        std::copy(bytes.begin(), bytes.end(), fingerprint.digest.begin());
-        return fingerprint;
+        return {to_fixed<32>(bytes)};
     }
     friend bool operator==(const Fingerprint&, const Fingerprint&) = default;
 };
@@ -2046,12 +2026,9 @@ namespace detail {
 inline HopKeys derive_hop_keys(ByteView hello1, ByteView hello2, ByteView key3,
                                const Secret<32>& secret, const Secret<32>& x25519) {
     Secret<32> prk = agree(sha256(hello1, hello2, key3), secret, x25519);
-    HopKeys keys{hkdf_expand(prk, "chatsecure hop client to server"),
-                 hkdf_expand(prk, "chatsecure hop server to client"),
-                 {}};
-    Secret<32> binding = hkdf_expand(prk, "chatsecure hop channel binding");
-    std::copy(binding.view().begin(), binding.view().end(), keys.channel_binding.begin());
-    return keys;
+    return {hkdf_expand(prk, "chatsecure hop client to server"),
+            hkdf_expand(prk, "chatsecure hop server to client"),
+            to_fixed<32>(hkdf_expand(prk, "chatsecure hop channel binding").view())};
 }
 
 // The beginning of both hellos. Throws ProtocolError.
@@ -2288,19 +2265,14 @@ struct ScramVerifier {
         if (verifier.salt.empty() || verifier.salt.size() > 64 || stored.size() != 32 ||
             server.size() != 32)
             throw Error("The password entry has a salt or a key of the wrong size.");
-        std::copy(stored.begin(), stored.end(), verifier.stored_key.begin());
-        std::copy(server.begin(), server.end(), verifier.server_key.begin());
+        verifier.stored_key = to_fixed<32>(stored);
+        verifier.server_key = to_fixed<32>(server);
         return verifier;
     }
 };
 
 namespace detail {
 
-inline Secret<32> hmac_secret(ByteView key, std::string_view message) {
-    Secret<32> out;
-    hmac_sha256(key, as_bytes(message), out.span());
-    return out;
-}
 inline void xor_into(ByteSpan target, ByteView other) {
     for (std::size_t i = 0; i < target.size(); ++i) target[i] ^= other[i];
 }
@@ -2316,17 +2288,18 @@ inline std::string_view take_attribute(std::string_view& message, char name) {
     message.remove_prefix(std::min(message.size(), 2 + value.size() + 1));
     return value;
 }
+inline std::string server_final(ByteView server_key, std::string_view auth_message) {
+    return concat("v=", to_base64(hmac_sha256(server_key, as_bytes(auth_message)).view()));
+}
 inline std::string make_login_nonce() { return to_base64(random_bytes(18)); }
 
 }  // namespace detail
 
 inline ScramVerifier make_verifier(const Secret<32>& salted_password, ByteView salt,
                                    std::uint32_t iterations) {
-    ScramVerifier verifier{iterations, to_bytes(salt), {}, {}};
-    Secret<32> client_key = detail::hmac_secret(salted_password.view(), "Client Key");
-    verifier.stored_key = sha256(client_key.view());
-    hmac_sha256(salted_password.view(), as_bytes("Server Key"), verifier.server_key);
-    return verifier;
+    Secret<32> client_key = hmac_sha256(salted_password.view(), as_bytes("Client Key"));
+    Secret<32> server_key = hmac_sha256(salted_password.view(), as_bytes("Server Key"));
+    return {iterations, to_bytes(salt), sha256(client_key.view()), to_fixed<32>(server_key.view())};
 }
 
 // ---- The conversation ---------------------------------------------------------------------------
@@ -2382,25 +2355,24 @@ class ScramClient {
     std::string final(const Secret<32>& salted_password) {
         std::string without_proof = concat("c=", binding_, ",r=", both_nonces_);
         std::string auth_message = concat(first_bare_, ",", server_first_, ",", without_proof);
-        Secret<32> proof = detail::hmac_secret(salted_password.view(), "Client Key");
+        Secret<32> proof = hmac_sha256(salted_password.view(), as_bytes("Client Key"));
         Digest stored_key = sha256(proof.view());
-        detail::xor_into(proof.span(), detail::hmac_secret(stored_key, auth_message).view());
-        Secret<32> server_key = detail::hmac_secret(salted_password.view(), "Server Key");
-        hmac_sha256(server_key.view(), as_bytes(auth_message), expected_signature_);
+        detail::xor_into(proof.span(), hmac_sha256(stored_key, as_bytes(auth_message)).view());
+        Secret<32> server_key = hmac_sha256(salted_password.view(), as_bytes("Server Key"));
+        expected_final_ = detail::server_final(server_key.view(), auth_message);
         return concat(without_proof, ",p=", to_base64(proof.view()));
     }
 
     // Throws ProtocolError if the server did not prove that it knows the account.
     void verify_server(std::string_view server_final) const {
-        if (!equal_in_constant_time(as_bytes(server_final),
-                                    as_bytes(concat("v=", to_base64(expected_signature_)))))
+        if (!equal_in_constant_time(as_bytes(server_final), as_bytes(expected_final_)))
             throw ProtocolError(
                 "The server did not prove that it knows this account. Do not trust it.");
     }
 
   private:
-    std::string gs2_header_, binding_, nonce_, first_bare_, server_first_, both_nonces_;
-    Digest expected_signature_{};
+    std::string gs2_header_, binding_, nonce_, first_bare_, server_first_, both_nonces_,
+        expected_final_;
 };
 
 // The server's half.
@@ -2449,12 +2421,10 @@ class ScramServer {
             concat(first_bare_, ",", server_first_, ",c=", binding, ",r=", nonce);
         Secret<32> client_key(claimed);  // once the XOR is undone
         detail::xor_into(client_key.span(),
-                         detail::hmac_secret(verifier_.stored_key, auth_message).view());
+                         hmac_sha256(verifier_.stored_key, as_bytes(auth_message)).view());
         if (!equal_in_constant_time(sha256(client_key.view()), verifier_.stored_key))
             return std::nullopt;
-        Digest signature{};
-        hmac_sha256(verifier_.server_key, as_bytes(auth_message), signature);
-        return concat("v=", to_base64(signature));
+        return detail::server_final(verifier_.server_key, auth_message);
     }
 
   private:
@@ -3032,10 +3002,8 @@ class PairSender {
         this->lane(lane).seal_in_place(payload.subspan(1));
     }
     WrappedKey wrap_key(const Secret<32>& room_key, const Digest& sealed_text_hash) {
-        Bytes sealed = interactive_.seal(Kind::room_key, room_key.view(), sealed_text_hash);
-        WrappedKey wrapped_key{};
-        std::copy(sealed.begin(), sealed.end(), wrapped_key.begin());
-        return wrapped_key;
+        return to_fixed<wrapped_key_bytes>(
+            interactive_.seal(Kind::room_key, room_key.view(), sealed_text_hash));
     }
 
   private:
@@ -6276,10 +6244,10 @@ class Server {
     // has accounts with other iteration counts than the default, made elsewhere, shows by the count
     // that they exist.)
     ScramVerifier unknown_user(const std::string& user) const {
-        Digest salt{}, stored{}, server{};
-        hmac_sha256(fake_salt_secret_.view(), as_bytes("salt " + user), salt);
-        hmac_sha256(fake_salt_secret_.view(), as_bytes("stored " + user), stored);
-        return {default_iterations, Bytes(salt.begin(), salt.begin() + 16), stored, server};
+        Secret<32> salt = hmac_sha256(fake_salt_secret_.view(), as_bytes("salt " + user));
+        Secret<32> stored = hmac_sha256(fake_salt_secret_.view(), as_bytes("stored " + user));
+        return {
+            default_iterations, to_bytes(salt.view().first(16)), to_fixed<32>(stored.view()), {}};
     }
 
     // The server does not judge cards: the clients do, each for itself (chapter 8). It looks at
