@@ -1887,63 +1887,47 @@ class Nonce {
     std::array<std::uint8_t, 12> bytes_{};
 };
 
-// Both directions of the cipher keep one OpenSSL context for all messages: setting up the key
-// schedule is the expensive part, a new nonce is cheap.
-class GcmSealer {
+// The cipher with one key, for one direction. It keeps one OpenSSL context for all messages: setting
+// up the key schedule is the expensive part, a new nonce is cheap.
+class AesGcm {
   public:
-    explicit GcmSealer(const Secret<32>& key) : context_(::EVP_CIPHER_CTX_new()) {
+    explicit AesGcm(const Secret<32>& key) : context_(::EVP_CIPHER_CTX_new()) {
         require_openssl(::EVP_EncryptInit_ex2(context_.get(), ::EVP_aes_256_gcm(),
                                               key.view().data(), nullptr, nullptr) == 1,
                         "AES-256-GCM");
     }
     // Encrypts `text` in place and writes the tag. `aad` is authenticated and not encrypted.
     void seal(const Nonce& nonce, ByteView aad, ByteSpan text, std::span<std::uint8_t, 16> tag) {
-        EVP_CIPHER_CTX* c = context_.get();
-        int size = 0;
-        bool ok = ::EVP_EncryptInit_ex2(c, nullptr, nullptr, nonce.data(), nullptr) == 1 &&
-                  (aad.empty() || ::EVP_EncryptUpdate(c, nullptr, &size, aad.data(),
-                                                      static_cast<int>(aad.size())) == 1) &&
-                  (text.empty() || ::EVP_EncryptUpdate(c, text.data(), &size, text.data(),
-                                                       static_cast<int>(text.size())) == 1) &&
-                  ::EVP_EncryptFinal_ex(c, nullptr, &size) == 1 &&
-                  ::EVP_CIPHER_CTX_ctrl(c, EVP_CTRL_AEAD_GET_TAG, 16, tag.data()) == 1;
-        require_openssl(ok, "AES-256-GCM");
-    }
-
-  private:
-    detail::CipherContext context_;
-};
-
-class GcmOpener {
-  public:
-    explicit GcmOpener(const Secret<32>& key) : context_(::EVP_CIPHER_CTX_new()) {
-        require_openssl(::EVP_DecryptInit_ex2(context_.get(), ::EVP_aes_256_gcm(),
-                                              key.view().data(), nullptr, nullptr) == 1,
-                        "AES-256-GCM");
+        require_openssl(
+            run(1, nonce, aad, text) &&
+                ::EVP_CIPHER_CTX_ctrl(context_.get(), EVP_CTRL_AEAD_GET_TAG, 16, tag.data()) == 1,
+            "AES-256-GCM");
     }
     // Decrypts `sealed` (ciphertext and tag) in place and returns the plaintext inside it; nothing
     // if it was not sealed with this key, nonce and aad. What is in `sealed` is then garbage.
     [[nodiscard]] std::optional<ByteSpan> open(const Nonce& nonce, ByteView aad, ByteSpan sealed) {
         if (sealed.size() < gcm_tag_bytes) return std::nullopt;
         ByteSpan text = sealed.first(sealed.size() - gcm_tag_bytes);
-        EVP_CIPHER_CTX* c = context_.get();
-        int size = 0;
-        bool ok =
-            ::EVP_DecryptInit_ex2(c, nullptr, nullptr, nonce.data(), nullptr) == 1 &&
-            (aad.empty() || ::EVP_DecryptUpdate(c, nullptr, &size, aad.data(),
-                                                static_cast<int>(aad.size())) == 1) &&
-            (text.empty() || ::EVP_DecryptUpdate(c, text.data(), &size, text.data(),
-                                                 static_cast<int>(text.size())) == 1) &&
-            ::EVP_CIPHER_CTX_ctrl(c, EVP_CTRL_AEAD_SET_TAG, 16, sealed.data() + text.size()) == 1 &&
-            ::EVP_DecryptFinal_ex(c, nullptr, &size) == 1;
-        if (!ok) {
-            ::ERR_clear_error();
-            return std::nullopt;
-        }
-        return text;
+        if (run(0, nonce, aad, text, sealed.data() + text.size())) return text;
+        ::ERR_clear_error();
+        return std::nullopt;
     }
 
   private:
+    // Encrypts (1) or decrypts (0) in place; then a wrong `tag` makes it fail.
+    bool run(int encrypt, const Nonce& nonce, ByteView aad, ByteSpan text,
+             std::uint8_t* tag = nullptr) {
+        EVP_CIPHER_CTX* c = context_.get();
+        int size = 0;
+        auto update = [&](std::uint8_t* out, ByteView in) {
+            return in.empty() ||
+                   ::EVP_CipherUpdate(c, out, &size, in.data(), static_cast<int>(in.size())) == 1;
+        };
+        return ::EVP_CipherInit_ex2(c, nullptr, nullptr, nonce.data(), encrypt, nullptr) == 1 &&
+               update(nullptr, aad) && update(text.data(), text) &&
+               (tag == nullptr || ::EVP_CIPHER_CTX_ctrl(c, EVP_CTRL_AEAD_SET_TAG, 16, tag) == 1) &&
+               ::EVP_CipherFinal_ex(c, nullptr, &size) == 1;
+    }
     detail::CipherContext context_;
 };
 
@@ -2109,54 +2093,29 @@ class ServerHandshake {
     X25519Public client_x25519_{};
 };
 
-namespace detail {
-inline Secret<32> next_record_key(const Secret<32>& key) {
-    return hkdf_expand(key, "chatsecure hop next key");
-}
-}  // namespace detail
-
-// Seals the records of one direction.
-class RecordSealer {
+// The records of one direction: one side seals them, the other opens them.
+class RecordCipher {
   public:
-    explicit RecordSealer(Secret<32> key) : key_(std::move(key)), cipher_(key_) {}
+    explicit RecordCipher(Secret<32> key) : key_(std::move(key)), cipher_(key_) {}
 
     // `record` holds room for the header (4 bytes), then the plaintext. Afterwards it is the whole
     // frame, ready to send. In place, because copying would be the largest cost of a record.
     void seal(Bytes& record) {
         std::size_t plain = record.size() - frame_header_bytes;
         if (plain > max_record_bytes) throw Error("A record holds at most 64 KiB.");
-        if (number_ != 0 && number_ % records_per_key == 0) {
-            key_ = detail::next_record_key(key_);
-            cipher_ = GcmSealer(key_);
-        }
         record.resize(record.size() + gcm_tag_bytes);
         auto header = frame_header(plain + gcm_tag_bytes);
         std::copy(header.begin(), header.end(), record.begin());
         ByteSpan all(record);
-        cipher_.seal(Nonce(number_++), header, all.subspan(frame_header_bytes, plain),
+        Nonce nonce = next();
+        cipher_.seal(nonce, header, all.subspan(frame_header_bytes, plain),
                      all.last<gcm_tag_bytes>());
     }
-
-  private:
-    Secret<32> key_;
-    GcmSealer cipher_;
-    std::uint64_t number_ = 0;
-};
-
-// Opens the records of one direction.
-class RecordOpener {
-  public:
-    explicit RecordOpener(Secret<32> key) : key_(std::move(key)), cipher_(key_) {}
-
     // Decrypts a frame's content in place and returns the plaintext. Throws ProtocolError if it is
     // not the record that is due; then the connection must end.
     ByteSpan open(ByteSpan content) {
-        if (number_ != 0 && number_ % records_per_key == 0) {
-            key_ = detail::next_record_key(key_);
-            cipher_ = GcmOpener(key_);
-        }
-        std::optional<ByteSpan> plain =
-            cipher_.open(Nonce(number_++), frame_header(content.size()), content);
+        Nonce nonce = next();
+        std::optional<ByteSpan> plain = cipher_.open(nonce, frame_header(content.size()), content);
         if (!plain)
             throw ProtocolError(
                 "Received a record that does not open: it was damaged, repeated or "
@@ -2165,8 +2124,17 @@ class RecordOpener {
     }
 
   private:
+    // Of the next record; moves to the next key when it is time.
+    Nonce next() {
+        if (number_ != 0 && number_ % records_per_key == 0) {
+            key_ = hkdf_expand(key_, "chatsecure hop next key");
+            cipher_ = AesGcm(key_);
+        }
+        return Nonce(number_++);
+    }
+
     Secret<32> key_;
-    GcmOpener cipher_;
+    AesGcm cipher_;
     std::uint64_t number_ = 0;
 };
 
@@ -2902,7 +2870,7 @@ class SealingLane {
     }
 
   private:
-    GcmSealer cipher_;
+    AesGcm cipher_;
     std::uint64_t seq_ = 0;
 };
 
@@ -2954,7 +2922,7 @@ class OpeningLane {
     }
 
   private:
-    GcmOpener cipher_;
+    AesGcm cipher_;
     std::uint64_t last_seq_ = 0;
 };
 
@@ -3074,13 +3042,13 @@ inline SealedRoomText seal_room_text(std::string_view text) {
     SealedRoomText result{to_bytes(as_bytes(text)), random_secret<32>()};
     result.sealed.resize(text.size() + gcm_tag_bytes);
     ByteSpan all(result.sealed);
-    GcmSealer(result.key).seal(Nonce(0), {}, all.first(text.size()), all.last<gcm_tag_bytes>());
+    AesGcm(result.key).seal(Nonce(0), {}, all.first(text.size()), all.last<gcm_tag_bytes>());
     return result;
 }
 // Nothing if `key` does not open it.
 inline std::optional<std::string> open_room_text(ByteView sealed, const Secret<32>& key) {
     Bytes copy = to_bytes(sealed);
-    std::optional<ByteSpan> text = GcmOpener(key).open(Nonce(0), {}, copy);
+    std::optional<ByteSpan> text = AesGcm(key).open(Nonce(0), {}, copy);
     if (!text) return std::nullopt;
     return to_string(*text);
 }
@@ -5303,14 +5271,14 @@ class Connection {
 
     // The owner's.
     FrameReader frames_;
-    std::optional<RecordOpener> opener_;
+    std::optional<RecordCipher> opener_;
     Reader left_{{}, "a record"};
     Clock::time_point heard_ = Clock::now();
     Milliseconds patience_ = std::chrono::hours(24 * 365);
     bool asked_ = false;
 
     // Of who is writing.
-    std::optional<RecordSealer> sealer_;
+    std::optional<RecordCipher> sealer_;
     Bytes sending_;  // a sealed frame, of which so many bytes are sent:
     std::size_t sent_ = 0;
 };

@@ -1127,12 +1127,12 @@ Bytes gcm_seal(const Secret<32>& key, std::uint64_t number, ByteView aad, ByteVi
     Bytes sealed = to_bytes(text);
     sealed.resize(text.size() + gcm_tag_bytes);
     ByteSpan all(sealed);
-    GcmSealer(key).seal(Nonce(number), aad, all.first(text.size()), all.last<gcm_tag_bytes>());
+    AesGcm(key).seal(Nonce(number), aad, all.first(text.size()), all.last<gcm_tag_bytes>());
     return sealed;
 }
 std::optional<Bytes> gcm_open(const Secret<32>& key, std::uint64_t number, ByteView aad,
                               Bytes sealed) {
-    std::optional<ByteSpan> text = GcmOpener(key).open(Nonce(number), aad, sealed);
+    std::optional<ByteSpan> text = AesGcm(key).open(Nonce(number), aad, sealed);
     if (!text) return std::nullopt;
     return to_bytes(*text);
 }
@@ -1307,7 +1307,7 @@ TEST_CASE("chapter 4: AES-256-GCM opens nothing that was changed") {
 
 TEST_CASE("chapter 4: one cipher object serves many messages, also after a bad one") {
     Secret<32> key = secret_of(3);
-    GcmOpener opener(key);
+    AesGcm opener(key);
     for (std::uint64_t number = 0; number < 10; ++number) {
         Bytes sealed = gcm_seal(key, number, {}, Bytes(number, 'x'));
         Bytes bad = sealed;
@@ -1597,7 +1597,7 @@ Handshaken shake_hands(const Network& network = [](int, Bytes&) {}) {
     return result;
 }
 
-Bytes sealed_record(RecordSealer& sealer, std::string_view text) {
+Bytes sealed_record(RecordCipher& sealer, std::string_view text) {
     Bytes record(frame_header_bytes);
     append(record, as_bytes(text));
     sealer.seal(record);
@@ -1607,7 +1607,7 @@ Bytes sealed_record(RecordSealer& sealer, std::string_view text) {
 Bytes frame_content(const Bytes& record) {
     return to_bytes(ByteView(record).subspan(frame_header_bytes));
 }
-bool refuses(RecordOpener& opener, Bytes content) {
+bool refuses(RecordCipher& opener, Bytes content) {
     return throws<ProtocolError>([&] { opener.open(content); });
 }
 
@@ -1749,8 +1749,8 @@ TEST_CASE("chapter 5: a secret recorded in one handshake is of no use in another
 }
 
 TEST_CASE("chapter 5: records go through, one after the other, of every size") {
-    RecordSealer sealer(secret_of(1));
-    RecordOpener opener(secret_of(1));
+    RecordCipher sealer(secret_of(1));
+    RecordCipher opener(secret_of(1));
     for (std::size_t size : {0U, 1U, 15U, 16U, 17U, 1000U, 65535U, 65536U}) {
         std::string text(size, 'x');
         Bytes record = sealed_record(sealer, text);
@@ -1762,22 +1762,22 @@ TEST_CASE("chapter 5: records go through, one after the other, of every size") {
 }
 
 TEST_CASE("chapter 5: a record over 64 KiB is not made") {
-    RecordSealer sealer(secret_of(1));
+    RecordCipher sealer(secret_of(1));
     CHECK(throws<Error>([&] { sealed_record(sealer, std::string(65537, 'x')); }));
 }
 
 TEST_CASE("chapter 5: a record is AES-256-GCM with its number as nonce and its length as aad") {
-    RecordSealer sealer(secret_of(1));
+    RecordCipher sealer(secret_of(1));
     for (std::uint64_t number = 0; number < 3; ++number)
         CHECK(frame_content(sealed_record(sealer, "hello")) ==
               gcm_seal(secret_of(1), number, from_hex("00000015"), as_bytes("hello")));
 }
 
 TEST_CASE("chapter 5: a record that was changed in any byte does not open") {
-    RecordSealer sealer(secret_of(1));
+    RecordCipher sealer(secret_of(1));
     Bytes content = frame_content(sealed_record(sealer, "hello"));
     for (std::size_t at = 0; at < content.size(); ++at) {
-        RecordOpener opener(secret_of(1));
+        RecordCipher opener(secret_of(1));
         Bytes changed = content;
         changed[at] ^= 0x80;
         CHECK(refuses(opener, changed));
@@ -1785,21 +1785,21 @@ TEST_CASE("chapter 5: a record that was changed in any byte does not open") {
 }
 
 TEST_CASE("chapter 5: a record that was cut or made longer does not open") {
-    RecordSealer sealer(secret_of(1));
+    RecordCipher sealer(secret_of(1));
     Bytes content = frame_content(sealed_record(sealer, "hello"));
     for (std::size_t size = 0; size < content.size(); ++size) {
-        RecordOpener opener(secret_of(1));
+        RecordCipher opener(secret_of(1));
         CHECK(refuses(opener, to_bytes(ByteView(content).first(size))));
     }
-    RecordOpener opener(secret_of(1));
+    RecordCipher opener(secret_of(1));
     CHECK(refuses(opener, join(content, Bytes(1))));
 }
 
 TEST_CASE("chapter 5: a replayed, dropped, reordered or reflected record does not open") {
-    RecordSealer sealer(secret_of(1));
+    RecordCipher sealer(secret_of(1));
     const Bytes first = frame_content(sealed_record(sealer, "first"));
     const Bytes second = frame_content(sealed_record(sealer, "second"));
-    RecordOpener opener(secret_of(1));
+    RecordCipher opener(secret_of(1));
     SUBCASE("replayed") {
         Bytes content = first;
         opener.open(content);
@@ -1808,16 +1808,16 @@ TEST_CASE("chapter 5: a replayed, dropped, reordered or reflected record does no
     SUBCASE("dropped, or reordered") { CHECK(refuses(opener, second)); }
     SUBCASE("reflected: each direction has its own key") {
         Handshaken channel = shake_hands();
-        RecordSealer client(std::move(channel.client.client_to_server));
-        RecordOpener client_opener(std::move(channel.client.server_to_client));
+        RecordCipher client(std::move(channel.client.client_to_server));
+        RecordCipher client_opener(std::move(channel.client.server_to_client));
         CHECK(refuses(client_opener, frame_content(sealed_record(client, "hello"))));
     }
 }
 
 TEST_CASE("chapter 5: nothing opens behind a bad record") {
-    RecordSealer sealer(secret_of(1));
+    RecordCipher sealer(secret_of(1));
     const Bytes first = frame_content(sealed_record(sealer, "first"));
-    RecordOpener opener(secret_of(1));
+    RecordCipher opener(secret_of(1));
     Bytes bad = first;
     bad[0] ^= 1;
     CHECK(refuses(opener, bad));
@@ -1825,8 +1825,8 @@ TEST_CASE("chapter 5: nothing opens behind a bad record") {
 }
 
 TEST_CASE("chapter 5: after 2^20 records both sides move to the next key, together") {
-    RecordSealer sealer(secret_of(1));
-    RecordOpener opener(secret_of(1));
+    RecordCipher sealer(secret_of(1));
+    RecordCipher opener(secret_of(1));
     Bytes record;
     std::uint64_t opened = 0;
     auto pass_one = [&] {
@@ -3976,7 +3976,7 @@ struct Line {
         std::thread ending([&] { near.close(long_enough, Milliseconds(1)); });
         Arrived arrived;
         FrameReader frames(far, max_record_frame);
-        RecordOpener opener(secret_of(1));
+        RecordCipher opener(secret_of(1));
         while (std::optional<ByteSpan> frame = frames.next(max_record_frame)) {
             ByteView record = opener.open(*frame);
             arrived.records.push_back(to_bytes(record));
@@ -4003,7 +4003,7 @@ struct Line {
         : far(std::move(sockets.second)), near(std::move(sockets.first), bound, bulk_bound) {
         near.secure(secret_of(2), secret_of(1));
     }
-    RecordSealer sealer_{secret_of(2)};
+    RecordCipher sealer_{secret_of(2)};
 };
 
 // A payload of this size on the wire, which begins with its number.
@@ -4174,7 +4174,7 @@ TEST_CASE("chapter 10: whoever waits for input sends on at a full socket, too") 
     line.fill();
     std::thread reading([&] {  // takes what is there until the Ping comes
         FrameReader frames(line.far, max_record_frame);
-        RecordOpener opener(secret_of(1));
+        RecordCipher opener(secret_of(1));
         while (opener.open(*frames.next(max_record_frame)).size() > 100) {
         }
         line.say(to_wire(Pong{1}));
@@ -4238,7 +4238,7 @@ TEST_CASE("chapter 10: messages come one by one, whatever record they came in") 
 
 TEST_CASE("chapter 10: no message comes out of a record that is damaged") {
     Line line;
-    RecordSealer sealer(secret_of(2));
+    RecordCipher sealer(secret_of(2));
     Bytes record(frame_header_bytes);
     append(record, to_wire(Ping{1}));
     sealer.seal(record);
@@ -5555,7 +5555,7 @@ TEST_CASE("P1: who records today and steals the server's key tomorrow reads noth
     Bytes frame3 = client.key_message(keys);
     Bytes record(frame_header_bytes);
     append(record, as_bytes("the plan"));
-    RecordSealer(std::move(keys.client_to_server)).seal(record);
+    RecordCipher(std::move(keys.client_to_server)).seal(record);
 
     // The thief has the transcript, the record and the RSA key: enough for the encapsulated secret.
     std::optional<Secret<32>> oaep_secret =
@@ -5566,7 +5566,7 @@ TEST_CASE("P1: who records today and steals the server's key tomorrow reads noth
         HopKeys guess =
             detail::derive_hop_keys(client.hello(), server.hello(), frame3, *oaep_secret, x25519);
         Bytes copy(record.begin() + frame_header_bytes, record.end());
-        RecordOpener(std::move(guess.client_to_server)).open(copy);
+        RecordCipher(std::move(guess.client_to_server)).open(copy);
     };
     X25519Public server_public{}, client_public{};
     std::copy_n(server.hello().begin() + 8, 32, server_public.begin());
@@ -5905,7 +5905,7 @@ TEST_CASE("P6: a room member who knows a text's key cannot make others read anot
     Bytes forged = to_bytes(as_bytes("I owe mallory a lot!!"));
     forged.resize(forged.size() + gcm_tag_bytes);
     ByteSpan all(forged);
-    GcmSealer(honest.key).seal(Nonce(0), {}, all.first(forged.size() - 16), all.last<16>());
+    AesGcm(honest.key).seal(Nonce(0), {}, all.first(forged.size() - 16), all.last<16>());
     REQUIRE(open_room_text(forged, honest.key) == "I owe mallory a lot!!");
     CHECK(at_bob.unwrap_key(wrapped_key, sha256(forged)).state == OpenedPayload::State::damaged);
     CHECK(at_bob.unwrap_key(wrapped_key, sha256(honest.sealed)).state ==
@@ -8337,8 +8337,8 @@ struct LightClient {
     std::optional<ClientHandshake> handshake;  // until the channel stands
     Digest binding{};
     std::optional<ScramClient> scram;
-    std::optional<RecordSealer> sealer;
-    std::optional<RecordOpener> opener;
+    std::optional<RecordCipher> sealer;
+    std::optional<RecordCipher> opener;
     LoginId id{};
     bool joined = false;   // Ready has come
     Bytes in;              // the beginning of a frame whose rest has not come yet
