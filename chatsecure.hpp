@@ -471,7 +471,8 @@ inline std::string to_base64(ByteView bytes) {
 }
 
 // Strict: no white space, padding required, one text for each value. (EVP_DecodeBlock alone is
-// lenient, and counts the padding as zero bytes. Two spellings of one key are one too many.)
+// lenient, and counts the padding as zero bytes. Two spellings of one key are one too many.) Throws
+// Error.
 inline Bytes from_base64(std::string_view text) {
     Bytes out(text.size() / 4 * 3);
     int size = text.empty() ? 0
@@ -1585,15 +1586,16 @@ namespace detail {
 // A key that we are willing to compute with. A public exponent is usually 65537; the bound keeps
 // a stranger from choosing one that makes the "cheap" public operation expensive (and FIPS 186-5
 // asks for more than 2^16).
-inline void require_usable_rsa(const PkeyPtr& key, std::string_view what) {
+template <class Failure>
+void require_usable_rsa(const PkeyPtr& key, std::string_view what) {
     if (key == nullptr || ::EVP_PKEY_is_a(key.get(), "RSA") != 1) {
         ::ERR_clear_error();
-        throw Error(concat(what, " holds no RSA key."));
+        throw Failure(concat(what, " holds no RSA key."));
     }
     int bits = ::EVP_PKEY_get_bits(key.get());
     if (bits < min_rsa_bits || bits > max_rsa_bits)
-        throw Error(concat(what, " holds an RSA key of ", bits, " bits; ", min_rsa_bits, " to ",
-                           max_rsa_bits, " are accepted."));
+        throw Failure(concat(what, " holds an RSA key of ", bits, " bits; ", min_rsa_bits, " to ",
+                             max_rsa_bits, " are accepted."));
     auto number = [&](const char* name) {
         BIGNUM* raw = nullptr;
         ::EVP_PKEY_get_bn_param(key.get(), name, &raw);
@@ -1601,10 +1603,10 @@ inline void require_usable_rsa(const PkeyPtr& key, std::string_view what) {
     };
     BignumPtr modulus = number(OSSL_PKEY_PARAM_RSA_N), exponent = number(OSSL_PKEY_PARAM_RSA_E);
     if (modulus == nullptr || ::BN_is_odd(modulus.get()) != 1)
-        throw Error(concat(what, " holds an RSA key with an impossible modulus."));
+        throw Failure(concat(what, " holds an RSA key with an impossible modulus."));
     if (exponent == nullptr || ::BN_is_odd(exponent.get()) != 1 ||
         ::BN_num_bits(exponent.get()) < 17 || ::BN_num_bits(exponent.get()) > 32)
-        throw Error(concat(what, " holds an RSA key with an unusual public exponent."));
+        throw Failure(concat(what, " holds an RSA key with an unusual public exponent."));
 }
 
 // OAEP with SHA-256 (RFC 8017 section 7.1). The label is authenticated with the secret: what was
@@ -1625,7 +1627,11 @@ inline std::array<OSSL_PARAM, 4> pss_params() {
 inline BioPtr memory_bio(ByteView content) {
     return BioPtr(::BIO_new_mem_buf(content.data(), static_cast<int>(content.size())));
 }
-inline SecretBytes bio_content(const BioPtr& bio) {
+// What `write` writes into a BIO, which may be secret. `write` returns 1, as OpenSSL's writers do.
+template <class Write>
+SecretBytes written(const Write& write) {
+    BioPtr bio(::BIO_new(::BIO_s_secmem()));
+    require_openssl(write(bio.get()) == 1, "Encoding a key");
     char* data = nullptr;
     long size = ::BIO_get_mem_data(bio.get(), &data);
     return SecretBytes(data, data + size);
@@ -1635,18 +1641,21 @@ inline SecretBytes bio_content(const BioPtr& bio) {
 
 class RsaPublicKey {
   public:
-    // From SPKI, DER. Throws Error if it is no RSA key that we accept, or if bytes follow it.
+    // From SPKI, DER, as it comes from others. Throws ProtocolError if it is no RSA key that we
+    // accept, or if bytes follow it.
     static RsaPublicKey from_der(ByteView der, std::string_view what = "A public key") {
         const unsigned char* cursor = der.data();
         detail::PkeyPtr key(::d2i_PUBKEY(nullptr, &cursor, static_cast<long>(der.size())));
-        detail::require_usable_rsa(key, what);
-        if (cursor != der.data() + der.size()) throw Error(concat(what, " has bytes behind it."));
+        detail::require_usable_rsa<ProtocolError>(key, what);
+        if (cursor != der.data() + der.size())
+            throw ProtocolError(concat(what, " has bytes behind it."));
         return RsaPublicKey(std::move(key));
     }
+    // From a file's content. Throws Error.
     static RsaPublicKey from_pem(ByteView pem, std::string_view what) {
         detail::BioPtr bio = detail::memory_bio(pem);
         detail::PkeyPtr key(::PEM_read_bio_PUBKEY(bio.get(), nullptr, nullptr, nullptr));
-        detail::require_usable_rsa(key, what);
+        detail::require_usable_rsa<Error>(key, what);
         return RsaPublicKey(std::move(key));
     }
     explicit RsaPublicKey(detail::PkeyPtr key) : key_(std::move(key)) {
@@ -1664,10 +1673,8 @@ class RsaPublicKey {
     }
 
     std::string pem() const {
-        detail::BioPtr bio(::BIO_new(::BIO_s_mem()));
-        require_openssl(::PEM_write_bio_PUBKEY(bio.get(), key_.get()) == 1,
-                        "Encoding a public key");
-        return to_string(detail::bio_content(bio));
+        return to_string(
+            detail::written([&](BIO* bio) { return ::PEM_write_bio_PUBKEY(bio, key_.get()); }));
     }
 
     // RSA-OAEP: the secret, encapsulated so that only the private key opens it; modulus_bytes()
@@ -1723,7 +1730,7 @@ class RsaPrivateKey {
         if (key == nullptr)
             throw Error(concat(path.string(), " is no private key that opens",
                                passphrase.empty() ? "." : " with this password."));
-        detail::require_usable_rsa(key, path.string());
+        detail::require_usable_rsa<Error>(key, path.string());
         return RsaPrivateKey(std::move(key));
     }
 
@@ -1732,22 +1739,18 @@ class RsaPrivateKey {
     // 8018). OpenSSL's default of 2,048 iterations is from another time.
     void save(const std::filesystem::path& path, ByteView passphrase,
               std::uint32_t iterations) const {
-        detail::Pkcs8Ptr plain(::EVP_PKEY2PKCS8(key_.get()));
-        require_openssl(plain != nullptr, "Encoding a private key");
-        detail::BioPtr bio(::BIO_new(::BIO_s_secmem()));
-        if (passphrase.empty()) {
-            require_openssl(::PEM_write_bio_PKCS8_PRIV_KEY_INFO(bio.get(), plain.get()) == 1,
-                            "Encoding a private key");
-        } else {
-            detail::X509SigPtr sealed(
-                ::PKCS8_encrypt(-1, ::EVP_aes_256_cbc(), as_text(passphrase).data(),
-                                static_cast<int>(passphrase.size()), nullptr, 0,
-                                static_cast<int>(iterations), plain.get()));
-            require_openssl(
-                sealed != nullptr && ::PEM_write_bio_PKCS8(bio.get(), sealed.get()) == 1,
-                "Encrypting a private key");
-        }
-        write_file(path, detail::bio_content(bio), FileMode::owner_only);
+        detail::Pkcs8Ptr plain = pkcs8();
+        detail::X509SigPtr sealed;
+        if (!passphrase.empty())
+            sealed.reset(::PKCS8_encrypt(-1, ::EVP_aes_256_cbc(), as_text(passphrase).data(),
+                                         static_cast<int>(passphrase.size()), nullptr, 0,
+                                         static_cast<int>(iterations), plain.get()));
+        require_openssl(sealed != nullptr || passphrase.empty(), "Encrypting a private key");
+        SecretBytes pem = detail::written([&](BIO* bio) {
+            return sealed != nullptr ? ::PEM_write_bio_PKCS8(bio, sealed.get())
+                                     : ::PEM_write_bio_PKCS8_PRIV_KEY_INFO(bio, plain.get());
+        });
+        write_file(path, pem, FileMode::owner_only);
     }
 
     const RsaPublicKey& public_key() const { return public_; }
@@ -1786,18 +1789,21 @@ class RsaPrivateKey {
 
     // A secret that only the holder of this key knows, for one purpose.
     Secret<32> derived_secret(std::string_view label) const {
-        detail::Pkcs8Ptr plain(::EVP_PKEY2PKCS8(key_.get()));
-        detail::BioPtr bio(::BIO_new(::BIO_s_secmem()));
-        require_openssl(
-            plain != nullptr && ::i2d_PKCS8_PRIV_KEY_INFO_bio(bio.get(), plain.get()) == 1,
-            "Encoding a private key");
-        return hkdf_expand(hkdf_extract({}, detail::bio_content(bio)), label);
+        detail::Pkcs8Ptr plain = pkcs8();
+        SecretBytes der = detail::written(
+            [&](BIO* bio) { return ::i2d_PKCS8_PRIV_KEY_INFO_bio(bio, plain.get()); });
+        return hkdf_expand(hkdf_extract({}, der), label);
     }
 
   private:
     explicit RsaPrivateKey(detail::PkeyPtr key)
         : key_(std::move(key)), public_(RsaPublicKey(detail::PkeyPtr(share(key_.get())))) {}
 
+    detail::Pkcs8Ptr pkcs8() const {  // unencrypted
+        detail::Pkcs8Ptr plain(::EVP_PKEY2PKCS8(key_.get()));
+        require_openssl(plain != nullptr, "Encoding a private key");
+        return plain;
+    }
     static EVP_PKEY* share(EVP_PKEY* key) {  // OpenSSL counts references itself
         ::EVP_PKEY_up_ref(key);
         return key;
@@ -2037,11 +2043,7 @@ class ClientHandshake {
     const RsaPublicKey& receive_hello(ByteView frame2) {
         Reader reader(frame2, "a server hello");
         server_x25519_ = detail::read_hello(reader);
-        try {
-            server_key_ = RsaPublicKey::from_der(reader.rest(), "The server's hello");
-        } catch (const Error& e) {
-            throw ProtocolError(e.what());
-        }
+        server_key_ = RsaPublicKey::from_der(reader.rest(), "The server's hello");
         hello2_ = to_bytes(frame2);
         return *server_key_;
     }
@@ -2301,23 +2303,19 @@ class ScramClient {
         both_nonces_ = detail::take_attribute(left, 'r');
         if (!both_nonces_.starts_with(nonce_) || both_nonces_.size() == nonce_.size())
             throw ProtocolError("The server answered another login than ours.");
-        Challenge challenge;
+        std::string_view salt = detail::take_attribute(left, 's');
+        auto iterations = parse_number<std::uint32_t>(detail::take_attribute(left, 'i'));
+        if (!iterations || salt.empty())
+            throw ProtocolError("The server sent a login challenge that makes no sense.");
+        if (*iterations < min_iterations || *iterations > max_iterations)
+            throw ProtocolError(concat("The server asks for a login with ", *iterations,
+                                       " iterations; this client accepts ", min_iterations, " to ",
+                                       max_iterations, "."));
         try {
-            challenge.salt = from_base64(detail::take_attribute(left, 's'));
-        } catch (const ProtocolError&) {
-            throw;
+            return {from_base64(salt), *iterations};
         } catch (const Error& e) {
             throw ProtocolError(e.what());
         }
-        auto iterations = parse_number<std::uint32_t>(detail::take_attribute(left, 'i'));
-        if (!iterations || challenge.salt.empty())
-            throw ProtocolError("The server sent a login challenge that makes no sense.");
-        challenge.iterations = *iterations;
-        if (challenge.iterations < min_iterations || challenge.iterations > max_iterations)
-            throw ProtocolError(concat("The server asks for a login with ", challenge.iterations,
-                                       " iterations; this client accepts ", min_iterations, " to ",
-                                       max_iterations, "."));
-        return challenge;
     }
 
     std::string final(const Secret<32>& salted_password) {
@@ -2416,9 +2414,9 @@ class ScramServer {
 //                                            Welcome           the first record: see chapter 5
 //      RegisterAccount  (a newcomer)   -->
 //                                      <--   Registered
-//      LoginStart       client-first   -->                     SCRAM, chapter 6
-//                                      <--   LoginChallenge    server-first
-//      LoginProof       client-final   -->
+//      Scram            client-first   -->                     chapter 6
+//                                      <--   Scram             server-first
+//      Scram            client-final   -->
 //                                      <--   LoginDone         server-final, and this login's id
 //      PublishCard      my public keys -->                     chapter 8
 //                                      <--   Joined ... Joined who is here
@@ -2433,7 +2431,7 @@ class ScramServer {
 //      Quit                            -->
 //                                      <--   Goodbye           everything before it was handled
 //
-// Anything the server will not do it answers with Refused, a reason and a sentence, and closes.
+// Anything the server will not do it answers with Goodbye, a reason and a sentence, and closes.
 //
 // A login gets a number (LoginId) that is never used again while the server runs. Members are
 // addressed by it and not by name: when bob leaves and comes back, he has new keys and a new
@@ -2443,16 +2441,13 @@ enum class LoginId : std::uint32_t {};
 
 enum class MessageType : std::uint8_t {
     welcome = 1,
-    refused = 2,
     goodbye = 3,
     ping = 4,
     pong = 5,
     quit = 6,
     register_account = 10,
     registered = 11,
-    login_start = 12,
-    login_challenge = 13,
-    login_proof = 14,
+    scram = 12,
     login_done = 15,
     publish_card = 20,
     joined = 21,
@@ -2470,8 +2465,10 @@ enum class MessageType : std::uint8_t {
 // Chat overtakes file data: each direction of a connection has two queues, and the bulk queue gets
 // a turn only when the interactive one is empty.
 enum class Lane : std::uint8_t { interactive = 0, bulk = 1 };
+inline std::size_t index_of(Lane lane) { return lane == Lane::bulk ? 1 : 0; }  // in pairs of them
 
-enum class RefusalReason : std::uint8_t {
+enum class GoodbyeReason : std::uint8_t {
+    none = 0,       // nothing is wrong: the answer to Quit, or the server stops
     bad_login = 1,  // name or password wrong: which of them, nobody is told
     name_taken = 2,
     bad_account = 3,  // a registration that cannot be accepted
@@ -2492,16 +2489,11 @@ struct Welcome {
     std::uint8_t registration_open = 0;
     static void fields(auto& self, auto& io) { io(self.server_version, self.registration_open); }
 };
-struct Refused {
-    static constexpr MessageType type = MessageType::refused;
-    RefusalReason reason{};
-    std::string sentence;
-    static void fields(auto& self, auto& io) { io(self.reason, self.sentence); }
-};
 struct Goodbye {
     static constexpr MessageType type = MessageType::goodbye;
+    GoodbyeReason reason{};
     std::string sentence;
-    static void fields(auto& self, auto& io) { io(self.sentence); }
+    static void fields(auto& self, auto& io) { io(self.reason, self.sentence); }
 };
 
 // ---- In both directions -------------------------------------------------------------------------
@@ -2534,20 +2526,10 @@ struct Registered {
     static constexpr MessageType type = MessageType::registered;
     static void fields(auto&, auto&) {}
 };
-struct LoginStart {
-    static constexpr MessageType type = MessageType::login_start;
-    std::string client_first;
-    static void fields(auto& self, auto& io) { io(self.client_first); }
-};
-struct LoginChallenge {
-    static constexpr MessageType type = MessageType::login_challenge;
-    std::string server_first;
-    static void fields(auto& self, auto& io) { io(self.server_first); }
-};
-struct LoginProof {
-    static constexpr MessageType type = MessageType::login_proof;
-    std::string client_final;
-    static void fields(auto& self, auto& io) { io(self.client_final); }
+struct Scram {
+    static constexpr MessageType type = MessageType::scram;
+    std::string text;  // client-first, server-first, client-final
+    static void fields(auto& self, auto& io) { io(self.text); }
 };
 struct LoginDone {
     static constexpr MessageType type = MessageType::login_done;
@@ -2681,6 +2663,16 @@ struct Message {
     ByteView body;
 };
 
+// A message that must be a T at this point of the conversation. Throws ProtocolError.
+template <class T>
+T from_wire_as(const Message& message) {
+    if (message.type != T::type)
+        throw ProtocolError(concat("Received a message of type ", static_cast<int>(message.type),
+                                   " where one of type ", static_cast<int>(T::type),
+                                   " was expected."));
+    return from_wire<T>(message.body);
+}
+
 // Takes one message from the front of a record. Throws ProtocolError.
 inline Message take_message(Reader& record) {
     Message message;
@@ -2784,7 +2776,7 @@ class CheckedCard {
     // Throws ProtocolError if it is damaged, not signed by its own identity key, or not `user`'s.
     CheckedCard(ByteView bytes, std::string_view user)
         : card_(decode<Card>(bytes, "a key card")),
-          identity_(parse_identity(card_)),
+          identity_(RsaPublicKey::from_der(card_.identity_der, "A key card")),
           fingerprint_(identity_.fingerprint()),
           hash_(sha256(bytes)) {
         if (bytes.size() > max_card_bytes || card_.user != user ||
@@ -2800,13 +2792,6 @@ class CheckedCard {
     const Digest& hash() const { return hash_; }
 
   private:
-    static RsaPublicKey parse_identity(const Card& card) {
-        try {
-            return RsaPublicKey::from_der(card.identity_der, "A key card");
-        } catch (const Error& e) {
-            throw ProtocolError(e.what());
-        }
-    }
     Card card_;
     RsaPublicKey identity_;
     Fingerprint fingerprint_;
@@ -2862,11 +2847,6 @@ class SealingLane {
         append(out, body);
         out.resize(out.size() + gcm_tag_bytes);
         seal_in_place(ByteSpan(out).subspan(before), aad);
-    }
-    Bytes seal(Kind kind, ByteView body, ByteView aad = {}) {
-        Bytes out;
-        seal_to(out, kind, body, aad);
-        return out;
     }
 
   private:
@@ -2935,15 +2915,14 @@ struct UnwrappedKey {
 
 namespace detail {
 
-struct PairSecrets {
-    Secret<32> interactive, bulk;
-};
-// `a` is the card hash of the side that opens, `b` of the side that is opened to.
-inline PairSecrets derive_pair_keys(const Digest& a, const Digest& b, const Secret<32>& secret,
-                                    const Secret<32>& x25519) {
+// The lanes of one direction, sealing or opening, as index_of() counts them. `a` is the card hash of
+// the side that opens, `b` of the side that is opened to.
+template <class AnyLane>
+std::array<AnyLane, 2> pair_lanes(const Digest& a, const Digest& b, const Secret<32>& secret,
+                                  const Secret<32>& x25519) {
     Secret<32> prk = agree(join(a, b), secret, x25519);
-    return {hkdf_expand(prk, "chatsecure pair interactive lane"),
-            hkdf_expand(prk, "chatsecure pair bulk lane")};
+    return {AnyLane(hkdf_expand(prk, "chatsecure pair interactive lane")),
+            AnyLane(hkdf_expand(prk, "chatsecure pair bulk lane"))};
 }
 
 }  // namespace detail
@@ -2956,39 +2935,36 @@ class PairSender {
     // One RSA encryption. `open_payload` is to be sent before anything that is sealed. Throws
     // ProtocolError for a card whose X25519 key cannot be used.
     PairSender(const LoginKeys& me, const CheckedCard& to, Bytes& open_payload)
-        : PairSender(Secrets(me, to, open_payload)) {}
+        : lanes_(open_to(me, to, open_payload)) {}
 
     // One thread at a time for each lane.
     Bytes seal(Lane lane, Kind kind, ByteView body) {
         Bytes payload(1, static_cast<std::uint8_t>(PayloadType::sealed));
-        this->lane(lane).seal_to(payload, kind, body);
+        lanes_[index_of(lane)].seal_to(payload, kind, body);
         return payload;
     }
     // The whole payload, with room for what is not known yet, as SealingLane wants it.
     void seal_in_place(Lane lane, ByteSpan payload) {
         payload[0] = static_cast<std::uint8_t>(PayloadType::sealed);
-        this->lane(lane).seal_in_place(payload.subspan(1));
+        lanes_[index_of(lane)].seal_in_place(payload.subspan(1));
     }
     WrappedKey wrap_key(const Secret<32>& room_key, const Digest& sealed_text_hash) {
-        return to_fixed<wrapped_key_bytes>(
-            interactive_.seal(Kind::room_key, room_key.view(), sealed_text_hash));
+        Bytes wrapped;
+        lanes_[0].seal_to(wrapped, Kind::room_key, room_key.view(), sealed_text_hash);
+        return to_fixed<wrapped_key_bytes>(wrapped);
     }
 
   private:
-    struct Secrets {
-        detail::PairSecrets keys;
-        Secrets(const LoginKeys& me, const CheckedCard& to, Bytes& open_payload) {
-            Secret<32> secret = random_secret<32>();
-            Bytes encapsulated = to.identity().encrypt(secret, join(me.card_hash(), to.hash()));
-            keys = detail::derive_pair_keys(me.card_hash(), to.hash(), secret,
-                                            me.ephemeral().shared_secret(to.ephemeral()));
-            append_fields(open_payload, PayloadType::open, me.card_bytes(), encapsulated);
-        }
-    };
-    explicit PairSender(const Secrets& s) : interactive_(s.keys.interactive), bulk_(s.keys.bulk) {}
-    SealingLane& lane(Lane which) { return which == Lane::bulk ? bulk_ : interactive_; }
+    static std::array<SealingLane, 2> open_to(const LoginKeys& me, const CheckedCard& to,
+                                              Bytes& open_payload) {
+        Secret<32> secret = random_secret<32>();
+        Bytes encapsulated = to.identity().encrypt(secret, join(me.card_hash(), to.hash()));
+        Secret<32> x25519 = me.ephemeral().shared_secret(to.ephemeral());
+        append_fields(open_payload, PayloadType::open, me.card_bytes(), encapsulated);
+        return detail::pair_lanes<SealingLane>(me.card_hash(), to.hash(), secret, x25519);
+    }
 
-    SealingLane interactive_, bulk_;
+    std::array<SealingLane, 2> lanes_;
 };
 
 // An Open, taken apart. Throws ProtocolError.
@@ -3002,14 +2978,12 @@ class PairReceiver {
   public:
     // One RSA decryption (about a millisecond). Throws ProtocolError if it is not for us.
     PairReceiver(const LoginKeys& me, const CheckedCard& from, ByteView encapsulated)
-        : PairReceiver(secrets(me, from, encapsulated)) {}
+        : lanes_(opened_by(me, from, encapsulated)) {}
 
-    OpenedPayload open(Lane lane, ByteView sealed) {
-        return (lane == Lane::bulk ? bulk_ : interactive_).open(sealed);
-    }
+    OpenedPayload open(Lane lane, ByteView sealed) { return lanes_[index_of(lane)].open(sealed); }
     UnwrappedKey unwrap_key(const WrappedKey& wrapped, const Digest& sealed_text_hash) {
         Secret<wrapped_key_bytes> opened{ByteView(wrapped)};  // wiped, as it will hold a key
-        OpenedPayload payload = interactive_.open_in_place(opened.span(), sealed_text_hash);
+        OpenedPayload payload = lanes_[0].open_in_place(opened.span(), sealed_text_hash);
         UnwrappedKey result{payload.state, payload.lost, std::nullopt};
         if (payload.kind == Kind::room_key && payload.body.size() == 32)
             result.key.emplace(payload.body);
@@ -3017,19 +2991,17 @@ class PairReceiver {
     }
 
   private:
-    static detail::PairSecrets secrets(const LoginKeys& me, const CheckedCard& from,
-                                       ByteView encapsulated) {
+    static std::array<OpeningLane, 2> opened_by(const LoginKeys& me, const CheckedCard& from,
+                                                ByteView encapsulated) {
         std::optional<Secret<32>> secret =
             me.identity().decrypt(encapsulated, join(from.hash(), me.card_hash()));
         if (!secret)
             throw ProtocolError(concat("The keys that came from ", from.user(), " do not open."));
-        return detail::derive_pair_keys(from.hash(), me.card_hash(), *secret,
-                                        me.ephemeral().shared_secret(from.ephemeral()));
+        return detail::pair_lanes<OpeningLane>(from.hash(), me.card_hash(), *secret,
+                                               me.ephemeral().shared_secret(from.ephemeral()));
     }
-    explicit PairReceiver(const detail::PairSecrets& keys)
-        : interactive_(keys.interactive), bulk_(keys.bulk) {}
 
-    OpeningLane interactive_, bulk_;
+    std::array<OpeningLane, 2> lanes_;
 };
 
 // ---- Room messages ------------------------------------------------------------------------------
@@ -4907,7 +4879,7 @@ class FileTransfers {
 // sealed in place, at the last moment, in the order in which it is sent.
 //
 // The end. A connection ends in one of two ways. finish(): nothing more can be queued, what is
-// queued is still sent, then our stream ends; so a Goodbye or a Refused is heard. abort(): at once,
+// queued is still sent, then our stream ends; so a Goodbye is heard. abort(): at once,
 // and what was queued is thrown away; for those who are not there any more.
 //
 // Silence. Who says nothing for a while is sent a Ping; who then says nothing for as long again is
@@ -4930,11 +4902,11 @@ class Outbox {
     // the recipient's own). Does not block. Throws Error for what fits into no record.
     template <class T>
     Result push(Lane lane, const T& message) {
-        return put(lane, bounds_[index(lane)],
+        return put(lane, bounds_[index_of(lane)],
                    [&](Bytes& frame) { append_message(frame, message); });
     }
     Result push(Lane lane, ByteView wire, ByteView own) {
-        return put(lane, bounds_[index(lane)], [&](Bytes& frame) {
+        return put(lane, bounds_[index_of(lane)], [&](Bytes& frame) {
             append(frame, wire);
             append(frame, own);
         });
@@ -5004,11 +4976,11 @@ class Outbox {
     std::optional<Bytes> take(bool& last) {
         std::lock_guard lock(mutex_);
         for (Lane lane : {Lane::interactive, Lane::bulk}) {
-            std::deque<Bytes>& frames = lanes_[index(lane)];
+            std::deque<Bytes>& frames = lanes_[index_of(lane)];
             if (frames.empty() || state_ == State::closed) continue;
             Bytes frame = std::move(frames.front());
             frames.pop_front();
-            bytes_[index(lane)] -= frame.size() - frame_header_bytes;
+            bytes_[index_of(lane)] -= frame.size() - frame_header_bytes;
             if (lane == Lane::bulk) bulk_taken_.notify_all();
             return frame;
         }
@@ -5020,8 +4992,6 @@ class Outbox {
   private:
     enum class State { open, finishing, closed };
     static constexpr std::size_t smallest_allocation = 512;
-
-    static std::size_t index(Lane lane) { return lane == Lane::bulk ? 1 : 0; }
 
     template <class Append>
     Result push_control_with(const Append& append_to) {
@@ -5035,7 +5005,7 @@ class Outbox {
     Result put(Lane lane, std::size_t bound, const Append& append_to) {
         std::lock_guard lock(mutex_);
         if (state_ != State::open) return Result::closed;
-        std::deque<Bytes>& frames = lanes_[index(lane)];
+        std::deque<Bytes>& frames = lanes_[index_of(lane)];
         if (frames.empty()) frames.push_back(new_frame());
         std::size_t before = frames.back().size();
         bool queued = false;
@@ -5047,7 +5017,7 @@ class Outbox {
         append_to(frames.back());
         std::size_t added = frames.back().size() - before;
         if (added > max_record_bytes) throw Error("A message must fit into a record.");
-        if (bytes_[index(lane)] + added > bound) return Result::refused;
+        if (bytes_[index_of(lane)] + added > bound) return Result::refused;
         if (before + added > frame_header_bytes + max_record_bytes) {
             Bytes next = new_frame();
             append(next, ByteView(frames.back()).last(added));
@@ -5055,7 +5025,7 @@ class Outbox {
             frames.push_back(std::move(next));
         }
         queued = true;
-        bytes_[index(lane)] += added;
+        bytes_[index_of(lane)] += added;
         return note_queued();
     }
     static Bytes new_frame() {
@@ -5328,7 +5298,7 @@ class Connection {
 // an Outbox or the pump's list.
 //
 //      AuthStore       the accounts      the disk, while an account is written
-//      LoginThrottle   failed logins     nothing
+//      TokenBuckets    who tries what    nothing
 //      sessions_mutex_ all connections   nothing; run() sleeps on it until one has ended
 //      Members         who is here       nothing; a login sleeps on it for another login's Pong
 //      Outbox          chapter 10        nothing; a file's thread sleeps on it, in the client only
@@ -5460,65 +5430,57 @@ class AuthStore {
     std::optional<Digest> on_disk_;  // of the file as we last read or wrote it
 };
 
-// ---- Guessing is slow ---------------------------------------------------------------------------
+// ---- Nobody is too fast -------------------------------------------------------------------------
 
-// Counts failed logins for each account and each address, and says how long the next try has to
-// wait: nothing for the first few (people mistype), then doubling up to a few seconds. Bounded: an
-// attacker cannot lock a user out, and cannot fill our memory. Any thread may call it.
-class LoginThrottle {
+// How fast somebody may go on: a bucket of tokens that refills at a steady rate. What they do takes
+// some out; when it is empty, they wait until it is not, but never for longer than 4 seconds, so
+// that nobody who shares the bucket with an attacker is locked out. One thread uses it.
+class TokenBucket {
   public:
-    struct Options {
-        int free_tries = 3;
-        Milliseconds first_delay{250};
-        Milliseconds longest_delay{4000};
-        std::chrono::minutes forget_after{15};
-    };
-    LoginThrottle() = default;
-    explicit LoginThrottle(Options options) : options_(options) {}
+    TokenBucket(double per_second, double burst)
+        : rate_(per_second), burst_(burst), tokens_(burst) {}
 
-    Milliseconds delay(const std::string& account, const std::string& address,
-                       Clock::time_point now) const {
-        std::lock_guard lock(mutex_);
-        return std::max(delay_of("user " + account, now), delay_of("from " + address, now));
+    // Takes `cost` tokens and says how long to wait before going on.
+    Milliseconds take(double cost, Clock::time_point now) {
+        tokens_ = std::max(at(now) - cost, -rate_ * longest_wait);
+        last_ = now;
+        return Milliseconds(static_cast<std::int64_t>(tokens_ < 0 ? -tokens_ / rate_ * 1000 : 0));
     }
-    void failed(const std::string& account, const std::string& address, Clock::time_point now) {
-        std::lock_guard lock(mutex_);
-        if (failures_.size() > max_entries)
-            std::erase_if(failures_, [&](const auto& entry) { return is_old(entry.second, now); });
-        if (failures_.size() > max_entries) failures_.clear();
-        for (const std::string& key : {"user " + account, "from " + address}) {
-            Failures& entry = failures_[key];
-            if (is_old(entry, now)) entry.count = 0;
-            ++entry.count;
-            entry.last = now;
-        }
+    bool is_full(Clock::time_point now) const { return at(now) >= burst_; }
+
+  private:
+    double at(Clock::time_point now) const {
+        std::chrono::duration<double> passed = now - last_;
+        return std::min(burst_, tokens_ + passed.count() * rate_);
     }
-    // A success clears the account only: an attacker's own account must not clear his address.
-    void succeeded(const std::string& account) {
+    static constexpr double longest_wait = 4;  // seconds
+    double rate_, burst_, tokens_;
+    Clock::time_point last_{};
+};
+
+// Such buckets for what strangers do, one for each account and for each address. Bounded, so that
+// nobody fills our memory with names. Any thread may call it.
+class TokenBuckets {
+  public:
+    TokenBuckets(double per_second, double burst) : fresh_(per_second, burst) {}
+
+    Milliseconds take(const std::string& key, double cost, Clock::time_point now) {
         std::lock_guard lock(mutex_);
-        failures_.erase("user " + account);
+        if (buckets_.size() > max_buckets)
+            std::erase_if(buckets_, [&](const auto& entry) { return entry.second.is_full(now); });
+        if (buckets_.size() > max_buckets) buckets_.clear();
+        return buckets_.try_emplace(key, fresh_).first->second.take(cost, now);
+    }
+    void refill(const std::string& key) {
+        std::lock_guard lock(mutex_);
+        buckets_.erase(key);
     }
 
   private:
-    static constexpr std::size_t max_entries = 20'000;
-    struct Failures {
-        int count = 0;
-        Clock::time_point last{};
-    };
-    bool is_old(const Failures& entry, Clock::time_point now) const {
-        return now - entry.last > options_.forget_after;
-    }
-    Milliseconds delay_of(const std::string& key, Clock::time_point now) const {
-        auto found = failures_.find(key);
-        if (found == failures_.end() || is_old(found->second, now)) return Milliseconds(0);
-        int over = found->second.count - options_.free_tries;
-        if (over < 0) return Milliseconds(0);
-        return std::min(options_.longest_delay, options_.first_delay * (1 << std::min(over, 10)));
-    }
-
-    Options options_;
-    mutable std::mutex mutex_;  // guards failures_
-    std::map<std::string, Failures> failures_;
+    static constexpr std::size_t max_buckets = 20'000;
+    const TokenBucket fresh_;
+    std::mutex mutex_;  // guards buckets_
+    std::map<std::string, TokenBucket> buckets_;
 };
 
 // ---- The relay ----------------------------------------------------------------------------------
@@ -5545,7 +5507,6 @@ struct ServerOptions {
     Milliseconds announce_every{10};        // Joined and Left, gathered
     Milliseconds takeover_patience{3'000};  // for a Pong, when the same user logs in again
     Milliseconds write_timeout{20'000};
-    LoginThrottle::Options throttle{};
     std::function<void(LogLevel, const std::string&)> log = [](LogLevel, const std::string&) {};
 };
 
@@ -5553,28 +5514,8 @@ namespace detail {
 
 // The reason why the server ends a conversation, as it is told to the client.
 struct Refusal : Error {
-    RefusalReason reason;
-    Refusal(RefusalReason why, const std::string& sentence) : Error(sentence), reason(why) {}
-};
-
-// How fast somebody may talk: a bucket of tokens that refills at a steady rate. Each message takes
-// some out; when it is empty, one waits until it is not. One thread uses it.
-class TokenBucket {
-  public:
-    TokenBucket(double per_second, double burst)
-        : rate_(per_second), burst_(burst), tokens_(burst) {}
-
-    // Takes `cost` tokens and says how long to wait before going on.
-    Milliseconds take(double cost, Clock::time_point now) {
-        std::chrono::duration<double> passed = now - last_;
-        last_ = now;
-        tokens_ = std::min(burst_, tokens_ + passed.count() * rate_) - cost;
-        return Milliseconds(static_cast<std::int64_t>(tokens_ < 0 ? -tokens_ / rate_ * 1000 : 0));
-    }
-
-  private:
-    double rate_, burst_, tokens_;
-    Clock::time_point last_ = Clock::now();
+    GoodbyeReason reason;
+    Refusal(GoodbyeReason why, const std::string& sentence) : Error(sentence), reason(why) {}
 };
 
 // One connection and what the server knows of who is behind it. Its own thread's, if it does not
@@ -5649,10 +5590,10 @@ class Members {
                 line = drop_locked(*other, "its connection was dead when the user logged in again");
         }
         if (online_.contains(user))
-            throw Refusal(RefusalReason::already_online,
+            throw Refusal(GoodbyeReason::already_online,
                           concat("\"", user, "\" is online already, and only once at a time."));
         if (online_.size() >= options_.max_clients)
-            throw Refusal(RefusalReason::server_full, "The server is full. Try again later.");
+            throw Refusal(GoodbyeReason::server_full, "The server is full. Try again later.");
         online_.emplace(user, session);
         session->user = user;
         session->id = LoginId{++last_id_};
@@ -5886,8 +5827,7 @@ class Server {
           lock_(lock_data_directory(options_.data_directory)),
           accounts_(options_.data_directory / "users.db"),
           key_(load_or_make_key()),
-          fake_salt_secret_(key_.derived_secret("chatsecure salts of unknown users")),
-          throttle_(options_.throttle) {
+          fake_salt_secret_(key_.derived_secret("chatsecure salts of unknown users")) {
         for (const std::string& address : listener_.addresses())
             info(concat("listening on ", address));
         info(concat("server key ", fingerprint().text()));
@@ -6036,7 +5976,8 @@ class Server {
                 session->connection.abort();
                 continue;
             }
-            session->connection.outbox.push_control(Goodbye{"The server is stopping."});
+            session->connection.outbox.push_control(
+                Goodbye{GoodbyeReason::none, "The server is stopping."});
             session->connection.finish();
         }
         // The clients close their end when they see the goodbye. Those that do not are cut off.
@@ -6089,7 +6030,7 @@ class Server {
             } catch (const Refusal& e) {
                 how = refuse(*session, e.reason, e.what());
             } catch (const ProtocolError& e) {
-                how = refuse(*session, RefusalReason::broke_protocol, e.what());
+                how = refuse(*session, GoodbyeReason::broke_protocol, e.what());
             } catch (const std::exception& e) {
                 session->connection.abort();  // what still waits for it must not keep it here
                 how = e.what();
@@ -6107,8 +6048,8 @@ class Server {
     }
 
     // Tells the client why, if there is a channel to tell it through.
-    static std::string refuse(Session& s, RefusalReason reason, const std::string& sentence) {
-        if (s.connection.is_secure()) s.connection.send(Refused{reason, sentence});
+    static std::string refuse(Session& s, GoodbyeReason reason, const std::string& sentence) {
+        if (s.connection.is_secure()) s.connection.send(Goodbye{reason, sentence});
         return sentence;
     }
 
@@ -6140,30 +6081,24 @@ class Server {
             register_account(s, from_wire<RegisterAccount>(message.body));
             message = s.connection.expect(deadline);
         }
-        if (message.type != MessageType::login_start)
-            throw ProtocolError("Received something else than a login.");
-        check_login(session, from_wire<LoginStart>(message.body), deadline);
-        message = s.connection.expect(deadline);
-        if (message.type != MessageType::publish_card)
-            throw ProtocolError("Received something else than a key card.");
-        publish(s, from_wire<PublishCard>(message.body).card);
+        check_login(session, from_wire_as<Scram>(message).text, deadline);
+        publish(s, from_wire_as<PublishCard>(s.connection.expect(deadline)).card);
     }
 
     void register_account(Session& s, const RegisterAccount& request) {
         if (!options_.registration_open)
             throw Refusal(
-                RefusalReason::registration_closed,
+                GoodbyeReason::registration_closed,
                 "This server does not take registrations. Ask its operator for an account.");
         Account account;
         try {
             account = {fold_name(request.user), ScramVerifier::parse(request.verifier),
                        RsaPublicKey::from_der(request.identity).der(), rfc3339_now()};
         } catch (const Error& e) {
-            throw Refusal(RefusalReason::bad_account, e.what());
+            throw Refusal(GoodbyeReason::bad_account, e.what());
         }
         // Each account costs a rewrite of users.db: whoever makes hundreds is made to wait.
-        s.connection.pause(registrations_.delay(s.host, s.host, Clock::now()));
-        registrations_.failed(s.host, s.host, Clock::now());
+        s.connection.pause(registrations_.take(s.host, 1, Clock::now()));
         bool added = false;
         try {
             if (accounts_.size() >= options_.max_accounts)
@@ -6172,12 +6107,12 @@ class Server {
         } catch (const Error& e) {
             warn(concat("cannot register \"", account.user, "\": ", e.what()));
             throw Refusal(
-                RefusalReason::server_trouble,
+                GoodbyeReason::server_trouble,
                 "The server cannot store new accounts at the moment. Its operator can see "
                 "the reason in its log.");
         }
         if (!added)
-            throw Refusal(RefusalReason::name_taken,
+            throw Refusal(GoodbyeReason::name_taken,
                           concat("The name \"", account.user,
                                  "\" is taken. Choose another, or log "
                                  "in without --register if it is yours."));
@@ -6185,25 +6120,25 @@ class Server {
         s.connection.send(Registered{});
     }
 
-    void check_login(const SessionPtr& session, const LoginStart& start,
+    void check_login(const SessionPtr& session, const std::string& client_first,
                      Clock::time_point deadline) {
         Session& s = *session;
-        ScramServer scram(start.client_first, s.channel_binding);
+        ScramServer scram(client_first, s.channel_binding);
         std::optional<Account> account = accounts_.find(scram.user());
-        s.connection.pause(throttle_.delay(scram.user(), s.host, Clock::now()));
+        const std::string account_key = "user " + scram.user(), address_key = "from " + s.host;
+        s.connection.pause(std::max(failures_.take(account_key, 0, Clock::now()),
+                                    failures_.take(address_key, 0, Clock::now())));
         ScramVerifier verifier = account ? account->verifier : unknown_user(scram.user());
-        s.connection.send(LoginChallenge{scram.challenge(std::move(verifier))});
+        s.connection.send(Scram{scram.challenge(std::move(verifier))});
 
-        Message message = s.connection.expect(deadline);
-        if (message.type != MessageType::login_proof)
-            throw ProtocolError("Received something else than a login proof.");
         std::optional<std::string> server_final =
-            scram.check(from_wire<LoginProof>(message.body).client_final);
+            scram.check(from_wire_as<Scram>(s.connection.expect(deadline)).text);
         if (!server_final || !account) {
-            throttle_.failed(scram.user(), s.host, Clock::now());
-            throw Refusal(RefusalReason::bad_login, "The name or the password is wrong.");
+            for (const std::string& key : {account_key, address_key})
+                failures_.take(key, 1, Clock::now());
+            throw Refusal(GoodbyeReason::bad_login, "The name or the password is wrong.");
         }
-        throttle_.succeeded(scram.user());
+        failures_.refill(account_key);  // not the address: an attacker has an account of his own
         log_if_any(members_.claim(session, scram.user()));
         s.connection.send(LoginDone{*server_final, s.id});
     }
@@ -6249,7 +6184,7 @@ class Server {
         for (;;) {
             while (std::optional<Message> message = s.connection.next()) {
                 if (message->type == MessageType::quit) {
-                    s.connection.send(Goodbye{"Goodbye."});
+                    s.connection.send(Goodbye{GoodbyeReason::none, "Goodbye."});
                     return "said goodbye";
                 }
                 handle(s, *message);
@@ -6400,8 +6335,8 @@ class Server {
     AuthStore accounts_;
     RsaPrivateKey key_;
     Secret<32> fake_salt_secret_;
-    LoginThrottle throttle_;
-    LoginThrottle registrations_{{.free_tries = 100}};
+    TokenBuckets failures_{0.25, 2};  // three tries are free (people mistype); then one in 4 s
+    TokenBuckets registrations_{0.25, 100};
     std::counting_semaphore<> handshakes_{
         static_cast<std::ptrdiff_t>(std::max(1U, std::thread::hardware_concurrency()))};
     Waker waker_;
@@ -7048,31 +6983,30 @@ class Login {
     void send(const T& message) {
         link_->connection->send(message);
     }
-    // The next message, which must be a T (or a refusal, which ends the attempt).
+    // The next message of the server, unless that is the end of the attempt. Some refusals pass by
+    // themselves: worth another try for somebody who was online already.
+    Message next() {
+        Message message = link_->connection->expect(deadline_);
+        if (message.type != MessageType::goodbye) return message;
+        Goodbye goodbye = from_wire<Goodbye>(message.body);
+        bool passing = goodbye.reason == GoodbyeReason::already_online ||
+                       goodbye.reason == GoodbyeReason::server_full;
+        if (goodbye.reason == GoodbyeReason::none || (passing && been_online_))
+            throw NetworkError(goodbye.sentence);
+        throw Halt(StopReason::login_refused, goodbye.sentence);
+    }
     template <class T>
     T expect() {
-        Message message = link_->connection->expect(deadline_);
-        if (message.type == MessageType::refused) refused(from_wire<Refused>(message.body));
-        if (message.type != T::type)
-            throw ProtocolError(concat("The server sent a message of type ",
-                                       static_cast<int>(message.type), " out of turn."));
-        return from_wire<T>(message.body);
-    }
-    // Some refusals pass by themselves: worth another try for somebody who was online already.
-    [[noreturn]] void refused(const Refused& refusal) {
-        bool passing = refusal.reason == RefusalReason::already_online ||
-                       refusal.reason == RefusalReason::server_full;
-        if (passing && been_online_) throw NetworkError(refusal.sentence);
-        throw Halt(StopReason::login_refused, refusal.sentence);
+        return from_wire_as<T>(next());
     }
 
     void log_in() {
         ScramClient scram(user_, link_->channel_binding);
-        send(LoginStart{scram.first()});
-        std::string server_first = expect<LoginChallenge>().server_first;
+        send(Scram{scram.first()});
+        std::string server_first = expect<Scram>().text;
         try {
             auto [salt, iterations] = scram.receive_challenge(server_first);
-            send(LoginProof{scram.final(salted_password(salt, iterations))});
+            send(Scram{scram.final(salted_password(salt, iterations))});
             scram.verify_server(expect<LoginDone>().server_final);
         } catch (const ProtocolError& e) {
             throw Halt(StopReason::server_distrusted, e.what());
@@ -7146,14 +7080,8 @@ class Login {
 
     void meet_everybody() {
         LoggedIn event{user_, server_, link_->server_key, identity_file(), {}, been_online_};
-        for (;;) {
-            Message message = link_->connection->expect(deadline_);
-            if (message.type == MessageType::refused) refused(from_wire<Refused>(message.body));
-            if (message.type == MessageType::ready) break;
-            if (message.type != MessageType::joined)
-                throw ProtocolError("The server sent something else than who is online.");
-            event.others.push_back(link_->add(from_wire<Joined>(message.body)).user);
-        }
+        for (Message message = next(); message.type != MessageType::ready; message = next())
+            event.others.push_back(link_->add(from_wire_as<Joined>(message)).user);
         been_online_ = true;
         mail_.emit(std::move(event));
     }
@@ -7419,11 +7347,11 @@ class Client final : private FileHost {
                 break;
             case MessageType::pong:
                 break;
-            case MessageType::refused:
-                throw NetworkError(from_wire<Refused>(message.body).sentence);
-            case MessageType::goodbye:
-                if (quit_sent_) return false;
-                throw NetworkError(from_wire<Goodbye>(message.body).sentence);
+            case MessageType::goodbye: {
+                Goodbye goodbye = from_wire<Goodbye>(message.body);
+                if (quit_sent_ && goodbye.reason == GoodbyeReason::none) return false;
+                throw NetworkError(goodbye.sentence);
+            }
             default:
                 throw ProtocolError(concat("The server sent a message of the unknown type ",
                                            static_cast<int>(message.type), "."));

@@ -2127,10 +2127,12 @@ TEST_CASE("chapter 7: messages of the server: their bytes, and every way to cut 
     check_message(Welcome{"0.1", 1},
                   "0003302e31"
                   "01");
-    check_message(Refused{RefusalReason::name_taken, "no"},
+    check_message(Goodbye{GoodbyeReason::name_taken, "no"},
                   "02"
                   "00026e6f");
-    check_message(Goodbye{"bye"}, "0003627965");
+    check_message(Goodbye{GoodbyeReason::none, "bye"},
+                  "00"
+                  "0003627965");
 }
 
 TEST_CASE("chapter 7: messages of both sides: their bytes, and every way to cut them") {
@@ -2145,9 +2147,7 @@ TEST_CASE("chapter 7: messages of the login: their bytes, and every way to cut t
                   "000176"
                   "00000002aabb");
     check_message(Registered{}, "");
-    check_message(LoginStart{"a,b"}, "0003612c62");
-    check_message(LoginChallenge{"a,b"}, "0003612c62");
-    check_message(LoginProof{"a,b"}, "0003612c62");
+    check_message(Scram{"a,b"}, "0003612c62");
     check_message(LoginDone{"v=", LoginId{0x01020304}},
                   "0002763d"
                   "01020304");
@@ -2202,7 +2202,7 @@ TEST_CASE("chapter 7: a message that claims to be longer than its record is refu
 TEST_CASE("chapter 7: a message that does not fit is not appended at all") {
     Bytes out{1, 2, 3}, most(max_message_body - 4), more(max_message_body - 3);
     CHECK(throws<Error>([&] { append_message(out, PublishCard{more}); }));
-    CHECK(throws<Error>([&] { append_message(out, Goodbye{std::string(65'536, 'x')}); }));
+    CHECK(throws<Error>([&] { append_message(out, Goodbye{{}, std::string(65'536, 'x')}); }));
     CHECK(out == Bytes{1, 2, 3});
     append_message(out, PublishCard{most});
     CHECK(out.size() == 3 + max_record_bytes);
@@ -2337,7 +2337,9 @@ TEST_CASE("chapter 8: a sealed payload is seq, then AES-256-GCM over kind and bo
         Bytes expected;
         append_fields(expected, seq);
         append(expected, gcm_seal(secret_of(1), seq, as_bytes("aad"), as_bytes("\x01hello")));
-        CHECK(lane.seal(Kind::text, as_bytes("hello"), as_bytes("aad")) == expected);
+        Bytes sealed;
+        lane.seal_to(sealed, Kind::text, as_bytes("hello"), as_bytes("aad"));
+        CHECK(sealed == expected);
     }
 }
 
@@ -2445,13 +2447,13 @@ TEST_CASE("chapter 8: who has bob's identity key but not his login's reads nothi
     std::optional<Secret<32>> secret = test_key(1).decrypt(c.encapsulated(), join(a, b));
     REQUIRE(secret);
     Secret<32> guess = X25519Key::generate().shared_secret(c.alice_card.ephemeral());
-    OpeningLane lane(detail::derive_pair_keys(a, b, *secret, guess).interactive);
+    OpeningLane lane = std::move(detail::pair_lanes<OpeningLane>(a, b, *secret, guess)[0]);
     CHECK(lane.open(c.seal("hello")).state == State::damaged);
     // And the X25519 half alone does not do it either.
     Secret<32> x25519 = c.bob.ephemeral().shared_secret(c.alice_card.ephemeral());
-    OpeningLane other(detail::derive_pair_keys(a, b, secret_of(0), x25519).interactive);
+    OpeningLane other = std::move(detail::pair_lanes<OpeningLane>(a, b, secret_of(0), x25519)[0]);
     CHECK(other.open(c.seal("hello")).state == State::damaged);
-    OpeningLane both(detail::derive_pair_keys(a, b, *secret, x25519).interactive);
+    OpeningLane both = std::move(detail::pair_lanes<OpeningLane>(a, b, *secret, x25519)[0]);
     CHECK(both.open(c.seal("hello")).state == State::good);
 }
 
@@ -4227,7 +4229,7 @@ TEST_CASE("chapter 10: messages come one by one, whatever record they came in") 
     Line line;
     CHECK_FALSE(line.near.next());  // nothing yet: it does not wait
     line.say(to_wire(Ping{1}));
-    line.say(join(to_wire(Ping{2}), to_wire(Goodbye{"bye"})));
+    line.say(join(to_wire(Ping{2}), to_wire(Goodbye{{}, "bye"})));
     line.say({});  // empty: whoever sends such records for ever would be served for ever
     Clock::time_point deadline = Clock::now() + long_enough;
     CHECK(from_wire<Ping>(line.near.expect(deadline).body).number == 1);
@@ -4432,34 +4434,61 @@ TEST_CASE("chapter 11: many threads may use the accounts at once") {
     CHECK(AuthStore(path).size() == 5);
 }
 
-TEST_CASE("chapter 11: guessing becomes slow: three free tries, then twice as long each time") {
-    LoginThrottle throttle;
-    const Clock::time_point now = Clock::time_point{} + std::chrono::hours(1);
-    for (int delay : {0, 0, 0, 250, 500, 1000, 2000, 4000, 4000, 4000}) {
-        CHECK(throttle.delay("alice", "10.0.0.1", now) == Milliseconds(delay));
-        throttle.failed("alice", "10.0.0.1", now);
+TEST_CASE("chapter 11: guessing is slow: three tries are free, then each waits four seconds") {
+    TokenBuckets failures(0.25, 2);
+    Clock::time_point now = Clock::time_point{} + std::chrono::hours(1);
+    for (int delay : {0, 0, 0, 4000, 4000, 4000}) {
+        CHECK(failures.take("user alice", 0, now) == Milliseconds(delay));
+        failures.take("user alice", 1, now);
     }
-    for (int i = 0; i < 1000; ++i) throttle.failed("alice", "10.0.0.1", now);
-    CHECK(throttle.delay("alice", "10.0.0.1", now) == Milliseconds(4000));
+    for (int i = 0; i < 1000; ++i) failures.take("user alice", 1, now);
+    CHECK(failures.take("user alice", 0, now) == Milliseconds(4000));  // nobody is locked out
+
+    for (int i = 0; i < 100; ++i) {  // who waits as told, and goes on guessing
+        now += failures.take("user alice", 0, now);
+        failures.take("user alice", 1, now);
+        CHECK(failures.take("user alice", 0, now) == Milliseconds(4000));
+    }
 }
 
 TEST_CASE("chapter 11: guessing is slow for the account and for the address, and is forgotten") {
-    LoginThrottle throttle;
+    TokenBuckets failures(0.25, 2);
     const Clock::time_point now = Clock::time_point{} + std::chrono::hours(1);
-    for (int i = 0; i < 3; ++i) throttle.failed("alice", "10.0.0.1", now);
-    CHECK(throttle.delay("alice", "10.0.0.2", now) == Milliseconds(250));
-    CHECK(throttle.delay("bob", "10.0.0.1", now) == Milliseconds(250));
-    CHECK(throttle.delay("bob", "10.0.0.2", now) == Milliseconds(0));
+    for (int i = 0; i < 3; ++i)
+        for (const char* key : {"user alice", "from 10.0.0.1"}) failures.take(key, 1, now);
+    CHECK(failures.take("user alice", 0, now) == Milliseconds(4000));
+    CHECK(failures.take("from 10.0.0.1", 0, now) == Milliseconds(4000));
+    CHECK(failures.take("user bob", 0, now) == Milliseconds(0));
+    CHECK(failures.take("from 10.0.0.2", 0, now) == Milliseconds(0));
 
-    throttle.succeeded("alice");  // clears her, not the address
-    CHECK(throttle.delay("alice", "10.0.0.2", now) == Milliseconds(0));
-    CHECK(throttle.delay("alice", "10.0.0.1", now) == Milliseconds(250));
+    failures.refill("user alice");  // her password was right: clears her, not the address
+    CHECK(failures.take("user alice", 0, now) == Milliseconds(0));
+    CHECK(failures.take("from 10.0.0.1", 0, now) == Milliseconds(4000));
 
-    auto soon = now + std::chrono::minutes(15), later = soon + Milliseconds(1);
-    CHECK(throttle.delay("bob", "10.0.0.1", soon) == Milliseconds(250));
-    CHECK(throttle.delay("bob", "10.0.0.1", later) == Milliseconds(0));
-    throttle.failed("bob", "10.0.0.1", later);  // counts from the beginning again
-    CHECK(throttle.delay("bob", "10.0.0.1", later) == Milliseconds(0));
+    CHECK(failures.take("from 10.0.0.1", 0, now + Milliseconds(3000)) == Milliseconds(1000));
+    CHECK(failures.take("from 10.0.0.1", 0, now + Milliseconds(4000)) == Milliseconds(0));
+    const Clock::time_point later = now + std::chrono::seconds(12);
+    for (int delay : {0, 0, 0, 4000}) {  // counts from the beginning again
+        CHECK(failures.take("from 10.0.0.1", 0, later) == Milliseconds(delay));
+        failures.take("from 10.0.0.1", 1, later);
+    }
+}
+
+TEST_CASE("chapter 11: a hundred registrations from one address are quick, more are slow") {
+    TokenBuckets registrations(0.25, 100);
+    const Clock::time_point now = Clock::time_point{} + std::chrono::hours(1);
+    for (int i = 0; i < 100; ++i) CHECK(registrations.take("10.0.0.1", 1, now) == Milliseconds(0));
+    for (int i = 0; i < 100; ++i)
+        CHECK(registrations.take("10.0.0.1", 1, now) == Milliseconds(4000));
+    CHECK(registrations.take("10.0.0.2", 1, now) == Milliseconds(0));
+}
+
+TEST_CASE("chapter 11: names by the thousand do not fill the memory, nor free who is guessing") {
+    TokenBuckets failures(0.25, 2);
+    Clock::time_point now = Clock::time_point{} + std::chrono::hours(1);
+    for (int i = 0; i < 4; ++i) failures.take("from 10.0.0.1", 1, now);
+    for (int i = 0; i < 50'000; ++i) failures.take(concat("user ", i), 0, now);  // never wrong
+    CHECK(failures.take("from 10.0.0.1", 0, now) == Milliseconds(4000));
 }
 
 // ---- Chapter 13. For the programs ---------------------------------------------------------------
@@ -4856,14 +4885,14 @@ class HandDriven {
     }
     std::string challenge() {
         scram_.emplace(user_, binding_);
-        send(LoginStart{scram_->first()});
-        return receive<LoginChallenge>().server_first;
+        send(Scram{scram_->first()});
+        return receive<Scram>().text;
     }
     // Logs in and publishes a card; the list of members is left unread.
     void join() {
         std::string server_first = challenge();
         auto [salt, iterations] = scram_->receive_challenge(server_first);
-        send(LoginProof{scram_->final(pbkdf2_sha256(as_bytes(password), salt, iterations))});
+        send(Scram{scram_->final(pbkdf2_sha256(as_bytes(password), salt, iterations))});
         scram_->verify_server(receive<LoginDone>().server_final);
         send(PublishCard{LoginKeys(test_key(1), user_, 1).card_bytes()});
     }
@@ -4980,7 +5009,7 @@ TEST_CASE("chapter 11: a closed server takes no registrations") {
     Room room({"alice"}, [](ServerOptions& o) { o.registration_open = false; });
     HandDriven stranger((*room.server)->port(), "eve");
     stranger.send(RegisterAccount{"eve", "x", {}});
-    CHECK(stranger.receive<Refused>().reason == RefusalReason::registration_closed);
+    CHECK(stranger.receive<Goodbye>().reason == GoodbyeReason::registration_closed);
     CHECK(stranger.is_closed());
 }
 
@@ -5031,7 +5060,7 @@ TEST_CASE("chapter 11: who talks out of turn is sent away, and told why") {
     Room room({"alice"});
     HandDriven rude((*room.server)->port(), "alice");
     rude.send(GetCard{LoginId{1}});
-    CHECK(rude.receive<Refused>().reason == RefusalReason::broke_protocol);
+    CHECK(rude.receive<Goodbye>().reason == GoodbyeReason::broke_protocol);
 }
 
 TEST_CASE("chapter 11: too many strangers from one address are turned away, members stay") {
@@ -5137,7 +5166,7 @@ TEST_CASE("chapter 11: who talks too fast is read more slowly, and loses nothing
 
 TEST_CASE("chapter 11: the token bucket is exact") {
     auto start = Clock::now();
-    detail::TokenBucket bucket(10, 5);
+    TokenBucket bucket(10, 5);
     for (int i = 0; i < 5; ++i) CHECK(bucket.take(1, start) == Milliseconds(0));
     CHECK(bucket.take(1, start).count() >= 90);
     CHECK(bucket.take(0, start + std::chrono::seconds(60)) == Milliseconds(0));
@@ -5502,11 +5531,11 @@ class HostileServer {
         HopKeys keys = handshake.receive_key(connection_->receive_frame(deadline_));
         connection_->secure(std::move(keys.client_to_server), std::move(keys.server_to_client));
         send(Welcome{"hostile", 1});
-        ScramServer scram(receive<LoginStart>().client_first, keys.channel_binding);
+        ScramServer scram(receive<Scram>().text, keys.channel_binding);
         Bytes salt = random_bytes(16);
-        send(LoginChallenge{scram.challenge(make_verifier(
+        send(Scram{scram.challenge(make_verifier(
             pbkdf2_sha256(as_bytes(password), salt, few_iterations), salt, few_iterations))});
-        std::optional<std::string> final = scram.check(receive<LoginProof>().client_final);
+        std::optional<std::string> final = scram.check(receive<Scram>().text);
         send(LoginDone{final.value(), LoginId{1}});
         alice_card_ = receive<PublishCard>().card;
         for (const auto& [id, user] : online) send(Joined{LoginId{id}, user});
@@ -5642,10 +5671,10 @@ TEST_CASE("P2: a man in the middle with a channel on each side cannot pass the l
         alice.secure(std::move(keys.client_to_server), std::move(keys.server_to_client));
         HandDriven server((*room.server)->port(), "alice");
         alice.send(Welcome{"honest", 1});
-        server.send(from_wire<LoginStart>(alice.expect(deadline).body));
-        alice.send(server.receive<LoginChallenge>());
-        server.send(from_wire<LoginProof>(alice.expect(deadline).body));
-        alice.send(server.receive<Refused>());
+        server.send(from_wire<Scram>(alice.expect(deadline).body));
+        alice.send(server.receive<Scram>());
+        server.send(from_wire<Scram>(alice.expect(deadline).body));
+        alice.send(server.receive<Goodbye>());
     });
     TempDir home;
     Stopped end = end_of(client_options(listener.port(), "alice", home.path));
@@ -5919,8 +5948,8 @@ TEST_CASE("P7: users.db lets nobody log in") {
     for (ByteView guess : {ByteView(stolen.stored_key), ByteView(stolen.server_key)}) {
         HandDriven thief((*room.server)->port(), "alice");
         std::string first = thief.challenge();
-        thief.send(LoginProof{concat("c=,r=,p=", to_base64(guess))});
-        CHECK(thief.receive<Refused>().reason == RefusalReason::bad_login);
+        thief.send(Scram{concat("c=,r=,p=", to_base64(guess))});
+        CHECK(thief.receive<Goodbye>().reason == GoodbyeReason::bad_login);
     }
 }
 
@@ -6019,9 +6048,8 @@ TEST_CASE("P10: a hostile server's announcements do not confuse the client") {
     CHECK(ends_with([](HostileServer& s) {
               s.send(Joined{LoginId{2}, "carol"});
           }).find("cannot be") != std::string::npos);
-    CHECK(ends_with([](HostileServer& s) {
-              s.send(LoginChallenge{"again"});
-          }).find("unknown type") != std::string::npos);
+    CHECK(ends_with([](HostileServer& s) { s.send(Scram{"again"}); }).find("unknown type") !=
+          std::string::npos);
 }
 
 // =================================================================================================
@@ -8546,11 +8574,10 @@ class LightRoom {
         switch (message.type) {
             case MessageType::welcome:
                 member.scram.emplace(member.user, member.binding);
-                return send(member, LoginStart{member.scram->first()});
-            case MessageType::login_challenge:
-                member.scram->receive_challenge(
-                    from_wire<LoginChallenge>(message.body).server_first);
-                return send(member, LoginProof{member.scram->final(salted_)});
+                return send(member, Scram{member.scram->first()});
+            case MessageType::scram:
+                member.scram->receive_challenge(from_wire<Scram>(message.body).text);
+                return send(member, Scram{member.scram->final(salted_)});
             case MessageType::login_done: {
                 auto done = from_wire<LoginDone>(message.body);
                 member.scram->verify_server(done.server_final);
@@ -8570,8 +8597,11 @@ class LightRoom {
                 return on_private(member, from_wire<Delivered>(message.body).payload);
             case MessageType::ping:
                 return send(member, Pong{from_wire<Ping>(message.body).number});
-            case MessageType::refused:
-                throw NetworkError(from_wire<Refused>(message.body).sentence);
+            case MessageType::goodbye: {
+                auto goodbye = from_wire<Goodbye>(message.body);
+                if (goodbye.reason == GoodbyeReason::none) return;
+                throw NetworkError(goodbye.sentence);
+            }
             default:
                 return;
         }
