@@ -941,8 +941,6 @@ class Socket {
     Socket(Socket&& other) noexcept { *this = std::move(other); }
     Socket& operator=(Socket&& other) noexcept {
         std::swap(handle_, other.handle_);
-        std::swap(read_timeout_, other.read_timeout_);
-        std::swap(write_timeout_, other.write_timeout_);
         return *this;
     }
     ~Socket() {
@@ -967,29 +965,21 @@ class Socket {
         return nothing_now<std::size_t>(0);
     }
 
-    // Blocks until at least one byte is there and returns how many were read; 0 means that the
-    // other side has ended the stream. Throws TimedOut or NetworkError.
-    std::size_t read_some(ByteSpan into) {
-        for (;;) {
-            if (std::optional<std::size_t> got = read_now(into)) return *got;
-            if (!wait(POLLIN, read_timeout_)) throw TimedOut("The other side is silent.");
-        }
-    }
     // Blocks until the operating system has taken every byte. Throws TimedOut if the other side
-    // takes nothing for the write timeout, or NetworkError.
-    void write_all(ByteView bytes) {
+    // takes nothing for as long as `patience`, or NetworkError.
+    void write_all(ByteView bytes, Milliseconds patience) {
         for (;;) {
             bytes = bytes.subspan(write_now(bytes));
             if (bytes.empty()) return;
-            if (!wait(POLLOUT, write_timeout_))
+            if (!wait(POLLOUT, Clock::now() + patience))
                 throw TimedOut("The other side takes no more data.");
         }
     }
     // Blocks until the socket can be read (POLLIN) or written (POLLOUT), has failed, or was shut
     // down; false when the time is over. No events: waits for the last two only.
-    bool wait(short events, Milliseconds patience) const {
+    bool wait(short events, Clock::time_point deadline) const {
         std::array<detail::PollEntry, 1> entry{{{handle_, events, 0}}};
-        return detail::poll_until(entry, Clock::now() + patience);
+        return detail::poll_until(entry, deadline);
     }
 
     // Ends both streams at once. Whoever waits for this socket returns or throws.
@@ -997,29 +987,18 @@ class Socket {
     // Ends our stream; the other side can still send.
     void finish_writing() noexcept { detail::shut_down_writing(handle_); }
 
-    // Ends our stream and reads (away) what the other side still sends, until it ends too or the
-    // time is over. Closing at once while unread data is there makes the system send a reset, and a
-    // reset destroys our last words on their way: the other side would never see the goodbye.
-    void close_politely(Milliseconds limit) {
-        finish_writing();
-        read_away(Clock::now() + limit);
-    }
+    // Reads (away) what the other side still sends, until it ends its stream too or the time is
+    // over. That makes an end polite: closing at once while unread data is there makes the system
+    // send a reset, and a reset destroys our last words on their way: the other side would never
+    // see the goodbye. Blocks. Throws NetworkError.
     void read_away(Clock::time_point deadline) {
-        try {
-            std::array<std::uint8_t, 4096> discarded;
-            while (Clock::now() < deadline) {
-                std::optional<std::size_t> got = read_now(discarded);
-                if (got == std::size_t{0}) return;
-                if (!got) wait(POLLIN, std::chrono::ceil<Milliseconds>(deadline - Clock::now()));
-            }
-        } catch (const NetworkError&) {
-            // whatever it was, the connection is over
+        std::array<std::uint8_t, 4096> discarded;
+        while (Clock::now() < deadline) {
+            std::optional<std::size_t> got = read_now(discarded);
+            if (got == std::size_t{0}) return;
+            if (!got) wait(POLLIN, deadline);
         }
     }
-
-    // For read_some() and write_all(). At least a millisecond; at first a year.
-    void set_read_timeout(Milliseconds t) { read_timeout_ = std::max(t, Milliseconds(1)); }
-    void set_write_timeout(Milliseconds t) { write_timeout_ = std::max(t, Milliseconds(1)); }
 
     // For a chat: send small packets at once (Nagle's algorithm would hold them back up to 40 ms,
     // hoping for more), and let the system notice when the other machine is gone. And keep what
@@ -1047,8 +1026,6 @@ class Socket {
         throw NetworkError(concat("The connection broke: ", detail::socket_reason(error), "."));
     }
     detail::SocketHandle handle_ = detail::no_socket;
-    Milliseconds read_timeout_ = std::chrono::hours(24 * 365);
-    Milliseconds write_timeout_ = std::chrono::hours(24 * 365);
 };
 
 // Wakes a thread that waits in poll(): two connected sockets, of which one end is among those that
@@ -1333,8 +1310,7 @@ class FrameReader {
             Got got = read_now();
             if (got == Got::the_end) return std::nullopt;
             if (got == Got::some) continue;
-            std::array<detail::PollEntry, 1> entry{{{socket_.handle(), POLLIN, 0}}};
-            detail::poll_until(entry, deadline);
+            socket_.wait(POLLIN, deadline);
         }
     }
 
@@ -5087,8 +5063,7 @@ class Connection {
     }
     // Blocks. Throws TimedOut or NetworkError.
     void send_frame(ByteView content, Milliseconds patience) {
-        socket_.set_write_timeout(patience);
-        socket_.write_all(make_frame(content));
+        socket_.write_all(make_frame(content), patience);
     }
     // From now on everything travels in records.
     void secure(Secret<32> receiving_key, Secret<32> sending_key) {
@@ -5158,7 +5133,7 @@ class Connection {
     }
     // Blocks for that long, or until the connection is over. Reads nothing: TCP makes the other
     // side wait.
-    void pause(Milliseconds duration) { socket_.wait(0, duration); }
+    void pause(Milliseconds duration) { socket_.wait(0, Clock::now() + duration); }
 
     // ---- Sending --------------------------------------------------------------------------------
 
@@ -5191,13 +5166,13 @@ class Connection {
         socket_.shut_down();
     }
     // The polite end: finish(), until all is sent or `to_send` is over; then what the other side
-    // still sends is read away until it ends its stream too (see Socket::close_politely), or `to_end`
-    // is over. Blocks.
+    // still sends is read away until it ends its stream too (see Socket::read_away), or `to_end` is
+    // over. Blocks.
     void close(Milliseconds to_send, Milliseconds to_end) noexcept {
         try {
             finish();
             for (auto until = Clock::now() + to_send; outbox.is_full() && Clock::now() < until;) {
-                socket_.wait(POLLOUT, std::chrono::ceil<Milliseconds>(until - Clock::now()));
+                socket_.wait(POLLOUT, until);
                 flush_full();
             }
             socket_.read_away(Clock::now() + to_end);

@@ -83,6 +83,14 @@ std::pair<Socket, Socket> socket_pair() {
     Socket first = connect_to("127.0.0.1", listener.port(), long_enough, never);
     return {std::move(first), std::move(listener.accept(never)->socket)};
 }
+// Blocks until at least one byte is there and returns how many were read; 0: the end.
+std::size_t read_some(Socket& socket, ByteSpan into) {
+    for (;;) {
+        if (std::optional<std::size_t> got = socket.read_now(into)) return *got;
+        socket.wait(POLLIN, Clock::time_point::max());
+    }
+}
+void write_all(Socket& socket, ByteView bytes) { socket.write_all(bytes, std::chrono::hours(1)); }
 
 }  // namespace
 
@@ -674,7 +682,7 @@ std::string receive_text(Socket& socket, std::size_t size) {
     std::string text;
     while (text.size() < size) {
         Bytes block(size - text.size());
-        std::size_t got = socket.read_some(block);
+        std::size_t got = read_some(socket, block);
         if (got == 0) break;
         text += as_text(ByteView(block).first(got));
     }
@@ -707,14 +715,14 @@ TEST_CASE("chapter 2: an endpoint prints as people write it") {
 
 TEST_CASE("chapter 2: bytes go through a connection both ways, and its end is seen") {
     auto [a, b] = socket_pair();
-    a.write_all(as_bytes("ping"));
+    write_all(a, as_bytes("ping"));
     CHECK(receive_text(b, 4) == "ping");
-    b.write_all(as_bytes("pong"));
+    write_all(b, as_bytes("pong"));
     CHECK(receive_text(a, 4) == "pong");
     a.finish_writing();
     Bytes block(10);
-    CHECK(b.read_some(block) == 0);
-    b.write_all(as_bytes("still open"));  // the other direction
+    CHECK(read_some(b, block) == 0);
+    write_all(b, as_bytes("still open"));  // the other direction
     CHECK(receive_text(a, 10) == "still open");
 }
 
@@ -732,7 +740,7 @@ TEST_CASE("chapter 2: a megabyte goes through in one write and many reads") {
     auto [a, b] = socket_pair();
     Bytes content = random_bytes(std::size_t{1} << 20);
     std::thread writer([&a = a, &content] {
-        a.write_all(content);
+        write_all(a, content);
         a.finish_writing();
     });
     std::string received = receive_text(b, content.size() + 1);
@@ -780,22 +788,21 @@ TEST_CASE("chapter 2: connecting ends when its time is over, and when it is canc
 
 TEST_CASE("chapter 2: silence ends in TimedOut, and the connection is still good") {
     auto [a, b] = socket_pair();
-    a.set_read_timeout(Milliseconds(1));
+    CHECK_FALSE(a.wait(POLLIN, Clock::now() + Milliseconds(1)));
+    CHECK_FALSE(a.wait(POLLIN, Clock::now()));  // means the shortest time, not "for ever"
     Bytes block(10);
-    CHECK(throws<TimedOut>([&a = a, &block] { a.read_some(block); }));
-    a.set_read_timeout(Milliseconds(0));  // means the shortest time, not "for ever"
-    CHECK(throws<TimedOut>([&a = a, &block] { a.read_some(block); }));
-    a.set_read_timeout(long_enough);
-    b.write_all(as_bytes("hello"));
+    CHECK(a.read_now(block) == std::nullopt);
+    FrameReader frames(a, 10);
+    CHECK(throws<TimedOut>([&] { frames.next(10, Clock::now() + Milliseconds(1)); }));
+    write_all(b, as_bytes("hello"));
     CHECK(receive_text(a, 5) == "hello");
 }
 
 TEST_CASE("chapter 2: a peer that takes nothing ends in TimedOut") {
     auto [a, b] = socket_pair();
-    a.set_write_timeout(Milliseconds(20));
     const Bytes block(1 << 20);
     CHECK(throws<TimedOut>([&a = a, &block] {
-        for (int i = 0; i < 1000; ++i) a.write_all(block);
+        for (int i = 0; i < 1000; ++i) a.write_all(block, Milliseconds(20));
     }));
 }
 
@@ -804,7 +811,7 @@ TEST_CASE("chapter 2: shutting down wakes a reader in another thread") {
     std::size_t got = 1;
     std::thread reader([&a = a, &got] {
         Bytes block(10);
-        got = a.read_some(block);
+        got = read_some(a, block);
     });
     a.shut_down();
     reader.join();
@@ -817,7 +824,7 @@ TEST_CASE("chapter 2: shutting down wakes a writer in another thread") {
     std::thread writer([&a = a, &ended] {
         const Bytes block(1 << 20);
         ended = throws<NetworkError>([&] {
-            for (;;) a.write_all(block);
+            for (;;) write_all(a, block);
         });
     });
     a.shut_down();
@@ -830,16 +837,17 @@ TEST_CASE("chapter 2: writing to a connection that the other side closed is an e
     b = Socket();
     const Bytes block(1000);
     CHECK(throws<NetworkError>([&a = a, &block] {
-        for (;;) a.write_all(block);  // a SIGPIPE would end the whole test program
+        for (;;) write_all(a, block);  // a SIGPIPE would end the whole test program
     }));
 }
 
 TEST_CASE("chapter 2: a polite end brings the last words across, unread data or not") {
     auto [a, b] = socket_pair();
-    a.write_all(as_bytes("nobody reads this"));
-    b.write_all(as_bytes("goodbye"));
+    write_all(a, as_bytes("nobody reads this"));
+    write_all(b, as_bytes("goodbye"));
     std::thread polite([&b = b] {
-        b.close_politely(long_enough);
+        b.finish_writing();
+        complaint([&] { b.read_away(Clock::now() + long_enough); });  // `a` resets: it has not read
         b = Socket();
     });
     CHECK(receive_text(a, 100) == "goodbye");
@@ -849,7 +857,7 @@ TEST_CASE("chapter 2: a polite end brings the last words across, unread data or 
 
 TEST_CASE("chapter 2: a polite end does not wait for ever") {
     auto [a, b] = socket_pair();
-    CHECK_NOTHROW(b.close_politely(Milliseconds(5)));  // `a` never ends
+    CHECK_NOTHROW(b.read_away(Clock::now() + Milliseconds(5)));  // `a` never ends
 }
 
 TEST_CASE("chapter 2: a port in use is explained") {
@@ -934,7 +942,6 @@ TEST_CASE("chapter 2: out of descriptors, a newcomer is turned away and the next
     Listener listener("127.0.0.1", 0);
     Waker never;
     Socket unlucky = connect_to("127.0.0.1", listener.port(), long_enough, never);
-    unlucky.set_read_timeout(long_enough);
     {
         rlimit before{};
         ::getrlimit(RLIMIT_NOFILE, &before);
@@ -949,7 +956,7 @@ TEST_CASE("chapter 2: out of descriptors, a newcomer is turned away and the next
         CHECK(contains(reason, "A newcomer was turned away"));
     }
     Bytes block(10);
-    CHECK(unlucky.read_some(block) == 0);
+    CHECK(read_some(unlucky, block) == 0);
     Socket lucky = connect_to("127.0.0.1", listener.port(), long_enough, never);
     CHECK(listener.accept(never));
 }
@@ -972,7 +979,7 @@ TEST_CASE("chapter 3: a frame that comes byte by byte arrives whole") {
     for (std::uint8_t byte : wire) {
         CHECK_FALSE(frames.take(100));  // not yet; nothing is lost
         CHECK(throws<TimedOut>([&] { frames.next(100, Clock::now()); }));
-        a.write_all({&byte, 1});
+        write_all(a, {&byte, 1});
     }
     CHECK(as_text(*frames.next(100)) == "abc");
 }
@@ -980,7 +987,7 @@ TEST_CASE("chapter 3: a frame that comes byte by byte arrives whole") {
 TEST_CASE("chapter 3: frames that come in one piece are taken apart") {
     auto [a, b] = socket_pair();
     FrameReader frames(b, 100);
-    a.write_all(join(make_frame(as_bytes("one")), make_frame({}), make_frame(as_bytes("three"))));
+    write_all(a, join(make_frame(as_bytes("one")), make_frame({}), make_frame(as_bytes("three"))));
     a.finish_writing();
     CHECK(as_text(*frames.next(100)) == "one");
     CHECK(as_text(*frames.next(100)) == "");
@@ -995,7 +1002,7 @@ TEST_CASE("chapter 3: frames of all sizes, one after the other, through a small 
         Bytes wire;
         for (std::size_t size = 0; size <= largest; ++size)
             append(wire, make_frame(Bytes(size, static_cast<std::uint8_t>(size))));
-        a.write_all(wire);
+        write_all(a, wire);
         a.finish_writing();
     });
     FrameReader frames(b, largest);
@@ -1015,8 +1022,8 @@ TEST_CASE("chapter 3: the buffer grows with what comes, and gives it back in sil
     FrameReader frames(b, 60'000);
     for (int burst = 0; burst < 3; ++burst) {
         std::thread writer([&a = a] {
-            for (int i = 0; i < 20; ++i) a.write_all(make_frame(Bytes(60'000, 7)));
-            a.write_all(make_frame(as_bytes("end")));
+            for (int i = 0; i < 20; ++i) write_all(a, make_frame(Bytes(60'000, 7)));
+            write_all(a, make_frame(as_bytes("end")));
         });
         int whole = 0;
         for (int i = 0; i < 20; ++i)
@@ -1032,7 +1039,7 @@ TEST_CASE("chapter 3: the buffer grows with what comes, and gives it back in sil
 TEST_CASE("chapter 3: a frame over the limit is refused before its bytes come") {
     auto [a, b] = socket_pair();
     FrameReader frames(b, 1000);
-    a.write_all(frame_header(101));  // and not one byte more
+    write_all(a, frame_header(101));  // and not one byte more
     CHECK(throws<ProtocolError>([&] { frames.next(100); }));
 }
 
@@ -1042,8 +1049,8 @@ TEST_CASE("chapter 3: an end between frames is an end, an end inside a frame is 
         CAPTURE(size);
         auto [a, b] = socket_pair();
         FrameReader frames(b, 100);
-        a.write_all(wire);
-        a.write_all(ByteView(wire).first(size));
+        write_all(a, wire);
+        write_all(a, ByteView(wire).first(size));
         a.finish_writing();
         CHECK(as_text(*frames.next(100)) == "abc");
         if (size == 0)
@@ -1058,17 +1065,17 @@ TEST_CASE("chapter 3: behind a deadline, one more byte buys no more time") {
     FrameReader frames(b, 100);
     Clock::time_point deadline = Clock::now() + Milliseconds(5);
     CHECK(throws<TimedOut>([&] { frames.next(100, deadline); }));
-    a.write_all(Bytes{0});
+    write_all(a, Bytes{0});
     CHECK(throws<TimedOut>([&] { frames.next(100, deadline); }));
     // With more time the same frame can still be completed.
-    a.write_all(from_hex("00000178"));
+    write_all(a, from_hex("00000178"));
     CHECK(as_text(*frames.next(100)) == "x");
 }
 
 TEST_CASE("chapter 3: behind a deadline, a frame that is there is too late") {
     auto [a, b] = socket_pair();
     FrameReader frames(b, 100);
-    a.write_all(make_frame(as_bytes("late")));
+    write_all(a, make_frame(as_bytes("late")));
     CHECK(throws<TimedOut>([&] { frames.next(100, Clock::now()); }));
     CHECK(as_text(*frames.next(100)) == "late");
 }
@@ -1077,9 +1084,9 @@ TEST_CASE("chapter 3: a deadline stops who sends a byte every few milliseconds")
     auto [a, b] = socket_pair();
     Waker enough;
     std::thread dripping([&a = a, &enough] {  // this frame would take 100 seconds
-        a.write_all(frame_header(50'000));
+        write_all(a, frame_header(50'000));
         std::vector<detail::PollEntry> entries{{enough.handle(), POLLIN, 0}};
-        while (detail::poll_sockets(entries, 2) == 0) a.write_all(Bytes{0});
+        while (detail::poll_sockets(entries, 2) == 0) write_all(a, Bytes{0});
     });
     FrameReader frames(b, 50'000);
     auto start = Clock::now();
@@ -3995,7 +4002,7 @@ struct Line {
         Bytes record(frame_header_bytes);
         append(record, content);
         sealer_.seal(record);
-        far.write_all(record);
+        write_all(far, record);
     }
     // Queues file data until the socket takes no more, and more of it waits behind it.
     void fill();
@@ -4245,7 +4252,7 @@ TEST_CASE("chapter 10: no message comes out of a record that is damaged") {
     append(record, to_wire(Ping{1}));
     sealer.seal(record);
     record.back() ^= 1;
-    line.far.write_all(record);
+    write_all(line.far, record);
     CHECK(throws<ProtocolError>([&] { line.near.expect(Clock::now() + long_enough); }));
 }
 
@@ -5049,7 +5056,7 @@ TEST_CASE("chapter 11: who does not begin a handshake, or does not log in, is se
     Room deaf({}, [](ServerOptions& o) { o.handshake_timeout = Milliseconds(1); });
     Socket silent = connect_to("127.0.0.1", (*deaf.server)->port(), long_enough, never);
     std::array<std::uint8_t, 16> nothing{};
-    CHECK(silent.read_some(nothing) == 0);
+    CHECK(read_some(silent, nothing) == 0);
 
     Room strict({}, [](ServerOptions& o) { o.login_timeout = Milliseconds(1); });
     HandDriven shy((*strict.server)->port(), "alice");
@@ -5463,7 +5470,7 @@ class Proxy {
     void pump(Socket& from, Socket& to, bool from_client) {
         try {
             for (Bytes block(65536);;) {
-                std::size_t got = from.read_some(block);
+                std::size_t got = read_some(from, block);
                 if (got == 0) break;
                 Bytes bytes(block.begin(), block.begin() + static_cast<std::ptrdiff_t>(got));
                 {
@@ -5474,7 +5481,7 @@ class Proxy {
                     changed_.wait(lock,
                                   [&] { return !from_client || from_clients_.size() <= limit_; });
                 }
-                to.write_all(bytes);
+                write_all(to, bytes);
             }
             to.finish_writing();
         } catch (const NetworkError&) {
@@ -5998,9 +6005,9 @@ TEST_CASE("P10: whatever bytes come, the server says no and the others do not no
         if (round % 3 == 1) noise = join(frame_header(40), as_bytes(protocol_magic), noise);
         Socket stranger = connect_to("127.0.0.1", (*room.server)->port(), long_enough, never);
         try {
-            stranger.write_all(noise);
+            write_all(stranger, noise);
             stranger.finish_writing();
-            for (std::array<std::uint8_t, 4096> answer; stranger.read_some(answer) > 0;) {
+            for (std::array<std::uint8_t, 4096> answer; read_some(stranger, answer) > 0;) {
             }
         } catch (const NetworkError&) {
             // a reset is an answer too
@@ -8535,7 +8542,7 @@ class LightRoom {
     // One buffer serves all members: only a frame that is cut in two is kept for the next time.
     void read(LightClient& member) {
         std::copy(member.in.begin(), member.in.end(), block_.begin());
-        std::size_t got = member.socket.read_some(ByteSpan(block_).subspan(member.in.size()));
+        std::size_t got = read_some(member.socket, ByteSpan(block_).subspan(member.in.size()));
         if (got == 0) throw NetworkError("the server closed the connection");
         ByteSpan left = ByteSpan(block_).first(member.in.size() + got);
         while (left.size() >= frame_header_bytes) {
