@@ -2415,28 +2415,8 @@ class ScramServer {
 
 enum class LoginId : std::uint32_t {};
 
-enum class MessageType : std::uint8_t {
-    welcome = 1,
-    goodbye = 3,
-    ping = 4,
-    pong = 5,
-    quit = 6,
-    register_account = 10,
-    registered = 11,
-    scram = 12,
-    login_done = 15,
-    publish_card = 20,
-    joined = 21,
-    ready = 22,
-    left = 23,
-    get_card = 24,
-    card_of = 25,
-    send = 30,
-    delivered = 31,
-    fanout = 32,
-    room_delivered = 33,
-    undelivered = 34,
-};
+// Each message below says its own. (The gaps are for those that will come.)
+enum class MessageType : std::uint8_t {};
 
 // Chat overtakes file data: each direction of a connection has two queues, and the bulk queue gets
 // a turn only when the interactive one is empty.
@@ -2460,13 +2440,13 @@ enum class UndeliveredReason : std::uint8_t { gone = 1, busy = 2 };
 // ---- From the server, at any time ---------------------------------------------------------------
 
 struct Welcome {
-    static constexpr MessageType type = MessageType::welcome;
+    static constexpr MessageType type{1};
     std::string server_version;
     std::uint8_t registration_open = 0;
     static void fields(auto& self, auto& io) { io(self.server_version, self.registration_open); }
 };
 struct Goodbye {
-    static constexpr MessageType type = MessageType::goodbye;
+    static constexpr MessageType type{3};
     GoodbyeReason reason{};
     std::string sentence;
     static void fields(auto& self, auto& io) { io(self.reason, self.sentence); }
@@ -2475,40 +2455,40 @@ struct Goodbye {
 // ---- In both directions -------------------------------------------------------------------------
 
 struct Ping {
-    static constexpr MessageType type = MessageType::ping;
+    static constexpr MessageType type{4};
     std::uint64_t number = 0;
     static void fields(auto& self, auto& io) { io(self.number); }
 };
 struct Pong {
-    static constexpr MessageType type = MessageType::pong;
+    static constexpr MessageType type{5};
     std::uint64_t number = 0;  // the Ping's
     static void fields(auto& self, auto& io) { io(self.number); }
 };
 struct Quit {
-    static constexpr MessageType type = MessageType::quit;
+    static constexpr MessageType type{6};
     static void fields(auto&, auto&) {}
 };
 
 // ---- Login --------------------------------------------------------------------------------------
 
 struct RegisterAccount {
-    static constexpr MessageType type = MessageType::register_account;
+    static constexpr MessageType type{10};
     std::string user;
     std::string verifier;  // ScramVerifier::text()
     Bytes identity;        // SPKI
     static void fields(auto& self, auto& io) { io(self.user, self.verifier, self.identity); }
 };
 struct Registered {
-    static constexpr MessageType type = MessageType::registered;
+    static constexpr MessageType type{11};
     static void fields(auto&, auto&) {}
 };
 struct Scram {
-    static constexpr MessageType type = MessageType::scram;
+    static constexpr MessageType type{12};
     std::string text;  // client-first, server-first, client-final
     static void fields(auto& self, auto& io) { io(self.text); }
 };
 struct LoginDone {
-    static constexpr MessageType type = MessageType::login_done;
+    static constexpr MessageType type{15};
     std::string server_final;
     LoginId id{};
     static void fields(auto& self, auto& io) { io(self.server_final, self.id); }
@@ -2517,32 +2497,32 @@ struct LoginDone {
 // ---- Who is here --------------------------------------------------------------------------------
 
 struct PublishCard {
-    static constexpr MessageType type = MessageType::publish_card;
+    static constexpr MessageType type{20};
     Bytes card;  // chapter 8
     static void fields(auto& self, auto& io) { io(self.card); }
 };
 struct Joined {
-    static constexpr MessageType type = MessageType::joined;
+    static constexpr MessageType type{21};
     LoginId id{};
     std::string user;
     static void fields(auto& self, auto& io) { io(self.id, self.user); }
 };
 struct Ready {
-    static constexpr MessageType type = MessageType::ready;
+    static constexpr MessageType type{22};
     static void fields(auto&, auto&) {}
 };
 struct Left {
-    static constexpr MessageType type = MessageType::left;
+    static constexpr MessageType type{23};
     LoginId id{};
     static void fields(auto& self, auto& io) { io(self.id); }
 };
 struct GetCard {
-    static constexpr MessageType type = MessageType::get_card;
+    static constexpr MessageType type{24};
     LoginId id{};
     static void fields(auto& self, auto& io) { io(self.id); }
 };
 struct CardOf {
-    static constexpr MessageType type = MessageType::card_of;
+    static constexpr MessageType type{25};
     LoginId id{};
     Bytes card;
     static void fields(auto& self, auto& io) { io(self.id, self.card); }
@@ -2551,7 +2531,7 @@ struct CardOf {
 // ---- Payloads: the server carries them and cannot read them -------------------------------------
 
 struct Send {
-    static constexpr MessageType type = MessageType::send;
+    static constexpr MessageType type{30};
     LoginId to{};
     Lane lane{};
     std::uint32_t tag = 0;  // the sender's number for it, which comes back in Undelivered
@@ -2559,7 +2539,7 @@ struct Send {
     static void fields(auto& self, auto& io) { io(self.to, self.lane, self.tag, self.payload); }
 };
 struct Delivered {
-    static constexpr MessageType type = MessageType::delivered;
+    static constexpr MessageType type{31};
     LoginId from{};
     Lane lane{};
     ByteView payload;
@@ -2574,7 +2554,7 @@ using WrappedKey = std::array<std::uint8_t, wrapped_key_bytes>;
 // is too large for one record gets the same text in several Fanouts, each with the wrapped keys of
 // other members.
 struct Fanout {
-    static constexpr MessageType type = MessageType::fanout;
+    static constexpr MessageType type{32};
     static constexpr std::size_t entry_bytes = sizeof(std::uint32_t) + wrapped_key_bytes;
     std::uint32_t tag = 0;
     ByteView text;
@@ -2584,14 +2564,14 @@ struct Fanout {
 // The wrapped key comes last, so that everything before it is the same for all members: the server
 // keeps it once, however many queues it stands in.
 struct RoomDelivered {
-    static constexpr MessageType type = MessageType::room_delivered;
+    static constexpr MessageType type{33};
     LoginId from{};
     ByteView text;
     WrappedKey wrapped_key{};
     static void fields(auto& self, auto& io) { io(self.from, self.text, self.wrapped_key); }
 };
 struct Undelivered {
-    static constexpr MessageType type = MessageType::undelivered;
+    static constexpr MessageType type{34};
     LoginId to{};
     std::uint32_t tag = 0;
     UndeliveredReason reason{};
@@ -6052,7 +6032,7 @@ class Server {
         Session& s = *session;
         Clock::time_point deadline = Clock::now() + options_.login_timeout;
         Message message = s.connection.expect(deadline);
-        if (message.type == MessageType::register_account) {
+        if (message.type == RegisterAccount::type) {
             register_account(s, from_wire<RegisterAccount>(message.body));
             message = s.connection.expect(deadline);
         }
@@ -6158,7 +6138,7 @@ class Server {
                     static_cast<std::uint32_t>(s.id), "; online: ", online));
         for (;;) {
             while (std::optional<Message> message = s.connection.next()) {
-                if (message->type == MessageType::quit) {
+                if (message->type == Quit::type) {
                     s.connection.send(Goodbye{GoodbyeReason::none, "Goodbye."});
                     return "said goodbye";
                 }
@@ -6181,7 +6161,7 @@ class Server {
     void handle(Session& s, const Message& message) {
         std::size_t text = 0;  // bytes of chat in it
         switch (message.type) {
-            case MessageType::send: {
+            case Send::type: {
                 Send send = from_wire<Send>(message.body);
                 relay(s, send);
                 // File data has its own brake: the receiver's credit (chapter 9).
@@ -6189,19 +6169,19 @@ class Server {
                 text = send.payload.size();
                 break;
             }
-            case MessageType::fanout: {
+            case Fanout::type: {
                 Fanout fanout = from_wire<Fanout>(message.body);
                 relay_to_room(s, fanout);
                 text = fanout.text.size();
                 break;
             }
-            case MessageType::get_card:
+            case GetCard::type:
                 send_card(s, from_wire<GetCard>(message.body).id);
                 break;
-            case MessageType::ping:
+            case Ping::type:
                 s.connection.send(Pong{from_wire<Ping>(message.body).number});
                 break;
-            case MessageType::pong:
+            case Pong::type:
                 members_.note_pong(s);
                 break;
             default:
@@ -6962,7 +6942,7 @@ class Login {
     // themselves: worth another try for somebody who was online already.
     Message next() {
         Message message = link_->connection->expect(deadline_);
-        if (message.type != MessageType::goodbye) return message;
+        if (message.type != Goodbye::type) return message;
         Goodbye goodbye = from_wire<Goodbye>(message.body);
         bool passing = goodbye.reason == GoodbyeReason::already_online ||
                        goodbye.reason == GoodbyeReason::server_full;
@@ -7055,7 +7035,7 @@ class Login {
 
     void meet_everybody() {
         LoggedIn event{user_, server_, link_->server_key, identity_file(), {}, been_online_};
-        for (Message message = next(); message.type != MessageType::ready; message = next())
+        for (Message message = next(); message.type != Ready::type; message = next())
             event.others.push_back(link_->add(from_wire_as<Joined>(message)).user);
         been_online_ = true;
         mail_.emit(std::move(event));
@@ -7298,31 +7278,31 @@ class Client final : private FileHost {
     // False after the server's answer to our goodbye.
     bool handle(const Message& message) {
         switch (message.type) {
-            case MessageType::joined:
+            case Joined::type:
                 emit(PersonJoined{link_->add(from_wire<Joined>(message.body)).user});
                 wake();  // perhaps a file waits for them
                 break;
-            case MessageType::left:
+            case Left::type:
                 remove_peer(from_wire<Left>(message.body).id);
                 break;
-            case MessageType::card_of:
+            case CardOf::type:
                 receive_card(from_wire<CardOf>(message.body));
                 break;
-            case MessageType::delivered:
+            case Delivered::type:
                 receive(from_wire<Delivered>(message.body));
                 break;
-            case MessageType::room_delivered:
+            case RoomDelivered::type:
                 receive_room(from_wire<RoomDelivered>(message.body));
                 break;
-            case MessageType::undelivered:
+            case Undelivered::type:
                 came_back(from_wire<Undelivered>(message.body));
                 break;
-            case MessageType::ping:
+            case Ping::type:
                 push_control(Pong{from_wire<Ping>(message.body).number});
                 break;
-            case MessageType::pong:
+            case Pong::type:
                 break;
-            case MessageType::goodbye: {
+            case Goodbye::type: {
                 Goodbye goodbye = from_wire<Goodbye>(message.body);
                 if (quit_sent_ && goodbye.reason == GoodbyeReason::none) return false;
                 throw NetworkError(goodbye.sentence);

@@ -2213,7 +2213,7 @@ TEST_CASE("chapter 7: a message that does not fit is not appended at all") {
     CHECK(out == Bytes{1, 2, 3});
     append_message(out, PublishCard{most});
     CHECK(out.size() == 3 + max_record_bytes);
-    CHECK(ByteView(out).subspan(3).front() == static_cast<std::uint8_t>(MessageType::publish_card));
+    CHECK(ByteView(out).subspan(3).front() == static_cast<std::uint8_t>(PublishCard::type));
     CHECK(frame_length(ByteView(out).subspan(4), max_message_body) == max_message_body);
 }
 
@@ -4049,7 +4049,7 @@ TEST_CASE("chapter 10: what was queued arrives, in its order, in one record") {
     CHECK(arrived.records.size() == 1);  // one encryption and one system call for all of them
     REQUIRE(arrived.messages.size() == 100);
     for (std::uint64_t number = 0; number < 100; ++number) {
-        CHECK(arrived.messages[number].first == MessageType::ping);
+        CHECK(arrived.messages[number].first == Ping::type);
         CHECK(from_wire<Ping>(arrived.messages[number].second).number == number);
     }
 }
@@ -4097,7 +4097,7 @@ TEST_CASE("chapter 10: chat overtakes file data") {
     line.near.outbox.push_control(Ping{3});
     std::vector<int> order;
     for (const auto& [type, body] : line.end().messages)
-        order.push_back(type == MessageType::ping ? 3 : number_of(body));
+        order.push_back(type == Ping::type ? 3 : number_of(body));
     CHECK(order == std::vector<int>{1, 2, 3, 10, 11, 12});
 }
 
@@ -4172,7 +4172,7 @@ TEST_CASE("chapter 10: a full socket holds up nobody, and is gone on with when i
     CHECK(line.near.outbox.is_full());
     std::size_t chat_at = 0, count = 0;
     for (const auto& [type, body] : line.end().messages) {
-        if (type == MessageType::ping) chat_at = count;
+        if (type == Ping::type) chat_at = count;
         ++count;
     }
     CHECK(chat_at + 1 < count);  // it overtook what had come before it
@@ -4191,7 +4191,7 @@ TEST_CASE("chapter 10: whoever waits for input sends on at a full socket, too") 
     line.near.outbox.push_control(Ping{1});
     Message answer = line.near.expect(Clock::now() + long_enough);
     reading.join();
-    CHECK(answer.type == MessageType::pong);
+    CHECK(answer.type == Pong::type);
 }
 
 TEST_CASE("chapter 10: who waits for room in the bulk lane is woken by it, and by the end") {
@@ -4262,7 +4262,7 @@ TEST_CASE("chapter 10: whoever is silent is pinged, and then given up; an answer
     auto wait = [&] { line.near.wait(Clock::time_point::max()); };
     wait();  // pings
     line.say(to_wire(Pong{0}));
-    CHECK(line.near.expect(Clock::now() + long_enough).type == MessageType::pong);
+    CHECK(line.near.expect(Clock::now() + long_enough).type == Pong::type);
     wait();  // pings again
     CHECK(throws<TimedOut>([&] {
         for (;;) wait();
@@ -8568,7 +8568,7 @@ class LightRoom {
         Reader record(member.opener->open(content), "a record");
         while (!record.empty()) {
             Message message = take_message(record);
-            if (message.type == MessageType::room_delivered)
+            if (message.type == RoomDelivered::type)
                 ++heard;
             else
                 take(member, message);
@@ -8579,32 +8579,32 @@ class LightRoom {
     }
     void take(LightClient& member, const Message& message) {
         switch (message.type) {
-            case MessageType::welcome:
+            case Welcome::type:
                 member.scram.emplace(member.user, member.binding);
                 return send(member, Scram{member.scram->first()});
-            case MessageType::scram:
+            case Scram::type:
                 member.scram->receive_challenge(from_wire<Scram>(message.body).text);
                 return send(member, Scram{member.scram->final(salted_)});
-            case MessageType::login_done: {
+            case LoginDone::type: {
                 auto done = from_wire<LoginDone>(message.body);
                 member.scram->verify_server(done.server_final);
                 member.id = done.id;
                 online_.insert(done.id);
                 return send(member, PublishCard{member.card});
             }
-            case MessageType::joined:  // what one has heard of is enough for all
+            case Joined::type:  // what one has heard of is enough for all
                 if (&member == members.front().get())
                     online_.insert(from_wire<Joined>(message.body).id);
                 return;
-            case MessageType::ready:
+            case Ready::type:
                 member.joined = true;
                 ++joined;
                 return;
-            case MessageType::delivered:
+            case Delivered::type:
                 return on_private(member, from_wire<Delivered>(message.body).payload);
-            case MessageType::ping:
+            case Ping::type:
                 return send(member, Pong{from_wire<Ping>(message.body).number});
-            case MessageType::goodbye: {
+            case Goodbye::type: {
                 auto goodbye = from_wire<Goodbye>(message.body);
                 if (goodbye.reason == GoodbyeReason::none) return;
                 throw NetworkError(goodbye.sentence);
