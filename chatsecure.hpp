@@ -842,6 +842,17 @@ inline bool not_our_address(int error);
 inline std::string socket_reason(int error);
 inline std::string lookup_reason(int failure);  // of getaddrinfo()
 
+struct AddressNotHere : NetworkError {  // this machine does not have the address, or its family
+    using NetworkError::NetworkError;
+};
+// "WHAT: the system's reason." and what to do about it.
+[[noreturn]] inline void throw_socket_error(const std::string& what, int error = socket_error(),
+                                            std::string_view advice = "") {
+    std::string sentence = concat(what, ": ", socket_reason(error), ".", advice);
+    if (not_our_address(error)) throw AddressNotHere(sentence);
+    throw NetworkError(sentence);
+}
+
 template <class T>
 void set_option(SocketHandle s, int level, int name, const T& value) {
     ::setsockopt(s, level, name, reinterpret_cast<const char*>(&value),
@@ -921,8 +932,7 @@ inline bool poll_until(std::span<PollEntry> entries, Clock::time_point deadline)
                 std::max(Milliseconds(0), std::chrono::ceil<Milliseconds>(deadline - Clock::now()));
         int ready = poll_sockets(entries, static_cast<int>(left.count()));
         if (ready > 0) return true;
-        if (ready < 0 && !interrupted(socket_error()))
-            throw NetworkError(concat("Cannot wait: ", socket_reason(socket_error()), "."));
+        if (ready < 0 && !interrupted(socket_error())) throw_socket_error("Cannot wait");
         if (Clock::now() >= deadline) return false;
     }
 }
@@ -1023,7 +1033,7 @@ class Socket {
     static T nothing_now(T nothing) {
         int error = detail::socket_error();
         if (detail::would_block(error) || detail::interrupted(error)) return nothing;
-        throw NetworkError(concat("The connection broke: ", detail::socket_reason(error), "."));
+        detail::throw_socket_error("The connection broke", error);
     }
     detail::SocketHandle handle_ = detail::no_socket;
 };
@@ -1066,18 +1076,9 @@ class Waker {
 
 namespace detail {
 
-struct AddressNotHere : NetworkError {  // this machine does not have the address, or its family
-    using NetworkError::NetworkError;
-};
-
 inline Socket new_socket(const Endpoint& endpoint) {
     SocketHandle handle = ::socket(endpoint.storage.ss_family, SOCK_STREAM, 0);
-    if (handle == no_socket) {
-        int error = socket_error();
-        std::string sentence = concat("Cannot create a socket: ", socket_reason(error), ".");
-        if (not_our_address(error)) throw AddressNotHere(sentence);
-        throw NetworkError(sentence);
-    }
+    if (handle == no_socket) throw_socket_error("Cannot create a socket");
     return Socket(handle);
 }
 
@@ -1181,14 +1182,11 @@ class Listener {
         if (::bind(socket.handle(), endpoint.address(), endpoint.size) != 0 ||
             ::listen(socket.handle(), SOMAXCONN) != 0) {
             int error = detail::socket_error();
-            std::string advice = detail::address_in_use(error)
-                                     ? " Another program uses this port: stop it, or choose "
-                                       "another with --port."
-                                     : "";
-            std::string sentence = concat("Cannot listen on ", endpoint.text(), ": ",
-                                          detail::socket_reason(error), ".", advice);
-            if (detail::not_our_address(error)) throw detail::AddressNotHere(sentence);
-            throw NetworkError(sentence);
+            detail::throw_socket_error(
+                concat("Cannot listen on ", endpoint.text()), error,
+                detail::address_in_use(error)
+                    ? " Another program uses this port: stop it, or choose another with --port."
+                    : "");
         }
         return socket;
     }
@@ -1203,8 +1201,7 @@ class Listener {
             int error = detail::socket_error();
             if (!detail::out_of_descriptors(error)) return std::nullopt;  // aborted: nothing to do
             turn_one_away(listening);
-            throw NetworkError(
-                concat("A newcomer was turned away: ", detail::socket_reason(error), "."));
+            detail::throw_socket_error("A newcomer was turned away", error);
         }
         Socket socket(handle);
         socket.set_chat_options();
@@ -4854,26 +4851,19 @@ class Outbox {
     // The bounds in bytes, of the interactive and of the bulk lane.
     Outbox(std::size_t bound, std::size_t bulk_bound) : bounds_{bound, bulk_bound} {}
 
-    // For payloads: a message, or its bytes in two pieces (what all recipients share, and what is
+    // For payloads: a message, or the pieces of its bytes (what all recipients share, and what is
     // the recipient's own). Does not block. Throws Error for what fits into no record.
-    template <class T>
-    Result push(Lane lane, const T& message) {
-        return put(lane, bounds_[index_of(lane)],
-                   [&](Bytes& frame) { append_message(frame, message); });
+    template <class... Part>
+    Result push(Lane lane, const Part&... part) {
+        return put(lane, bounds_[index_of(lane)], part...);
     }
-    Result push(Lane lane, ByteView wire, ByteView own) {
-        return put(lane, bounds_[index_of(lane)], [&](Bytes& frame) {
-            append(frame, wire);
-            append(frame, own);
-        });
-    }
-    // For control messages. Does not block. Over twice the bound, the outbox closes itself.
-    template <class T>
-    Result push_control(const T& message) {
-        return push_control_with([&](Bytes& frame) { append_message(frame, message); });
-    }
-    Result push_control(ByteView wire) {  // several messages that fit into one record
-        return push_control_with([&](Bytes& frame) { append(frame, wire); });
+    // For control messages: one, or the bytes of several that fit into one record. Does not block.
+    // Over twice the bound, the outbox closes itself.
+    template <class Part>
+    Result push_control(const Part& part) {
+        Result result = put(Lane::interactive, 2 * bounds_[0], part);
+        if (result == Result::refused) close();
+        return result;
     }
     // A whole frame for the bulk lane: room for the header, then messages.
     Result push_frame(Bytes frame) {
@@ -4949,16 +4939,9 @@ class Outbox {
     enum class State { open, finishing, closed };
     static constexpr std::size_t smallest_allocation = 512;
 
-    template <class Append>
-    Result push_control_with(const Append& append_to) {
-        Result result = put(Lane::interactive, 2 * bounds_[0], append_to);
-        if (result == Result::refused) close();
-        return result;
-    }
-
     // Appends to the last frame of a lane, or begins a new one if the record would be too large.
-    template <class Append>
-    Result put(Lane lane, std::size_t bound, const Append& append_to) {
+    template <class... Part>
+    Result put(Lane lane, std::size_t bound, const Part&... part) {
         std::lock_guard lock(mutex_);
         if (state_ != State::open) return Result::closed;
         std::deque<Bytes>& frames = lanes_[index_of(lane)];
@@ -4970,7 +4953,7 @@ class Outbox {
             frames.back().resize(before);
             if (before == frame_header_bytes) frames.pop_back();
         });
-        append_to(frames.back());
+        (add(frames.back(), part), ...);
         std::size_t added = frames.back().size() - before;
         if (added > max_record_bytes) throw Error("A message must fit into a record.");
         if (bytes_[index_of(lane)] + added > bound) return Result::refused;
@@ -4983,6 +4966,13 @@ class Outbox {
         queued = true;
         bytes_[index_of(lane)] += added;
         return note_queued();
+    }
+    template <class Part>
+    static void add(Bytes& frame, const Part& part) {
+        if constexpr (requires { Part::type; })
+            append_message(frame, part);
+        else
+            append(frame, part);
     }
     static Bytes new_frame() {
         Bytes frame;
@@ -5541,8 +5531,11 @@ class Members {
             changed_.wait_for(lock, options_.takeover_patience, [&] {
                 return other->pongs != before || other->stage == Session::Stage::gone;
             });
-            if (other->pongs == before)
-                line = drop_locked(*other, "its connection was dead when the user logged in again");
+            if (other->pongs == before) {
+                other->connection.abort();
+                line =
+                    remove_locked(*other, "its connection was dead when the user logged in again");
+            }
         }
         if (online_.contains(user))
             throw Refusal(GoodbyeReason::already_online,
@@ -5582,11 +5575,6 @@ class Members {
     std::string remove(Session& s, const std::string& reason) {
         std::lock_guard lock(mutex_);
         return remove_locked(s, reason);
-    }
-    // The same, and ends its connection: for what others find wrong with it.
-    std::string drop(Session& s, const std::string& reason) {
-        std::lock_guard lock(mutex_);
-        return drop_locked(s, reason);
     }
 
     // The members in ascending order of their numbers, as long as the list is held.
@@ -5638,10 +5626,6 @@ class Members {
     }
 
     // Under mutex_, like the rest:
-    std::string drop_locked(Session& s, const std::string& reason) {
-        s.connection.abort();
-        return remove_locked(s, reason);
-    }
     std::string remove_locked(Session& s, const std::string& reason) {
         Session::Stage stage = s.stage.exchange(Session::Stage::gone);
         if (stage == Session::Stage::gone) return "";
@@ -5736,7 +5720,8 @@ class Pump {
             bool ready = (++entry)->revents != 0;
             if (ready) session->connection.flush_full();  // if it is full again, take_over follows
             if (!ready && now >= since + patience_) {
-                std::string line = members_.drop(*session, "it takes no more data");
+                std::string line = members_.remove(*session, "it takes no more data");
+                session->connection.abort();
                 if (!line.empty()) log_(line);
             }
             it = ready || !session->connection.outbox.is_full() ? full_.erase(it) : std::next(it);
@@ -5856,11 +5841,9 @@ class Server {
 
     static DirectoryLock lock_data_directory(const std::filesystem::path& directory) {
         make_private_directory(directory);
-#ifndef _WIN32
-        if (::access(directory.c_str(), W_OK | X_OK) != 0)
+        if (!detail::may_write_into(directory))
             throw Error(concat("The data directory ", directory.string(), " cannot be written: ",
                                system_reason(), ". Choose another with --data."));
-#endif
         return DirectoryLock(directory, false,
                              concat("Another server uses the data directory ", directory.string(),
                                     ". Stop it, or choose another directory with --data."));
@@ -8162,7 +8145,7 @@ inline std::array<SocketHandle, 2> make_waker_ends() {
     SocketHandle both = ::socket(AF_INET, SOCK_DGRAM, 0);
     if (both == no_socket || ::bind(both, address, size) != 0 ||
         ::getsockname(both, address, &size) != 0 || ::connect(both, address, size) != 0)
-        throw Error(concat("Cannot create a socket: ", socket_reason(socket_error()), "."));
+        throw_socket_error("Cannot create a socket");
     prepare_socket(both);
     return {both, both};
 }
@@ -8342,10 +8325,8 @@ inline void allow_quick_restart(SocketHandle s) { set_option(s, SOL_SOCKET, SO_R
 inline std::array<SocketHandle, 2> make_waker_ends() {
     std::array<SocketHandle, 2> ends{};
     if (::socketpair(AF_UNIX, SOCK_STREAM, 0, ends.data()) != 0)
-        throw Error(concat("Cannot create a pair of sockets: ", system_reason(), "."));
-    for (SocketHandle end : ends) {
-        prepare_socket(end);
-    }
+        throw_socket_error("Cannot create a pair of sockets");
+    for (SocketHandle end : ends) prepare_socket(end);
     return ends;
 }
 

@@ -4025,7 +4025,7 @@ std::uint8_t number_of(const Bytes& delivered) {
     return from_wire<Delivered>(delivered).payload[0];
 }
 Outbox::Result push(Line& line, const Bytes& wire, Lane lane = Lane::interactive) {
-    return line.near.outbox.push(lane, wire, {});
+    return line.near.outbox.push(lane, wire);
 }
 
 void Line::fill() {
