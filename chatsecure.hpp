@@ -76,6 +76,7 @@
 #include <functional>
 #include <iostream>
 #include <list>
+#include <locale>
 #include <map>
 #include <memory>
 #include <mutex>
@@ -90,7 +91,6 @@
 #include <string_view>
 #include <system_error>
 #include <thread>
-#include <unordered_map>
 #include <utility>
 #include <variant>
 #include <vector>
@@ -123,8 +123,6 @@
 #include <sys/resource.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
-#include <sys/time.h>
-#include <sys/types.h>
 #include <termios.h>
 #include <unistd.h>
 #ifdef __GLIBC__
@@ -342,7 +340,6 @@ class Writer {
         put(static_cast<std::uint32_t>(blob.size()));
         raw(blob);
     }
-    void put(const Bytes& blob) { put(ByteView(blob)); }
     template <std::size_t N>
     void put(const std::array<std::uint8_t, N>& fixed) {
         raw(fixed);
@@ -1734,16 +1731,24 @@ class RsaPrivateKey {
     // padding oracle, open a secret that was not meant for them (Manger's attack on OAEP, 2001).
     // Where strangers can ask, use decrypt_or_random.
     std::optional<Secret<32>> decrypt(ByteView encapsulated, ByteView label) const {
-        Secret<32> secret;
-        if (!decrypt_into(encapsulated, label, secret)) return std::nullopt;
-        return secret;
+        auto params = detail::oaep_params(label);
+        detail::PkeyContext context(::EVP_PKEY_CTX_new(key_.get(), nullptr));
+        Secret<max_rsa_bytes> opened;  // OpenSSL wants room for a whole block
+        std::size_t size = max_rsa_bytes;
+        bool ok = ::EVP_PKEY_decrypt_init_ex(context.get(), params.data()) == 1 &&
+                  ::EVP_PKEY_decrypt(context.get(), opened.span().data(), &size,
+                                     encapsulated.data(), encapsulated.size()) == 1 &&
+                  size == 32;
+        ::ERR_clear_error();
+        if (!ok) return std::nullopt;
+        return Secret<32>(opened.view().first(32));
     }
     // The same, and a random secret when it does not open ("implicit rejection"): the
     // conversation goes on and fails later, in the same way and at the same place for every cause.
     Secret<32> decrypt_or_random(ByteView encapsulated, ByteView label) const {
         Secret<32> random = random_secret<32>();
-        Secret<32> secret;
-        return decrypt_into(encapsulated, label, secret) ? std::move(secret) : std::move(random);
+        std::optional<Secret<32>> secret = decrypt(encapsulated, label);
+        return std::move(secret ? *secret : random);
     }
 
     // RSA-PSS over the SHA-256 of `message`.
@@ -1787,20 +1792,6 @@ class RsaPrivateKey {
         std::copy(bytes.begin(), bytes.end(), buffer);
         return static_cast<int>(bytes.size());
     }
-    bool decrypt_into(ByteView encapsulated, ByteView label, Secret<32>& secret) const {
-        auto params = detail::oaep_params(label);
-        detail::PkeyContext context(::EVP_PKEY_CTX_new(key_.get(), nullptr));
-        Secret<max_rsa_bytes> opened;  // OpenSSL wants room for a whole block
-        std::size_t size = max_rsa_bytes;
-        bool ok = ::EVP_PKEY_decrypt_init_ex(context.get(), params.data()) == 1 &&
-                  ::EVP_PKEY_decrypt(context.get(), opened.span().data(), &size,
-                                     encapsulated.data(), encapsulated.size()) == 1 &&
-                  size == 32;
-        ::ERR_clear_error();
-        if (ok) secret = Secret<32>(opened.view().first(32));
-        return ok;
-    }
-
     detail::PkeyPtr key_;
     RsaPublicKey public_;
 };
@@ -5720,9 +5711,8 @@ class Pump {
             bool ready = (++entry)->revents != 0;
             if (ready) session->connection.flush_full();  // if it is full again, take_over follows
             if (!ready && now >= since + patience_) {
-                std::string line = members_.remove(*session, "it takes no more data");
+                log_(members_.remove(*session, "it takes no more data"));
                 session->connection.abort();
-                if (!line.empty()) log_(line);
             }
             it = ready || !session->connection.outbox.is_full() ? full_.erase(it) : std::next(it);
         }
@@ -5974,7 +5964,7 @@ class Server {
                 how = e.what();
             }
             flush_touched(*session);
-            log_if_any(members_.remove(*session, how));
+            info(members_.remove(*session, how));
         } catch (...) {
             session->connection.abort();
         }
@@ -6077,7 +6067,7 @@ class Server {
             throw Refusal(GoodbyeReason::bad_login, "The name or the password is wrong.");
         }
         failures_.refill(account_key);  // not the address: an attacker has an account of his own
-        log_if_any(members_.claim(session, scram.user()));
+        info(members_.claim(session, scram.user()));
         s.connection.send(LoginDone{*server_final, s.id});
     }
 
@@ -6251,11 +6241,10 @@ class Server {
 
     // ---- The log --------------------------------------------------------------------------------
 
-    void info(const std::string& line) { options_.log(LogLevel::info, line); }
-    void warn(const std::string& line) { options_.log(LogLevel::warning, line); }
-    void log_if_any(const std::string& line) {
-        if (!line.empty()) info(line);
+    void info(const std::string& line) {  // nothing if it is empty
+        if (!line.empty()) options_.log(LogLevel::info, line);
     }
+    void warn(const std::string& line) { options_.log(LogLevel::warning, line); }
     // All that the server can know about a message.
     void log_relayed(const Session& from, const std::string& to, ByteView payload) {
         options_.log(
@@ -7840,27 +7829,19 @@ inline std::string time_left(std::uint64_t bytes, double bytes_per_second) {
 // The number of bytes that a text means: "4096", "500k", "2M", "1.5G" (powers of 1000, too; a B may
 // follow). Throws Error.
 inline std::uint64_t parse_size(std::string_view text) {
-    std::string_view rest = text;
-    double value = 0, place = 1;
-    bool fraction = false, any_digit = false;
-    for (; !rest.empty(); rest.remove_prefix(1)) {
-        if (rest[0] == '.' && !fraction) {
-            fraction = true;
-        } else if (rest[0] >= '0' && rest[0] <= '9') {
-            any_digit = true;
-            place = fraction ? place / 10 : 1;
-            value = fraction ? value + (rest[0] - '0') * place : value * 10 + (rest[0] - '0');
-        } else {
-            break;
-        }
-    }
-    if (any_digit && rest.size() > 1 && rest[0] == ' ') rest.remove_prefix(1);
+    std::size_t end = std::min(text.find_first_not_of("0123456789."), text.size());
+    std::istringstream number{std::string(text.substr(0, end))};
+    number.imbue(std::locale::classic());  // a point is a point, whatever the user's language
+    double value = 0;
+    bool is_number = number >> value && number.eof();
+    std::string_view rest = text.substr(end);
+    if (rest.size() > 1 && rest[0] == ' ') rest.remove_prefix(1);
     std::size_t power = rest.empty()
                             ? std::string_view::npos
                             : std::string_view("kmgt").find(static_cast<char>(rest[0] | 0x20));
     if (power != std::string_view::npos) rest.remove_prefix(1);
     if (rest == "B" || rest == "b") rest = {};
-    if (!any_digit || !rest.empty())
+    if (!is_number || !rest.empty())
         throw Error(concat("\"", visible(text.substr(0, 40)),
                            "\" is no size: give a number of bytes, like 4096, 500k, 2M or 1.5G."));
     for (; power != std::string_view::npos; --power) value *= 1000;  // k is 0: once
@@ -7875,34 +7856,31 @@ struct HostPort {
     std::uint16_t port = 0;
 };
 inline HostPort parse_host_port(std::string_view text, std::uint16_t default_port) {
-    std::string_view host = text, port;
+    auto wrong = [&](std::string_view what) {
+        return Error(concat("\"", visible(text), "\" ", what));
+    };
+    std::string_view host = text, port;  // the port with its colon
     std::size_t colon = text.rfind(':');
     if (text.starts_with('[')) {
         std::size_t bracket = text.find(']');
-        if (bracket == text.npos) throw Error(concat("\"", visible(text), "\" lacks a closing ]."));
+        if (bracket == text.npos) throw wrong("lacks a closing ].");
         host = text.substr(1, bracket - 1);
         port = text.substr(bracket + 1);
         if (!port.empty() && port[0] != ':')
-            throw Error(
-                concat("\"", visible(text), "\": after ] comes : and the port, or nothing."));
-        if (port == ":")
-            throw Error(concat("\"", visible(text), "\" lacks a port after the colon."));
-        if (!port.empty()) port.remove_prefix(1);
+            throw wrong("is wrong: after ] comes : and the port, or nothing.");
     } else if (colon != text.npos && text.find(':') == colon) {  // one colon: HOST:PORT
         host = text.substr(0, colon);
-        port = text.substr(colon + 1);
-        if (port.empty())
-            throw Error(concat("\"", visible(text), "\" lacks a port after the colon."));
+        port = text.substr(colon);
     }
-    HostPort result{std::string(host), default_port};
-    if (host.empty()) throw Error(concat("\"", visible(text), "\" has no host name."));
-    if (!port.empty()) {
-        result.port = parse_number<std::uint16_t>(port).value_or(0);
-        if (result.port == 0)
-            throw Error(
-                concat("\"", visible(port), "\" is not a port: give a number from 1 to 65535."));
-    }
-    return result;
+    if (host.empty()) throw wrong("has no host name.");
+    if (port.empty()) return {std::string(host), default_port};
+    if (port == ":") throw wrong("lacks a port after the colon.");
+    port.remove_prefix(1);
+    std::uint16_t number = parse_number<std::uint16_t>(port).value_or(0);
+    if (number == 0)
+        throw Error(
+            concat("\"", visible(port), "\" is not a port: give a number from 1 to 65535."));
+    return {std::string(host), number};
 }
 
 // A fingerprint as text, or the fingerprint of the key in a PEM file. Throws Error.
