@@ -2715,54 +2715,37 @@ struct Card {
 };
 
 // A card whose signature was checked, with what one wants to know of it.
-class CheckedCard {
-  public:
-    // Throws ProtocolError if it is damaged, not signed by its own identity key, or not `user`'s.
-    CheckedCard(ByteView bytes, std::string_view user)
-        : card_(decode<Card>(bytes, "a key card")),
-          identity_(RsaPublicKey::from_der(card_.identity_der, "A key card")),
-          fingerprint_(identity_.fingerprint()),
-          hash_(sha256(bytes)) {
-        if (bytes.size() > max_card_bytes || card_.user != user ||
-            !identity_.verify(card_.signed_part(), card_.signature))
-            throw ProtocolError(concat("Received a key card for ", user, " that is forged."));
+struct CheckedCard : Card {
+    RsaPublicKey identity;
+    Fingerprint fingerprint;
+    Digest hash;
+
+    // Throws ProtocolError if it is damaged, not signed by its own identity key, or not `owner`'s.
+    CheckedCard(ByteView bytes, std::string_view owner)
+        : Card(decode<Card>(bytes, "a key card")),
+          identity(RsaPublicKey::from_der(identity_der, "A key card")),
+          fingerprint(identity.fingerprint()),
+          hash(sha256(bytes)) {
+        if (bytes.size() > max_card_bytes || user != owner ||
+            !identity.verify(signed_part(), signature))
+            throw ProtocolError(concat("Received a key card for ", owner, " that is forged."));
     }
-
-    const std::string& user() const { return card_.user; }
-    const RsaPublicKey& identity() const { return identity_; }
-    const Fingerprint& fingerprint() const { return fingerprint_; }
-    const X25519Public& ephemeral() const { return card_.ephemeral; }
-    std::uint64_t issued() const { return card_.issued; }
-    const Digest& hash() const { return hash_; }
-
-  private:
-    Card card_;
-    RsaPublicKey identity_;
-    Fingerprint fingerprint_;
-    Digest hash_;
 };
 
 // One login's own keys: the identity that lasts, and the rest that ends with the login.
-class LoginKeys {
-  public:
-    LoginKeys(const RsaPrivateKey& identity, std::string_view user, std::uint64_t issued)
-        : identity_(identity) {
-        Card card{
-            std::string(user), identity.public_key().der(), ephemeral_.public_key(), issued, {}};
-        card.signature = identity.sign(card.signed_part());
-        card_bytes_ = encode(card);
-        card_hash_ = sha256(card_bytes_);
-    }
-    const RsaPrivateKey& identity() const { return identity_; }
-    const X25519Key& ephemeral() const { return ephemeral_; }
-    const Bytes& card_bytes() const { return card_bytes_; }
-    const Digest& card_hash() const { return card_hash_; }
+struct LoginKeys {
+    const RsaPrivateKey& identity;
+    const X25519Key ephemeral = X25519Key::generate();
+    Bytes card_bytes;
+    Digest card_hash{};
 
-  private:
-    const RsaPrivateKey& identity_;
-    X25519Key ephemeral_ = X25519Key::generate();
-    Bytes card_bytes_;
-    Digest card_hash_{};
+    LoginKeys(const RsaPrivateKey& own, std::string_view user, std::uint64_t issued)
+        : identity(own) {
+        Card card{std::string(user), own.public_key().der(), ephemeral.public_key(), issued, {}};
+        card.signature = own.sign(card.signed_part());
+        card_bytes = encode(card);
+        card_hash = sha256(card_bytes);
+    }
 };
 
 // ---- Sealed payloads ----------------------------------------------------------------------------
@@ -2902,10 +2885,10 @@ class PairSender {
     static std::array<SealingLane, 2> open_to(const LoginKeys& me, const CheckedCard& to,
                                               Bytes& open_payload) {
         Secret<32> secret = random_secret<32>();
-        Bytes encapsulated = to.identity().encrypt(secret, join(me.card_hash(), to.hash()));
-        Secret<32> x25519 = me.ephemeral().shared_secret(to.ephemeral());
-        append_fields(open_payload, PayloadType::open, me.card_bytes(), encapsulated);
-        return detail::pair_lanes<SealingLane>(me.card_hash(), to.hash(), secret, x25519);
+        Bytes encapsulated = to.identity.encrypt(secret, join(me.card_hash, to.hash));
+        Secret<32> x25519 = me.ephemeral.shared_secret(to.ephemeral);
+        append_fields(open_payload, PayloadType::open, me.card_bytes, encapsulated);
+        return detail::pair_lanes<SealingLane>(me.card_hash, to.hash, secret, x25519);
     }
 
     std::array<SealingLane, 2> lanes_;
@@ -2938,11 +2921,11 @@ class PairReceiver {
     static std::array<OpeningLane, 2> opened_by(const LoginKeys& me, const CheckedCard& from,
                                                 ByteView encapsulated) {
         std::optional<Secret<32>> secret =
-            me.identity().decrypt(encapsulated, join(from.hash(), me.card_hash()));
+            me.identity.decrypt(encapsulated, join(from.hash, me.card_hash));
         if (!secret)
-            throw ProtocolError(concat("The keys that came from ", from.user(), " do not open."));
-        return detail::pair_lanes<OpeningLane>(from.hash(), me.card_hash(), *secret,
-                                               me.ephemeral().shared_secret(from.ephemeral()));
+            throw ProtocolError(concat("The keys that came from ", from.user, " do not open."));
+        return detail::pair_lanes<OpeningLane>(from.hash, me.card_hash, *secret,
+                                               me.ephemeral.shared_secret(from.ephemeral));
     }
 
     std::array<OpeningLane, 2> lanes_;
@@ -3040,20 +3023,20 @@ class PinStore {
     // X25519 key with it, and then nobody can use the card.
     Verdict judge(const CheckedCard& card) {
         auto [entry, is_new] =
-            pins_.try_emplace(card.user(), Pin{card.fingerprint(), card.issued(), false});
+            pins_.try_emplace(card.user, Pin{card.fingerprint, card.issued, false});
         Pin& pin = entry->second;
         dirty_ = dirty_ || is_new;
         if (is_new) return Verdict::first_seen;
-        if (pin.fingerprint != card.fingerprint()) return Verdict::changed;
-        if (card.issued() < pin.issued) return Verdict::replayed;
-        dirty_ = dirty_ || card.issued() > pin.issued;
-        pin.issued = card.issued();
+        if (pin.fingerprint != card.fingerprint) return Verdict::changed;
+        if (card.issued < pin.issued) return Verdict::replayed;
+        dirty_ = dirty_ || card.issued > pin.issued;
+        pin.issued = card.issued;
         return Verdict::known;
     }
 
     // The user has decided: from now on this is the identity.
     void trust(const CheckedCard& card) {
-        pins_[card.user()] = Pin{card.fingerprint(), card.issued(), false};
+        pins_[card.user] = Pin{card.fingerprint, card.issued, false};
         dirty_ = true;
     }
     void mark_verified(const std::string& user) {
@@ -6091,9 +6074,9 @@ class Server {
         CheckedCard checked(bytes, s.user);
         if (!account->identity.empty())
             warn(concat("\"", s.user, "\" comes with another identity key than before: now ",
-                        checked.fingerprint().text()));
+                        checked.fingerprint.text()));
         try {
-            accounts_.set_identity(s.user, checked.identity().der());
+            accounts_.set_identity(s.user, checked.identity.der());
         } catch (const Error& e) {
             warn(e.what());  // the record is for the operator only: no reason to refuse the user
         }
@@ -6724,7 +6707,7 @@ struct Peer {
     LoginId id{};
     std::string user;
     bool card_requested = false;
-    std::optional<CheckedCard> card;
+    std::optional<const CheckedCard> card;
     enum class Standing { unknown, trusted, changed, refused } standing = Standing::unknown;
     std::shared_ptr<PairSender> sender;    // once we have opened to them
     std::shared_ptr<BulkLane> bulk;        // once a file goes to them
@@ -7002,7 +6985,7 @@ class Login {
         std::uint64_t issued = pins_->next_issued(user_, identity_->public_key().fingerprint());
         pins_->save();
         link_->keys.emplace(*identity_, user_, issued);
-        send(PublishCard{link_->keys->card_bytes()});
+        send(PublishCard{link_->keys->card_bytes});
     }
 
     void meet_everybody() {
@@ -7321,7 +7304,7 @@ class Client final : private FileHost {
         }
         switch (login_.pins().judge(*peer.card)) {
             case PinStore::Verdict::first_seen:
-                emit(IdentityPinned{peer.user, peer.card->fingerprint()});
+                emit(IdentityPinned{peer.user, peer.card->fingerprint});
                 peer.standing = Peer::Standing::trusted;
                 break;
             case PinStore::Verdict::known:
@@ -7330,7 +7313,7 @@ class Client final : private FileHost {
             case PinStore::Verdict::changed:
                 peer.standing = Peer::Standing::changed;
                 emit(IdentityChanged{peer.user, login_.pins().find(peer.user)->fingerprint,
-                                     peer.card->fingerprint()});
+                                     peer.card->fingerprint});
                 break;
             case PinStore::Verdict::replayed:
                 peer.standing = Peer::Standing::refused;
@@ -7366,7 +7349,7 @@ class Client final : private FileHost {
             OpenPayload open = decode<OpenPayload>(body, "somebody's keys");
             accept_card(peer, open.card);
             if (peer.receiver || peer.standing == Peer::Standing::refused ||
-                sha256(open.card) != peer.card->hash())
+                sha256(open.card) != peer.card->hash)
                 throw ProtocolError(
                     concat("Keys came from ", peer.user,
                            " that are not the ones of this login. They are not used."));
@@ -7594,7 +7577,7 @@ class Client final : private FileHost {
                                verify.user, " first, if it is right."));
         // Of somebody whose identity has changed, the number to compare is the new one's.
         Fingerprint mine = login_.identity().public_key().fingerprint();
-        Fingerprint theirs = changed ? peer->card->fingerprint() : pin->fingerprint;
+        Fingerprint theirs = changed ? peer->card->fingerprint : pin->fingerprint;
         if (verify.confirm) {
             auto told = told_numbers_.find(verify.user);
             bool other = verify.compared               ? *verify.compared != theirs
@@ -7617,13 +7600,13 @@ class Client final : private FileHost {
         if (!is_settled(*peer)) return false;
         if (peer->standing != Peer::Standing::changed)
             throw Error(concat("The identity of ", trust.user, " has not changed."));
-        if (trust.compared && *trust.compared != peer->card->fingerprint())
+        if (trust.compared && *trust.compared != peer->card->fingerprint)
             throw Error(
                 concat("The identity of ", trust.user, " has changed once more: compare again."));
         login_.pins().trust(*peer->card);
         peer->standing = Peer::Standing::trusted;
         emit(Notice{
-            concat("From now on ", trust.user, " is ", peer->card->fingerprint().text(), ".")});
+            concat("From now on ", trust.user, " is ", peer->card->fingerprint.text(), ".")});
         return true;
     }
 

@@ -2227,8 +2227,8 @@ using State = OpenedPayload::State;
 struct Conversation {
     LoginKeys alice{test_key(0), "alice", 1000};
     LoginKeys bob{test_key(1), "bob", 2000};
-    CheckedCard alice_card{alice.card_bytes(), "alice"};
-    CheckedCard bob_card{bob.card_bytes(), "bob"};
+    CheckedCard alice_card{alice.card_bytes, "alice"};
+    CheckedCard bob_card{bob.card_bytes, "bob"};
     Bytes open;
     PairSender sender{alice, bob_card, open};
     PairReceiver receiver{bob, alice_card, encapsulated()};
@@ -2255,7 +2255,7 @@ bool is_text(const OpenedPayload& payload, std::string_view text, std::uint64_t 
 }
 
 CheckedCard card_of(const std::string& user, int key, std::uint64_t issued) {
-    return CheckedCard(LoginKeys(test_key(key), user, issued).card_bytes(), user);
+    return CheckedCard(LoginKeys(test_key(key), user, issued).card_bytes, user);
 }
 const Fingerprint& fingerprint_of(int key) {
     static const std::array<Fingerprint, 3> all{test_key(0).public_key().fingerprint(),
@@ -2268,29 +2268,29 @@ const Fingerprint& fingerprint_of(int key) {
 
 TEST_CASE("chapter 8: a card says whose it is, and proves it") {
     LoginKeys keys(test_key(0), "alice", 1234567);
-    CheckedCard card(keys.card_bytes(), "alice");
-    CHECK(card.user() == "alice");
-    CHECK(card.identity().der() == test_key(0).public_key().der());
-    CHECK(card.fingerprint() == test_key(0).public_key().fingerprint());
-    CHECK(card.ephemeral() == keys.ephemeral().public_key());
-    CHECK(card.issued() == 1234567);
-    CHECK(card.hash() == keys.card_hash());
-    CHECK(keys.card_bytes().size() <= max_card_bytes);
+    CheckedCard card(keys.card_bytes, "alice");
+    CHECK(card.user == "alice");
+    CHECK(card.identity.der() == test_key(0).public_key().der());
+    CHECK(card.fingerprint == test_key(0).public_key().fingerprint());
+    CHECK(card.ephemeral == keys.ephemeral.public_key());
+    CHECK(card.issued == 1234567);
+    CHECK(card.hash == keys.card_hash);
+    CHECK(keys.card_bytes.size() <= max_card_bytes);
 }
 
 TEST_CASE("chapter 8: a card has the bytes that the chapter says") {
     LoginKeys keys(test_key(0), "alice", 5);
     Bytes expected;
     append_fields(expected, std::string("alice"), test_key(0).public_key().der(),
-                  keys.ephemeral().public_key(), std::uint64_t{5});
-    CHECK(to_bytes(ByteView(keys.card_bytes()).first(expected.size())) == expected);
-    Bytes signature = to_bytes(ByteView(keys.card_bytes()).subspan(expected.size() + 4));
+                  keys.ephemeral.public_key(), std::uint64_t{5});
+    CHECK(to_bytes(ByteView(keys.card_bytes).first(expected.size())) == expected);
+    Bytes signature = to_bytes(ByteView(keys.card_bytes).subspan(expected.size() + 4));
     CHECK(
         test_key(0).public_key().verify(join(as_bytes("chatsecure card 1"), expected), signature));
 }
 
 TEST_CASE("chapter 8: a card with a changed byte, anywhere, is refused") {
-    const Bytes good = LoginKeys(test_key(0), "alice", 5).card_bytes();
+    const Bytes good = LoginKeys(test_key(0), "alice", 5).card_bytes;
     for (std::size_t at = 0; at < good.size(); ++at) {
         Bytes bad = good;
         bad[at] ^= static_cast<std::uint8_t>(1 << at % 8);
@@ -2300,7 +2300,7 @@ TEST_CASE("chapter 8: a card with a changed byte, anywhere, is refused") {
 }
 
 TEST_CASE("chapter 8: a card that was cut or made longer is refused") {
-    const Bytes good = LoginKeys(test_key(0), "alice", 5).card_bytes();
+    const Bytes good = LoginKeys(test_key(0), "alice", 5).card_bytes;
     for (std::size_t size = 0; size < good.size(); ++size)
         if (!throws<ProtocolError>([&] { CheckedCard(ByteView(good).first(size), "alice"); }))
             FAIL_CHECK("a card passes with ", size, " bytes");
@@ -2310,10 +2310,10 @@ TEST_CASE("chapter 8: a card that was cut or made longer is refused") {
 
 TEST_CASE("chapter 8: a card is for its own name and with its own signature") {
     LoginKeys alice(test_key(0), "alice", 5), bob(test_key(1), "bob", 5);
-    CHECK(throws<ProtocolError>([&] { CheckedCard(alice.card_bytes(), "bob"); }));
+    CHECK(throws<ProtocolError>([&] { CheckedCard(alice.card_bytes, "bob"); }));
 
-    Card card = decode<Card>(alice.card_bytes(), "a card");
-    card.signature = decode<Card>(bob.card_bytes(), "a card").signature;
+    Card card = decode<Card>(alice.card_bytes, "a card");
+    card.signature = decode<Card>(bob.card_bytes, "a card").signature;
     CHECK(throws<ProtocolError>([&] { CheckedCard(encode(card), "alice"); }));
 
     // The server puts its own identity on it: then it is a valid card of another identity, which
@@ -2325,7 +2325,7 @@ TEST_CASE("chapter 8: a card is for its own name and with its own signature") {
 TEST_CASE("chapter 8: a card with a weak identity key is refused, although it is signed well") {
     RsaPrivateKey weak = RsaPrivateKey::generate(1024);
     LoginKeys keys(weak, "alice", 5);
-    CHECK(throws<ProtocolError>([&] { CheckedCard(keys.card_bytes(), "alice"); }));
+    CHECK(throws<ProtocolError>([&] { CheckedCard(keys.card_bytes, "alice"); }));
 }
 
 TEST_CASE("chapter 8: texts arrive in their order") {
@@ -2409,18 +2409,17 @@ TEST_CASE("chapter 8: each direction has its own keys: a reflected payload does 
 TEST_CASE("chapter 8: an Open holds the sender's card and a secret of the receiver's size") {
     Conversation c;
     CHECK(c.open[0] == static_cast<std::uint8_t>(PayloadType::open));
-    CHECK(to_bytes(c.opened().card) == c.alice.card_bytes());
+    CHECK(to_bytes(c.opened().card) == c.alice.card_bytes);
     CHECK(c.opened().encapsulated.size() == 256);
 }
 
 TEST_CASE("chapter 8: the keys of a pair are computed as the chapter says") {
     // A receiver written from the description alone.
     Conversation c;
-    Bytes salt = join(sha256(c.alice.card_bytes()), sha256(c.bob.card_bytes()));
+    Bytes salt = join(sha256(c.alice.card_bytes), sha256(c.bob.card_bytes));
     std::optional<Secret<32>> secret = test_key(1).decrypt(c.encapsulated(), salt);
     REQUIRE(secret);
-    Secret<32> prk =
-        agree(salt, *secret, c.bob.ephemeral().shared_secret(c.alice_card.ephemeral()));
+    Secret<32> prk = agree(salt, *secret, c.bob.ephemeral.shared_secret(c.alice_card.ephemeral));
     OpeningLane chat(hkdf_expand(prk, "chatsecure pair interactive lane"));
     OpeningLane files(hkdf_expand(prk, "chatsecure pair bulk lane"));
     CHECK(is_text(chat.open(c.seal("hello")), "hello"));
@@ -2433,8 +2432,8 @@ TEST_CASE("chapter 8: an Open is for one login of one person, from one login of 
     LoginKeys carol(test_key(2), "carol", 3000);
     LoginKeys bob_again(test_key(1), "bob", 3000);
     LoginKeys alice_again(test_key(0), "alice", 3000);
-    CheckedCard carol_card(carol.card_bytes(), "carol");
-    CheckedCard alice_again_card(alice_again.card_bytes(), "alice");
+    CheckedCard carol_card(carol.card_bytes, "carol");
+    CheckedCard alice_again_card(alice_again.card_bytes, "alice");
 
     // To another person; to the same one, who logged in again; as if from another person; as if
     // from a later login of the same one.
@@ -2450,14 +2449,14 @@ TEST_CASE("chapter 8: an Open is for one login of one person, from one login of 
 TEST_CASE("chapter 8: who has bob's identity key but not his login's reads nothing") {
     // His identity was stolen later. It opens the secret, and then the X25519 half is missing.
     Conversation c;
-    Digest a = c.alice_card.hash(), b = c.bob_card.hash();
+    Digest a = c.alice_card.hash, b = c.bob_card.hash;
     std::optional<Secret<32>> secret = test_key(1).decrypt(c.encapsulated(), join(a, b));
     REQUIRE(secret);
-    Secret<32> guess = X25519Key::generate().shared_secret(c.alice_card.ephemeral());
+    Secret<32> guess = X25519Key::generate().shared_secret(c.alice_card.ephemeral);
     OpeningLane lane = std::move(detail::pair_lanes<OpeningLane>(a, b, *secret, guess)[0]);
     CHECK(lane.open(c.seal("hello")).state == State::damaged);
     // And the X25519 half alone does not do it either.
-    Secret<32> x25519 = c.bob.ephemeral().shared_secret(c.alice_card.ephemeral());
+    Secret<32> x25519 = c.bob.ephemeral.shared_secret(c.alice_card.ephemeral);
     OpeningLane other = std::move(detail::pair_lanes<OpeningLane>(a, b, secret_of(0), x25519)[0]);
     CHECK(other.open(c.seal("hello")).state == State::damaged);
     OpeningLane both = std::move(detail::pair_lanes<OpeningLane>(a, b, *secret, x25519)[0]);
@@ -4901,7 +4900,7 @@ class HandDriven {
         auto [salt, iterations] = scram_->receive_challenge(server_first);
         send(Scram{scram_->final(pbkdf2_sha256(as_bytes(password), salt, iterations))});
         scram_->verify_server(receive<LoginDone>().server_final);
-        send(PublishCard{LoginKeys(test_key(1), user_, 1).card_bytes()});
+        send(PublishCard{LoginKeys(test_key(1), user_, 1).card_bytes});
     }
     // A message with anything in it.
     void send_raw(ByteView wire) {
@@ -5812,12 +5811,12 @@ TEST_CASE(
         alice.next<LoggedIn>();
         alice->post(Tell{"bob", "first contact"});
         CHECK(server.receive<GetCard>().id == LoginId{2});
-        server.send(CardOf{LoginId{2}, LoginKeys(test_key(2), "bob", 1000).card_bytes()});
+        server.send(CardOf{LoginId{2}, LoginKeys(test_key(2), "bob", 1000).card_bytes});
         CHECK(alice.next<IdentityPinned>().fingerprint == test_key(2).public_key().fingerprint());
         server.receive<Send>();
         alice->post(Tell{"carol", "first contact"});
         CHECK(server.receive<GetCard>().id == LoginId{3});
-        server.send(CardOf{LoginId{3}, LoginKeys(test_key(2), "bob", 1000).card_bytes()});
+        server.send(CardOf{LoginId{3}, LoginKeys(test_key(2), "bob", 1000).card_bytes});
         CHECK(alice.next<Problem>().text.find("forged") !=
               std::string::npos);  // bob's, not carol's
     }
@@ -5829,7 +5828,7 @@ TEST_CASE(
         LoginKeys impostor(test_key(0), "bob", 2000);
         alice->post(Tell{"bob", "is it you?"});
         server.receive<GetCard>();
-        server.send(CardOf{LoginId{2}, impostor.card_bytes()});
+        server.send(CardOf{LoginId{2}, impostor.card_bytes});
         IdentityChanged changed = alice.next<IdentityChanged>();
         CHECK(changed.pinned == test_key(2).public_key().fingerprint());
         CHECK(changed.seen == test_key(0).public_key().fingerprint());
@@ -5867,7 +5866,7 @@ TEST_CASE(
         alice->post(Trust{"bob", changed.pinned});
         server.receive<GetCard>();
         LoginKeys back(test_key(0), "bob", 2001);
-        server.send(CardOf{LoginId{3}, back.card_bytes()});
+        server.send(CardOf{LoginId{3}, back.card_bytes});
         alice.next<IdentityChanged>();
         CHECK(alice.next<Problem>().text.find("changed once more") != std::string::npos);
         Bytes his_open;
@@ -5886,7 +5885,7 @@ TEST_CASE(
         alice.next<LoggedIn>();
         alice->post(Tell{"bob", "hello again"});
         server.receive<GetCard>();
-        server.send(CardOf{LoginId{2}, LoginKeys(test_key(0), "bob", 1999).card_bytes()});
+        server.send(CardOf{LoginId{2}, LoginKeys(test_key(0), "bob", 1999).card_bytes});
         CHECK(alice.next<Problem>().text.find("old key card of bob") != std::string::npos);
     }
 }
@@ -5910,7 +5909,7 @@ TEST_CASE("P5: a message to a login that has gone is sealed again for the new on
     std::uint32_t tag = 0;
     alice->post(Tell{"bob", "catch"});
     server.receive<GetCard>();
-    server.send(CardOf{LoginId{2}, bob.card_bytes()});
+    server.send(CardOf{LoginId{2}, bob.card_bytes});
     CHECK(read_as(bob, tag) == "catch");
     // bob leaves and is back before it could be delivered.
     LoginKeys bob_again(test_key(2), "bob", 2000);
@@ -5918,7 +5917,7 @@ TEST_CASE("P5: a message to a login that has gone is sealed again for the new on
     server.send(Joined{LoginId{3}, "bob"});
     server.send(Undelivered{LoginId{2}, tag, UndeliveredReason::gone});
     CHECK(server.receive<GetCard>().id == LoginId{3});
-    server.send(CardOf{LoginId{3}, bob_again.card_bytes()});
+    server.send(CardOf{LoginId{3}, bob_again.card_bytes});
     CHECK(read_as(bob_again, tag) == "catch");
     // Once only: then the sender is told.
     server.send(Left{LoginId{3}});
@@ -5930,7 +5929,7 @@ TEST_CASE("P5: a message to a login that has gone is sealed again for the new on
 TEST_CASE("P6: a room member who knows a text's key cannot make others read another text") {
     LoginKeys alice(test_key(0), "alice", 1), bob(test_key(1), "bob", 1),
         mallory(test_key(2), "mallory", 1);
-    CheckedCard alice_card(alice.card_bytes(), "alice"), bob_card(bob.card_bytes(), "bob");
+    CheckedCard alice_card(alice.card_bytes, "alice"), bob_card(bob.card_bytes, "bob");
     Bytes open;
     PairSender to_bob(alice, bob_card, open);
     OpenPayload parts = decode<OpenPayload>(ByteView(open).subspan(1), "an open");
@@ -6199,7 +6198,7 @@ class FakeHost : public FileHost {
         return connection;
     }
     LoginKeys me_{test_key(0), "me", 1}, peer_{test_key(1), "peer", 1};
-    CheckedCard them_{peer_.card_bytes(), "peer"};
+    CheckedCard them_{peer_.card_bytes, "peer"};
     std::mutex mutex_;  // guards woken_
     std::condition_variable changed_;
     bool woken_ = false;
@@ -8397,7 +8396,7 @@ class LightRoom {
         for (int i = first; i < first + count; ++i) {
             auto client = std::make_unique<LightClient>();
             client->user = bench_name(i);
-            client->card = LoginKeys(identity_, client->user, 1).card_bytes();
+            client->card = LoginKeys(identity_, client->user, 1).card_bytes;
             members.push_back(std::move(client));
         }
     }
