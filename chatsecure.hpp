@@ -605,18 +605,6 @@ std::optional<T> parse_number(std::string_view text) {
     return number;
 }
 
-// Now, as RFC 3339 writes it, in UTC: 2026-11-23T09:41:00Z
-inline std::string rfc3339_now() {
-    auto now = std::chrono::floor<std::chrono::seconds>(std::chrono::system_clock::now());
-    auto day = std::chrono::floor<std::chrono::days>(now);
-    std::chrono::year_month_day date(day);
-    std::chrono::hh_mm_ss time(now - day);
-    auto two = [](auto n) { return concat(n < 10 ? "0" : "", n); };
-    return concat(static_cast<int>(date.year()), "-", two(static_cast<unsigned>(date.month())), "-",
-                  two(static_cast<unsigned>(date.day())), "T", two(time.hours().count()), ":",
-                  two(time.minutes().count()), ":", two(time.seconds().count()), "Z");
-}
-
 // ---- Files that survive a crash -----------------------------------------------------------------
 //
 // Writing over a file is not atomic: a crash in the middle leaves half of the new one. So:
@@ -799,8 +787,7 @@ class DirectoryLock {
 //     thread's socket. We shut the connection DOWN (the waiting thread sees the end of the stream)
 //     and close it when nobody uses it any more.
 //
-// Nothing here is encrypted, and nothing here knows where a message ends. That is what the next
-// chapters are for.
+// Nothing here is encrypted, and nothing here knows where a message ends.
 
 // ---- What the system gives us -------------------------------------------------------------------
 
@@ -1492,8 +1479,7 @@ inline Secret<32> hkdf_expand(const Secret<32>& prk, std::string_view label) {
     return hmac_sha256(prk.view(), join(as_bytes(label), first_block));
 }
 
-// The construction of the chapter's introduction: both long-lived and ephemeral secret, bound to
-// the transcript.
+// The construction of the chapter's introduction.
 inline Secret<32> agree(ByteView transcript, const Secret<32>& oaep_secret,
                         const Secret<32>& ephemeral) {
     Secret<64> ikm;
@@ -1857,8 +1843,8 @@ class Nonce {
     std::array<std::uint8_t, 12> bytes_{};
 };
 
-// The cipher with one key, for one direction. It keeps one OpenSSL context for all messages: setting
-// up the key schedule is the expensive part, a new nonce is cheap.
+// The cipher with one key, for one direction. It keeps one OpenSSL context for all messages:
+// setting up the key schedule is the expensive part, a new nonce is cheap.
 class AesGcm {
   public:
     explicit AesGcm(const Secret<32>& key) : context_(::EVP_CIPHER_CTX_new()) {
@@ -2177,30 +2163,26 @@ struct ScramVerifier {
     }
     // Throws Error.
     static ScramVerifier parse(std::string_view text) {
-        auto take_until = [&](char end) {
-            std::size_t at = text.find(end);
-            if (at == text.npos)
-                throw Error(
-                    "The password entry is not of the form "
-                    "SCRAM-SHA-256$iterations:salt$StoredKey:ServerKey.");
-            std::string_view taken = text.substr(0, at);
-            text.remove_prefix(at + 1);
-            return taken;
-        };
+        const Error form(
+            "The password entry is not of the form "
+            "SCRAM-SHA-256$iterations:salt$StoredKey:ServerKey.");
+        std::string spaced(text);
+        for (char& c : spaced)
+            if (c == '$' || c == ':') c = ' ';
+        std::vector<std::string> parts = split_words(spaced);
+        if (parts.size() != 5 || parts[0] != "SCRAM-SHA-256") throw form;
         ScramVerifier verifier;
-        if (take_until('$') != "SCRAM-SHA-256")
-            throw Error("The password entry is not SCRAM-SHA-256.");
-        verifier.iterations = parse_number<std::uint32_t>(take_until(':')).value_or(0);
+        verifier.iterations = parse_number<std::uint32_t>(parts[1]).value_or(0);
         if (verifier.iterations < min_iterations || verifier.iterations > max_iterations)
             throw Error(concat("The password entry's iteration count is not between ",
                                min_iterations, " and ", max_iterations, "."));
-        verifier.salt = from_base64(take_until('$'));
-        Bytes stored = from_base64(take_until(':')), server = from_base64(text);
-        if (verifier.salt.empty() || verifier.salt.size() > 64 || stored.size() != 32 ||
-            server.size() != 32)
+        verifier.salt = from_base64(parts[2]);
+        Bytes stored = from_base64(parts[3]), server = from_base64(parts[4]);
+        if (verifier.salt.size() > 64 || stored.size() != 32 || server.size() != 32)
             throw Error("The password entry has a salt or a key of the wrong size.");
         verifier.stored_key = to_fixed<32>(stored);
         verifier.server_key = to_fixed<32>(server);
+        if (verifier.text() != text) throw form;  // one text for each value
         return verifier;
     }
 };
@@ -2406,8 +2388,7 @@ enum class LoginId : std::uint32_t {};
 // Each message below says its own. (The gaps are for those that will come.)
 enum class MessageType : std::uint8_t {};
 
-// Chat overtakes file data: each direction of a connection has two queues, and the bulk queue gets
-// a turn only when the interactive one is empty.
+// Chat overtakes file data: each direction of a connection has two queues (chapter 10).
 enum class Lane : std::uint8_t { interactive = 0, bulk = 1 };
 inline std::size_t index_of(Lane lane) { return lane == Lane::bulk ? 1 : 0; }  // in pairs of them
 
@@ -2842,8 +2823,8 @@ struct UnwrappedKey {
 
 namespace detail {
 
-// The lanes of one direction, sealing or opening, as index_of() counts them. `a` is the card hash of
-// the side that opens, `b` of the side that is opened to.
+// The lanes of one direction, sealing or opening, as index_of() counts them. `a` is the card hash
+// of the side that opens, `b` of the side that is opened to.
 template <class AnyLane>
 std::array<AnyLane, 2> pair_lanes(const Digest& a, const Digest& b, const Secret<32>& secret,
                                   const Secret<32>& x25519) {
@@ -5232,6 +5213,18 @@ class Connection {
 // <identity> is the user's public key (base64 of its SPKI, chapter 8), or - while unknown. The
 // server only keeps it for the record: whether an identity is to be trusted, the clients decide.
 
+// Now, as RFC 3339 writes it, in UTC: 2026-11-23T09:41:00Z
+inline std::string rfc3339_now() {
+    auto now = std::chrono::floor<std::chrono::seconds>(std::chrono::system_clock::now());
+    auto day = std::chrono::floor<std::chrono::days>(now);
+    std::chrono::year_month_day date(day);
+    std::chrono::hh_mm_ss time(now - day);
+    auto two = [](auto n) { return concat(n < 10 ? "0" : "", n); };
+    return concat(static_cast<int>(date.year()), "-", two(static_cast<unsigned>(date.month())), "-",
+                  two(static_cast<unsigned>(date.day())), "T", two(time.hours().count()), ":",
+                  two(time.minutes().count()), ":", two(time.seconds().count()), "Z");
+}
+
 struct Account {
     std::string user;
     ScramVerifier verifier;
@@ -5475,9 +5468,10 @@ using SessionPtr = std::shared_ptr<Session>;
 //
 // Announcements. A thousand who join one after the other must not be half a million small messages.
 // What there is to announce since the last time goes to everybody in one piece, at most once in
-// announce_every. Who has joined meanwhile knows the beginning of that piece from the roster, and gets the
-// rest: Session::told is where it begins. Nobody gets a message of a login that was not announced
-// to them, nor hears that a login is gone before its Left: list_for() and announce_now() see to it.
+// announce_every. Who has joined meanwhile knows the beginning of that piece from the roster, and
+// gets the rest: Session::told is where it begins. Nobody gets a message of a login that was not
+// announced to them, nor hears that a login is gone before its Left: list_for() and announce_now()
+// see to it.
 class Members {
   public:
     // `on_news` is called, under the lock, when there is something to announce.
@@ -6285,14 +6279,15 @@ class Server {
 // are taken from their queue only when no job waits, so messages leave in the order in which they
 // were written.
 //
-// A file that is on its way has a thread that reads or writes it (chapter 9). A sender's thread puts
-// its chunks into the outbox and sends like everybody else; everything else about a file is said
-// and decided in the engine's thread, which these threads only wake.
+// A file that is on its way has a thread that reads or writes it (chapter 9). A sender's thread
+// puts its chunks into the outbox and sends like everybody else; everything else about a file is
+// said and decided in the engine's thread, which these threads only wake.
 //
 // Locks. The Mailbox has one mutex, and front ends sleep on it until there is an event or room for
 // a command; the engine does not. Each outbox has one (chapter 10), each file's thread has one
-// (chapter 9), and what is sealed for one bulk lane is queued under one, so that it is queued in the
-// order of its numbers. That one is held while an Outbox's is taken; the others are taken alone.
+// (chapter 9), and what is sealed for one bulk lane is queued under one, so that it is queued in
+// the order of its numbers. That one is held while an Outbox's is taken; the others are taken
+// alone.
 //
 // When the connection is lost, the engine connects again, with growing pauses, until it succeeds or
 // is told to stop; commands wait meanwhile. A server that comes back with another key ends it.
@@ -6761,9 +6756,9 @@ struct Link {
     static constexpr std::size_t bulk_bound = std::size_t{4} << 20;
 };
 
-// From "not connected" to "logged in", as often as needed: connects, checks the server's key, proves
-// the password, shows the card. Keeps what lasts from one login to the next: the identity, the pins,
-// the salted password. The engine's thread uses it; everything in it blocks.
+// From "not connected" to "logged in", as often as needed: connects, checks the server's key,
+// proves the password, shows the card. Keeps what lasts from one login to the next: the identity,
+// the pins, the salted password. The engine's thread uses it; everything in it blocks.
 class Login {
   public:
     Login(const ClientOptions& options, std::string user, std::string server, Mailbox& mail)
