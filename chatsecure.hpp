@@ -2814,13 +2814,6 @@ class OpeningLane {
     std::uint64_t last_seq_ = 0;
 };
 
-// A wrapped key, opened.
-struct UnwrappedKey {
-    OpenedPayload::State state = OpenedPayload::State::damaged;
-    std::uint64_t lost = 0;
-    std::optional<Secret<32>> key;  // if it is good, and a key at all
-};
-
 namespace detail {
 
 // The lanes of one direction, sealing or opening, as index_of() counts them. `a` is the card hash
@@ -2889,13 +2882,9 @@ class PairReceiver {
         : lanes_(opened_by(me, from, encapsulated)) {}
 
     OpenedPayload open(Lane lane, ByteView sealed) { return lanes_[index_of(lane)].open(sealed); }
-    UnwrappedKey unwrap_key(const WrappedKey& wrapped, const Digest& sealed_text_hash) {
-        Secret<wrapped_key_bytes> opened{ByteView(wrapped)};  // wiped, as it will hold a key
-        OpenedPayload payload = lanes_[0].open_in_place(opened.span(), sealed_text_hash);
-        UnwrappedKey result{payload.state, payload.lost, std::nullopt};
-        if (payload.kind == Kind::room_key && payload.body.size() == 32)
-            result.key.emplace(payload.body);
-        return result;
+    // Opens in place: a room key (if its kind is that) lies in `wrapped`, which wipes it.
+    OpenedPayload unwrap_key(Secret<wrapped_key_bytes>& wrapped, const Digest& sealed_text_hash) {
+        return lanes_[0].open_in_place(wrapped.span(), sealed_text_hash);
     }
 
   private:
@@ -7355,19 +7344,19 @@ class Client final : private FileHost {
     }
 
     // True if what came is good and its sender is to be shown.
-    bool check_opened(const Peer& peer, OpenedPayload::State state, std::uint64_t lost) {
-        if (state == OpenedPayload::State::damaged)
+    bool check_opened(const Peer& peer, const OpenedPayload& opened) {
+        if (opened.state == OpenedPayload::State::damaged)
             emit(Problem{concat("A message from ", peer.user,
                                 " was changed on its way, and is not shown.")});
-        if (state == OpenedPayload::State::repeated)
+        if (opened.state == OpenedPayload::State::repeated)
             emit(Problem{concat("A message from ", peer.user, " came twice; once is shown.")});
-        if (state != OpenedPayload::State::good) return false;
-        if (lost > 0) emit(MessagesLost{peer.user, lost});
+        if (opened.state != OpenedPayload::State::good) return false;
+        if (opened.lost > 0) emit(MessagesLost{peer.user, opened.lost});
         return peer.standing == Peer::Standing::trusted;
     }
 
     void receive_sealed(const Peer& peer, OpenedPayload opened) {
-        if (!check_opened(peer, opened.state, opened.lost)) return;
+        if (!check_opened(peer, opened)) return;
         bool ignored = ignored_.contains(peer.user);
         switch (opened.kind) {
             case Kind::text:
@@ -7395,11 +7384,12 @@ class Client final : private FileHost {
         Peer* peer = link_->find(message.from);
         if (peer == nullptr) return;
         if (!peer->receiver) return tell_unopenable(*peer);
-        UnwrappedKey opened = peer->receiver->unwrap_key(message.wrapped_key, sha256(message.text));
-        if (!check_opened(*peer, opened.state, opened.lost) || ignored_.contains(peer->user) ||
-            !opened.key)
+        Secret<wrapped_key_bytes> wrapped{ByteView(message.wrapped_key)};
+        OpenedPayload opened = peer->receiver->unwrap_key(wrapped, sha256(message.text));
+        if (!check_opened(*peer, opened) || ignored_.contains(peer->user) ||
+            opened.kind != Kind::room_key || opened.body.size() != 32)
             return;
-        if (std::optional<std::string> text = open_room_text(message.text, *opened.key))
+        if (auto text = open_room_text(message.text, Secret<32>(opened.body)))
             emit(RoomMessage{peer->user, std::move(*text), false});
     }
 
