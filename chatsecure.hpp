@@ -6873,10 +6873,6 @@ class Login {
                    "whatever comes first."));
     }
 
-    template <class T>
-    void send(const T& message) {
-        link_->connection->send(message);
-    }
     // The next message of the server, unless that is the end of the attempt. Some refusals pass by
     // themselves: worth another try for somebody who was online already.
     Message next() {
@@ -6896,11 +6892,11 @@ class Login {
 
     void log_in() {
         ScramClient scram(user_, link_->channel_binding);
-        send(Scram{scram.first()});
+        link_->connection->send(Scram{scram.first()});
         std::string server_first = expect<Scram>().text;
         try {
             auto [salt, iterations] = scram.receive_challenge(server_first);
-            send(Scram{scram.final(salted_password(salt, iterations))});
+            link_->connection->send(Scram{scram.final(salted_password(salt, iterations))});
             scram.verify_server(expect<LoginDone>().server_final);
         } catch (const ProtocolError& e) {
             throw Halt(StopReason::server_distrusted, e.what());
@@ -6918,7 +6914,8 @@ class Login {
         ScramVerifier verifier =
             make_verifier(salted_password(salt, options_.iterations), salt, options_.iterations);
         RsaPrivateKey& identity = identity_ ? *identity_ : new_identity();
-        send(RegisterAccount{user_, verifier.text(), identity.public_key().der()});
+        link_->connection->send(
+            RegisterAccount{user_, verifier.text(), identity.public_key().der()});
         expect<Registered>();
         registering_ = false;
     }
@@ -6969,7 +6966,7 @@ class Login {
         std::uint64_t issued = pins_->next_issued(user_, identity_->public_key().fingerprint());
         pins_->save();
         link_->keys.emplace(*identity_, user_, issued);
-        send(PublishCard{link_->keys->card_bytes});
+        link_->connection->send(PublishCard{link_->keys->card_bytes});
     }
 
     void meet_everybody() {
@@ -7055,11 +7052,6 @@ class Client final : private FileHost {
     struct Job {
         Command command;
         bool again = false;  // it came back once already
-    };
-
-    struct SentPrivate {
-        std::uint32_t tag = 0;
-        Job job;
     };
 
     template <class What>
@@ -7501,8 +7493,8 @@ class Client final : private FileHost {
         push(Send{peer->id, Lane::interactive, tag,
                   peer->sender->seal(Lane::interactive, Kind::text, as_bytes(tell.text))});
         if (!job.again) emit(PrivateMessage{tell.user, tell.text, true});
-        sent_.push_back({tag, job});
-        if (sent_.size() > max_remembered) sent_.pop_front();
+        sent_.emplace(tag, job);
+        if (sent_.size() > max_remembered) sent_.erase(sent_.begin());
         return true;
     }
 
@@ -7511,8 +7503,7 @@ class Client final : private FileHost {
         if (FileTransfers::is_file_tag(message.tag))
             return files_->came_back(message.tag, message.reason);
         bool busy = message.reason == UndeliveredReason::busy;
-        auto found = std::find_if(sent_.begin(), sent_.end(),
-                                  [&](const SentPrivate& s) { return s.tag == message.tag; });
+        auto found = sent_.find(message.tag);
         if (found == sent_.end()) {
             Peer* peer = link_->find(message.to);
             if (!busy || peer == nullptr) return;
@@ -7523,7 +7514,7 @@ class Client final : private FileHost {
                 emit(NotDelivered{peer->user, "", "cannot keep up at the moment"});
             return;
         }
-        Job job = std::move(found->job);
+        Job job = std::move(found->second);
         sent_.erase(found);
         const Tell& tell = std::get<Tell>(job.command);
         if (busy)
@@ -7685,8 +7676,8 @@ class Client final : private FileHost {
     // The engine thread's own.
     detail::Login login_;
     std::unique_ptr<detail::Link> link_;
-    std::uint32_t last_tag_ = 0;  // of this connection, like the next two
-    std::deque<SentPrivate> sent_;
+    std::uint32_t last_tag_ = 0;         // of this connection, like the next two
+    std::map<std::uint32_t, Job> sent_;  // private messages, by tag: the last ones
     bool quit_sent_ = false;
     std::set<std::string> ignored_;
     std::map<std::string, Fingerprint> told_numbers_;  // whose key each SafetyNumber was of
