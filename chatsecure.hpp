@@ -254,10 +254,8 @@ class Secret {
     explicit Secret(ByteView from) : bytes_(to_fixed<N>(from)) {}
     Secret(Secret&& other) noexcept : bytes_(other.bytes_) { other.wipe(); }
     Secret& operator=(Secret&& other) noexcept {
-        if (this != &other) {
-            bytes_ = other.bytes_;
-            other.wipe();
-        }
+        bytes_ = other.bytes_;
+        if (this != &other) other.wipe();
         return *this;
     }
     Secret(const Secret&) = delete;
@@ -910,10 +908,8 @@ namespace detail {
 inline bool poll_until(std::span<PollEntry> entries, Clock::time_point deadline) {
     constexpr Milliseconds longest = std::chrono::hours(1);  // poll() counts in an int
     for (;;) {
-        Milliseconds left = longest;
-        if (deadline - Clock::now() < longest)
-            left =
-                std::max(Milliseconds(0), std::chrono::ceil<Milliseconds>(deadline - Clock::now()));
+        auto left = std::clamp(std::chrono::ceil<Milliseconds>(deadline - Clock::now()),
+                               Milliseconds(0), longest);
         int ready = poll_sockets(entries, static_cast<int>(left.count()));
         if (ready > 0) return true;
         if (ready < 0 && !interrupted(socket_error())) throw_socket_error("Cannot wait");
@@ -7040,7 +7036,6 @@ class Client final : private FileHost {
     void stop() noexcept { mail_.stop(); }
 
     const std::string& user() const { return user_; }
-    const std::string& server() const { return server_; }
 
   private:
     using Peer = detail::Peer;
