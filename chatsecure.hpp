@@ -2665,10 +2665,7 @@ enum class Kind : std::uint8_t {
     file_accept = 11,
     file_credit = 12,
     file_chunk = 13,
-    file_end = 14,
-    file_stored = 15,
-    file_withdraw = 16,
-    file_refuse = 17,
+    file_over = 14,
 };
 
 // ---- Cards --------------------------------------------------------------------------------------
@@ -3048,7 +3045,6 @@ class PinStore {
 // not fit into memory. It takes minutes, and meanwhile people want to chat. It arrives on a disk,
 // where it can do harm. And half of it is worthless, when the connection breaks near the end.
 //
-// The prototype of this program read the whole file, sent it, and wrote it wherever its name said.
 // This chapter moves files of any size in constant memory, some at a time, only to people who said
 // yes, and goes on where it was interrupted. A transfer, all of it sealed as in chapter 8, so that
 // the server does not even see that it is one:
@@ -3057,66 +3053,102 @@ class PinStore {
 //
 //      1. FileOffer(id, name, size, modified) -->     bob is asked; no byte moves before he answers
 //      2. <-- FileAccept(id, offset, SHA-256 of what he has already, credit)
-//      3. FileChunk(id, offset, bytes) -->            on the bulk lane, at most 60 KiB each
+//      3. FileChunk(id, offset, bytes) -->            on the bulk lane, 1 to 60 KiB each
 //         <-- FileCredit(id, credit)                  as bob's disk takes them
 //         FileChunk ... -->
-//      4. FileEnd(id) -->                             on the bulk lane, behind the last chunk
-//      5. <-- FileStored(id)                          it is on bob's disk, whole
+//      4. <-- FileOver(id, receiver, "")              it is on bob's disk, whole
 //
-//      At any time: FileWithdraw(id, reason) from alice, or FileRefuse(id, reason) from bob.
+//      At any time, from either side: FileOver(id, who says it, why), which ends it.
 //
-// Each step and its reason:
+// Each step, its reason, and what the other side checks. What is against a rule ends this transfer,
+// with a FileOver, and nothing else.
 //
-//   1. The offer has a number that grows with each offer of this login; everything else refers to
-//      it. What bob sees of the name is what he would get on his disk.
-//   2. The answer says how much bob has already from an earlier attempt, and its hash. If alice's
-//      file begins with the same bytes, she goes on behind them; if not, her first chunk has
-//      offset 0. (Bob tells nothing that alice did not send: a part belongs to its sender.)
+//   1. `id` counts this login's offers from 1, and grows; everything else refers to it. An id that
+//      is not larger than the one before is ignored. What bob sees of the name is what he would get
+//      on his disk.
+//   2. Once for each offer. The answer says how much bob has already from an earlier attempt (less
+//      than the whole, unless the file is empty), and its hash. If alice's file begins with the same
+//      bytes, her first chunk goes on behind them; if not, its offset is 0. (Bob tells nothing that
+//      alice did not send: what he has belongs to the identity that sent it.)
 //   3. CREDIT is the number of bytes that alice may send, counted from the beginning of this
-//      attempt. Bob raises it as his disk takes what came, so at most 4 MiB of all his transfers
-//      together are ever under way, in queues and buffers between the two disks. SSH and HTTP/2
-//      do the same and call it a window. Without it a fast sender fills the server's memory, or,
-//      if the server stops reading, her chat waits behind her file. A number that only grows needs
-//      no acknowledgement and is hard to get wrong: it is repeated or raised, never "added twice".
-//   4. Chunks come in order, and each says where it belongs. What does not fit (a gap, a repeat,
-//      more than offered, more than credited, before consent) ends this transfer and nothing else.
-//   5. Until then the file is called NAME.part. It is written, synced to the disk, and only then
-//      gets its name: NAME is whole or not there (P11).
+//      attempt. Each FileCredit is larger than the one before, and at most 4 MiB ahead of what she
+//      has sent. Bob raises it as his disk takes what came, so at most 4 MiB of all his transfers
+//      together are ever under way, in queues and buffers between the two disks. SSH and HTTP/2 do
+//      the same and call it a window. Without it a fast sender fills the server's memory, or, if
+//      the server stops reading, her chat waits behind her file. A number that only grows is hard
+//      to get wrong: it cannot be "added twice".
+//      Chunks come in order, and each says where it belongs: behind the last one, within the size
+//      that was offered and the credit. A gap means that something was lost. No chunk is empty, and
+//      chunks are not much smaller than 1 KiB on the average, because each costs bob memory.
+//   4. Until then the file has another name, which ends in .part. It is written, synced to the disk,
+//      and only then gets its name: NAME is whole or not there (P11).
 //
 // Where a received file may go is the other half of the chapter (P9). The name comes from another
 // person, and "../../.ssh/authorized_keys" is a name too. safe_file_name() leaves what can only be
 // a name; the file is created new (O_EXCL), never over another one and never through a link; a name
 // that is taken becomes "NAME (1)".
 //
-// Threads. Disks wait: a spun-down one for seconds, a network drive for ever. So each running
-// transfer has a thread of its own, and the engine of chapter 12 never touches a disk for it. The
-// rest, FileTransfers, is the engine's: it takes messages and commands one at a time, and looks at
-// its threads' reports when one of them has woken the engine.
+// A part is called NAME.<8 hexadecimal digits>.part. The digits are the beginning of a hash over who
+// sent it (the identity, not the name), what it was called and how large it was to become, so that
+// the next attempt finds it without a list that could be wrong, and nobody else's does.
+//
+// A transfer is a STATE MACHINE, the same for both sides. A machine that is not written down has
+// states that nobody thought of; this is all of it:
+//
+//      state        at the sender                          at the receiver
+//      -----------  -------------------------------------  ---------------------------------------
+//      queued       16 others to this person come first    the user has said yes; there is no place
+//      offered      FileOffer is sent                      FileOffer has come; the user is asked
+//      preparing    reads and hashes what they have        opens the part, hashes what is there
+//      moving       sends as far as the credit goes        writes what comes
+//      finishing    all is sent                            all is here: synced and renamed
+//      interrupted  the other one is out of reach, but     likewise
+//                   had said yes, or was not asked yet
+//
+//      event              sender                           receiver
+//      -----------------  -------------------------------  ---------------------------------------
+//      a place is free    queued -> offered: FileOffer     queued -> preparing
+//      the user: yes                                       offered -> queued; else "already"
+//      the user: no       over, in each state              over; finishing: "It is all here already"
+//      FileAccept         offered -> preparing; else !
+//      the disk is ready  preparing -> moving              preparing -> moving: FileAccept
+//                                                          (nothing missing: -> finishing)
+//      no room on it                                       preparing -> offered, if a person said
+//                                                          yes; else over
+//      FileCredit         preparing, moving: more; else !
+//      FileChunk                                           moving: written; the last: -> finishing
+//                                                          finishing: nothing; else !
+//      the disk has done  moving: more; all: -> finishing  moving: FileCredit
+//      it is published                                     finishing: stored, FileOver ""
+//      FileOver ""        all handed out: stored; else !   over
+//      FileOver why       over                             over; finishing: nothing
+//      a message is lost  over                             over; finishing: nothing
+//      the disk fails     over                             over
+//      the other is gone  queued, or accepted ever:        offered: over; finishing: nothing
+//                         -> interrupted; else over        else -> interrupted
+//      and back           interrupted -> queued            (the same offer) interrupted -> queued
+//      a long time        not queued, preparing: over      moving, if they are to blame, or
+//                                                          interrupted: over
+//
+//      !: against the rules, so over. What cannot happen to a side is ignored. "over" means that
+//      the other side gets a FileOver (if it is in reach) and the user a sentence, and that the
+//      transfer is forgotten.
+//
+// Threads. Disks wait: a spun-down one for seconds, a network drive for ever. So the machine itself,
+// FileTransfers, does no input or output. It takes messages, commands, the disk's answers and the
+// time; it gives messages, events and requests to the disk. Each running transfer has a WORKER, a
+// thread that does these requests in their order and posts the answers to the engine (chapter 12).
 //
 // What it does not protect against: what is in the file. Being asked is not being safe.
+
+inline std::string readable_size(std::uint64_t bytes);  // chapter 13
 
 // ---- What the two sides say to each other -------------------------------------------------------
 
 inline constexpr std::size_t file_chunk_bytes = 60 * 1024;  // with everything around it: one record
 inline constexpr std::uint64_t credit_total = 4 << 20;      // of one receiver, for all transfers
 inline constexpr std::uint64_t credit_floor = 64 * 1024;    // that each transfer can count on
-inline constexpr std::size_t max_files_receiving = 16;      // at the same time
-
-// Why a transfer ended before its end.
-enum class FileReason : std::uint8_t {
-    declined = 1,
-    cancelled = 2,
-    expired = 3,       // nobody answered
-    too_many = 4,      // offers, or files at the same time
-    too_large = 5,     // for one who accepts automatically
-    file_changed = 6,  // while it was being sent
-    unreadable = 7,    // the sender's disk fails
-    disk_full = 8,     // the receiver's
-    not_writable = 9,  // likewise
-    broke_protocol = 10,
-    lost = 11,     // something did not arrive: worth another offer
-    stalled = 12,  // nothing has moved for a long time
-};
+inline constexpr std::size_t max_files_receiving = 16;      // at the same time; others are queued
 
 struct FileOffer {
     static constexpr Kind kind = Kind::file_offer;
@@ -3147,65 +3179,26 @@ struct FileChunk {
     ByteView bytes;
     static void fields(auto& self, auto& io) { io(self.id, self.offset, self.bytes); }
 };
-struct FileEnd {
-    static constexpr Kind kind = Kind::file_end;
+// Both sides count their own offers, so it says whether it comes from the one who sends the file.
+// `why` goes on where "bob" stops: "declined it". Empty, from the receiver: stored.
+struct FileOver {
+    static constexpr Kind kind = Kind::file_over;
     std::uint32_t id = 0;
-    static void fields(auto& self, auto& io) { io(self.id); }
+    std::uint8_t by_sender = 0;
+    std::string why;
+    static void fields(auto& self, auto& io) { io(self.id, self.by_sender, self.why); }
 };
-struct FileStored {
-    static constexpr Kind kind = Kind::file_stored;
-    std::uint32_t id = 0;
-    static void fields(auto& self, auto& io) { io(self.id); }
-};
-struct FileWithdraw {
-    static constexpr Kind kind = Kind::file_withdraw;
-    std::uint32_t id = 0;
-    FileReason reason{};
-    static void fields(auto& self, auto& io) { io(self.id, self.reason); }
-};
-struct FileRefuse {
-    static constexpr Kind kind = Kind::file_refuse;
-    std::uint32_t id = 0;
-    FileReason reason{};
-    static void fields(auto& self, auto& io) { io(self.id, self.reason); }
-};
+inline constexpr std::size_t max_why_bytes = 200;  // of it that are shown
 
-// A transfer that cannot go on, as this side says it to its user, and the reason for the other.
+// A transfer that cannot go on, as this side says it to its user, and as the other side hears it.
 struct FileError : Error {
-    FileReason reason;
-    FileError(FileReason why, const std::string& sentence) : Error(sentence), reason(why) {}
+    std::string why;
+    FileError(const std::string& sentence, std::string_view for_the_other)
+        : Error(sentence), why(for_the_other) {}
 };
-
-// What a reason from the other side means for us: "bob ...".
-inline std::string_view meaning_of(FileReason reason) {
-    switch (reason) {
-        case FileReason::declined:
-            return "declined it";
-        case FileReason::cancelled:
-            return "cancelled it";
-        case FileReason::expired:
-            return "withdrew it, because nobody answered";
-        case FileReason::too_many:
-            return "takes no more files at the moment";
-        case FileReason::too_large:
-            return "takes no file of this size";
-        case FileReason::file_changed:
-            return "stopped: the file changed while it was being sent";
-        case FileReason::unreadable:
-            return "stopped: the file cannot be read any more";
-        case FileReason::disk_full:
-            return "stopped: the disk there is full";
-        case FileReason::not_writable:
-            return "stopped: the file cannot be written there";
-        case FileReason::broke_protocol:
-            return "stopped, because of a message from here that was out of order";
-        case FileReason::lost:
-            return "missed a part of it";
-        case FileReason::stalled:
-            return "stopped: nothing has moved for a long time";
-    }
-    return "stopped";
-}
+struct NoRoom : FileError {  // before anything was written
+    using FileError::FileError;
+};
 
 // ---- Names --------------------------------------------------------------------------------------
 
@@ -3289,6 +3282,7 @@ inline int open_part(const std::filesystem::path& path, bool create);  // true: 
 inline bool attributes_of(int file, FileAttributes& attributes);
 inline std::ptrdiff_t read_some_at(int file, ByteSpan into, std::uint64_t offset);
 inline std::ptrdiff_t write_some_at(int file, ByteView bytes, std::uint64_t offset);
+inline bool truncate_file(int file, std::uint64_t size);
 inline bool lock_file(int file);  // false only if somebody else has it
 inline void set_modified(int file, std::uint64_t nanoseconds);
 // Gives a file another name, unless something has that name (then errno is EEXIST).
@@ -3385,144 +3379,136 @@ class SourceFile {
     std::uint64_t size() const { return attributes_.size; }
     std::uint64_t modified() const { return attributes_.modified; }
 
-    // Fills `into`. Throws FileError if the file has changed or does not let itself be read.
+    // Fills `into`. Throws FileError if the file has changed or does not let itself be read. (So the
+    // last chunk is not sent of a file that changed while it was being read.)
     void read(std::uint64_t offset, ByteSpan into) const {
         std::optional<std::size_t> got = file_.read_at(offset, into);
         if (!got)
-            throw FileError(FileReason::unreadable,
-                            concat("Cannot read ", path_.string(), ": ", system_reason(), "."));
-        require_unchanged();
-        if (*got != into.size()) throw changed();
-    }
-    void require_unchanged() const {
+            throw FileError(concat("Cannot read ", path_.string(), ": ", system_reason(), "."),
+                            "stopped: the file cannot be read any more");
         detail::FileAttributes now;
-        if (!detail::attributes_of(file_.handle(), now) || now != attributes_) throw changed();
+        if (!detail::attributes_of(file_.handle(), now) || now != attributes_ ||
+            *got != into.size())
+            throw FileError(
+                concat(path_.string(),
+                       " changed while it was being sent. Offer it again when it is finished."),
+                "stopped: the file changed while it was being sent");
     }
+    // Nothing if it cannot be read, or `stop`.
     std::optional<Digest> hash_of_beginning(std::uint64_t size,
                                             const std::atomic<bool>& stop) const {
         return detail::hash_of_beginning(file_, size, stop);
     }
 
   private:
-    FileError changed() const {
-        return {FileReason::file_changed,
-                concat(path_.string(),
-                       " changed while it was being sent. Offer it again when it is finished.")};
-    }
     std::filesystem::path path_;
     detail::File file_;
     detail::FileAttributes attributes_;
 };
 
-// A file that is being received: NAME.part in a directory, later NAME. If nothing has come when it
-// is destroyed, nothing stays.
+// A file that is being received: a part, and later the file. If nothing has come when it is
+// destroyed, nothing stays.
 class PartFile {
   public:
-    // A new, empty one, under the first free name: NAME, NAME (1), ... Makes the directory when
+    // What an earlier attempt has left under this name in the directory, if that is smaller than
+    // `size`, or else a new, empty one. A name that something else has (a link, a directory, the
+    // part of a transfer that is still running) becomes "NAME (1)". Makes the directory when
     // needed. Throws FileError.
-    static PartFile create(const std::filesystem::path& directory, const std::string& name) {
+    PartFile(const std::filesystem::path& directory, const std::string& name, std::uint64_t size) {
         std::error_code failure;
         std::filesystem::create_directories(directory, failure);
         if (failure)
-            throw FileError(FileReason::not_writable,
-                            concat("Cannot create the folder ", directory.string(), ": ",
-                                   failure.message(), "."));
+            throw FileError(concat("Cannot create the folder ", directory.string(), ": ",
+                                   failure.message(), "."),
+                            cannot_write_there);
         for (unsigned number = 0; number < max_numbers; ++number) {
-            std::filesystem::path target = directory / numbered_name(name, number);
-            if (is_there(target)) continue;
-            std::filesystem::path part = target;
-            part += ".part";
-            detail::File file(detail::open_part(part, true));
-            if (file.is_open() && detail::lock_file(file.handle()))
-                return PartFile(std::move(file), part, 0);
-            if (errno != EEXIST) throw cannot_write(part);
+            path_ = directory / (numbered_name(name, number) + ".part");
+            if (open_earlier(size) || open_new()) return;
+            if (errno != EEXIST) throw cannot_write(path_);
         }
-        throw FileError(FileReason::not_writable, concat("There are too many files named ", name,
-                                                         " in ", directory.string(), "."));
+        throw too_many(name, directory);
     }
-    // What an interrupted transfer has left; nothing if it is not there any more, or is something
-    // else (a link, a directory), or in use.
-    static std::optional<PartFile> reopen(const std::filesystem::path& part,
-                                          std::uint64_t largest) {
-        detail::File file(detail::open_part(part, false));
-        detail::FileAttributes attributes;
-        if (!file.is_open() || !detail::attributes_of(file.handle(), attributes) ||
-            !attributes.regular || attributes.size > largest || !detail::lock_file(file.handle()))
-            return std::nullopt;
-        return PartFile(std::move(file), part, attributes.size);
-    }
-
-    PartFile(PartFile&&) = default;
-    PartFile& operator=(PartFile other) noexcept {
-        std::swap(file_, other.file_);
-        std::swap(part_, other.part_);
-        std::swap(size_, other.size_);
-        std::swap(published_, other.published_);
-        return *this;
-    }
+    PartFile(const PartFile&) = delete;
+    PartFile& operator=(const PartFile&) = delete;
     ~PartFile() {
         std::error_code ignored;  // then it stays, empty
-        if (file_.is_open() && size_ == 0 && !published_) std::filesystem::remove(part_, ignored);
+        if (file_.is_open() && size_ == 0 && !published_) std::filesystem::remove(path_, ignored);
     }
 
     std::uint64_t size() const { return size_; }
-    const std::filesystem::path& path() const { return part_; }
+    const std::filesystem::path& path() const { return path_; }
+    // Nothing if it cannot be read, or `stop`.
     std::optional<Digest> hash(const std::atomic<bool>& stop) const {
         return detail::hash_of_beginning(file_, size_, stop);
     }
 
-    // Throws FileError; what is there stays.
+    // All three throw FileError; what is there stays.
     void append(ByteView bytes) {
-        if (!file_.write_at(size_, bytes)) throw cannot_write(part_);
+        if (!file_.write_at(size_, bytes)) throw cannot_write(path_);
         size_ += bytes.size();
     }
-    void sync() const {
-        if (detail::sync_file(file_.handle()) != 0) throw cannot_write(part_);
+    void clear() {  // it was the beginning of another file
+        if (!detail::truncate_file(file_.handle(), 0)) throw cannot_write(path_);
+        size_ = 0;
     }
-    // It is complete: syncs it to the disk and gives it its name, or the next free one. Returns
-    // that path. Blocks as long as the disk needs.
-    std::filesystem::path publish(std::uint64_t modified) {
+    // It is complete: syncs it to the disk and gives it its name in its folder, or the next free
+    // one. Returns that path. Blocks as long as the disk needs.
+    std::filesystem::path publish(const std::string& name, std::uint64_t modified) {
         if (modified != 0) detail::set_modified(file_.handle(), modified);
-        sync();
-        std::filesystem::path target = part_;
-        target.replace_extension();  // without ".part"
-        std::string name = target.filename().string();
-        for (unsigned number = 1; detail::rename_to_free(part_, target) != 0; ++number) {
-            if (errno != EEXIST || number == max_numbers) throw cannot_write(target);
+        if (detail::sync_file(file_.handle()) != 0) throw cannot_write(path_);
+        for (unsigned number = 0; number < max_numbers; ++number) {
+            std::filesystem::path target = path_;
             target.replace_filename(numbered_name(name, number));
+            if (detail::rename_to_free(path_, target) == 0) {
+                published_ = true;
+                detail::sync_directory(detail::directory_of(target));
+                return target;
+            }
+            if (errno != EEXIST) throw cannot_write(target);
         }
-        published_ = true;
-        detail::sync_directory(detail::directory_of(target));
-        return target;
+        throw too_many(name, path_.parent_path());
     }
 
   private:
     static constexpr unsigned max_numbers = 10'000;
-    PartFile(detail::File file, std::filesystem::path part, std::uint64_t size)
-        : file_(std::move(file)), part_(std::move(part)), size_(size) {}
+    static constexpr const char* cannot_write_there = "stopped: the file cannot be written there";
 
-    static bool is_there(const std::filesystem::path& path) {
-        std::error_code ignored;
-        return std::filesystem::exists(std::filesystem::symlink_status(path, ignored));
+    bool open_earlier(std::uint64_t size) {
+        file_ = detail::File(detail::open_part(path_, false));
+        detail::FileAttributes there;
+        if (!file_.is_open() || !detail::attributes_of(file_.handle(), there) || !there.regular ||
+            there.size > size || !detail::lock_file(file_.handle()))
+            return false;
+        size_ = there.size;
+        // At least one byte is always sent, so that its sender can say that it is the right one.
+        if (size_ == size && size > 0 && detail::truncate_file(file_.handle(), --size_))
+            return true;
+        return size_ == size ? size == 0 : true;
+    }
+    bool open_new() {
+        file_ = detail::File(detail::open_part(path_, true));
+        return file_.is_open() && detail::lock_file(file_.handle());
     }
     static FileError cannot_write(const std::filesystem::path& path) {
         bool full = detail::is_disk_full(errno);
-        return {
-            full ? FileReason::disk_full : FileReason::not_writable,
-            concat("Cannot write ", path.string(), ": ", system_reason(), ".",
-                   full ? " What came so far is kept: make room and have it offered again." : "")};
+        return {concat("Cannot write ", path.string(), ": ", system_reason(), "."),
+                full ? "stopped: the disk there is full" : cannot_write_there};
+    }
+    static FileError too_many(const std::string& name, const std::filesystem::path& directory) {
+        return {concat("There are too many files named ", name, " in ", directory.string(), "."),
+                cannot_write_there};
     }
 
-    detail::File file_;
-    std::filesystem::path part_;
-    std::uint64_t size_;
+    detail::File file_{-1};
+    std::filesystem::path path_;
+    std::uint64_t size_ = 0;
     bool published_ = false;
 };
 
-// ---- The two ends of a running transfer: a thread each ------------------------------------------
+// ---- Requests to the disk, and its answers ------------------------------------------------------
 
-// How the thread of a running transfer sends: over the bulk lane to one login. (Chapter 12 has the
-// real one.) The threads of several transfers share it.
+// How a worker sends: over the bulk lane to one login. (Chapter 12 has the real one.) The workers of
+// several transfers share it.
 class BulkLane {
   public:
     virtual ~BulkLane() = default;
@@ -3532,328 +3518,219 @@ class BulkLane {
     virtual Bytes begin(std::uint32_t tag, Kind kind) = 0;
     // Seals and queues it. Blocks while enough is queued. False if the connection is over.
     virtual bool finish(Bytes message) = 0;
-
-    template <class T>
-    bool send(std::uint32_t tag, const T& message) {
-        Bytes bytes = begin(tag, T::kind);
-        encode_to(bytes, message);
-        return finish(std::move(bytes));
-    }
 };
 
-// Reads a file and sends it, as far as the credit goes.
-class FileSender {
-  public:
-    struct Report {
-        std::optional<std::uint64_t> begun_at;  // the first chunk's offset, once that is known
-        std::uint64_t offset = 0;               // sent so far
-        std::uint64_t sent = 0;                 // in this attempt
-        bool all_sent = false;                  // FileEnd too
-        std::optional<FileError> failure;
-        bool ended = false;  // the thread does nothing more
-    };
+// One attempt at a transfer, for the worker that carries it out.
+struct FileAttempt {
+    unsigned number = 0;  // never used again
+    // At the sender:
+    std::shared_ptr<const SourceFile> source{};
+    std::shared_ptr<BulkLane> lane{};
+    std::uint32_t tag = 0, id = 0;
+    // At the receiver:
+    std::filesystem::path directory{};
+    std::string part_name{}, name{};
+    std::uint64_t size = 0, modified = 0;
+};
+struct DiskRequest {
+    enum class Task { hash, send, prepare, write, publish } task{};
+    std::uint64_t offset = 0;  // send: from here; write: to here
+    std::uint64_t size = 0;    // hash: of the first so many bytes; send: so many
+    Bytes buffer{};            // write: these bytes, or those of them that are in
+    ByteView bytes{};
+};
+struct DiskAnswer {
+    unsigned attempt = 0;
+    enum class What { ready, done, published, no_room, failed, ended } what{};
+    std::uint64_t bytes = 0;  // ready: so many are there; done: so many more are sent or written
+    std::uint64_t chunks = 0;
+    Digest hash{};                  // ready: of what is there
+    std::filesystem::path path{};   // ready, failed: the part, if it is there; published: the file
+    std::string sentence{}, why{};  // failed: as in FileError
+};
 
-    // `wake` is called from the thread when there is something new in the report.
-    FileSender(std::shared_ptr<const SourceFile> file, FileAccept accepted,
-               std::shared_ptr<BulkLane> lane, std::uint32_t tag, std::function<void()> wake)
-        : file_(std::move(file)),
-          accepted_(accepted),
-          lane_(std::move(lane)),
-          tag_(tag),
-          wake_(std::move(wake)),
-          credit_(accepted.credit),
-          thread_([this] { run(); }) {}
-    ~FileSender() {
-        stop();
+// The thread of one attempt: does what is asked of the disk, in its order.
+class FileWorker {
+  public:
+    // `post` is called from the thread with each answer; the last one is `ended`. Throws
+    // std::system_error if there is no thread for it.
+    FileWorker(FileAttempt attempt, std::function<void(DiskAnswer)> post)
+        : attempt_(std::move(attempt)), post_(std::move(post)), thread_([this] { run(); }) {}
+    ~FileWorker() {
+        stop(false);
         thread_.join();
     }
-    FileSender(const FileSender&) = delete;
-    FileSender& operator=(const FileSender&) = delete;
+    FileWorker(const FileWorker&) = delete;
+    FileWorker& operator=(const FileWorker&) = delete;
 
-    Report report() const {
-        std::lock_guard lock(mutex_);
-        return report_;
-    }
-    void allow(std::uint64_t credit) {
+    // Does not block.
+    void ask(DiskRequest request) {
         {
             std::lock_guard lock(mutex_);
-            credit_ = credit;
+            requests_.push_back(std::move(request));
         }
         changed_.notify_one();
     }
-    // The thread ends soon. Does not wait for it.
-    void stop() noexcept {
+    // There will be no more requests. Those that wait are still done, if what came is to be kept as
+    // far as possible; or dropped, so that they hold no memory while a disk hangs. Does not block.
+    void stop(bool drop) noexcept {
         {
             std::lock_guard lock(mutex_);
             stopping_ = true;
+            if (drop) requests_.clear();
         }
         changed_.notify_one();
     }
 
   private:
-    void run() noexcept {
-        std::optional<FileError> failure;
-        try {
-            send_all();
-        } catch (const FileError& e) {
-            failure = e;
-        } catch (const std::exception& e) {
-            failure.emplace(FileReason::unreadable, e.what());
-        }
-        {
-            std::lock_guard lock(mutex_);
-            report_.failure = std::move(failure);
-            report_.ended = true;
-        }
-        wake_();
-    }
+    using What = DiskAnswer::What;
 
-    void send_all() {
-        std::uint64_t offset = accepted_.offset;
-        if (offset > 0 && file_->hash_of_beginning(offset, stopping_) != accepted_.held) offset = 0;
-        note_begin(offset);
-        while (offset < file_->size()) {
-            std::size_t size = take_credit(file_->size() - offset);
-            if (size == 0) return;  // to stop
-            Bytes message = lane_->begin(tag_, FileChunk::kind);
-            append_fields(message, accepted_.id, offset, static_cast<std::uint32_t>(size));
+    void run() noexcept {
+        try {
+            while (std::optional<DiskRequest> request = next()) execute(*request);
+        } catch (const NoRoom& e) {
+            post({.what = What::no_room, .sentence = e.what(), .why = e.why});
+        } catch (const FileError& e) {
+            post_failure(e.what(), e.why);
+        } catch (const std::exception& e) {
+            post_failure(e.what(), "stopped");
+        }
+        part_.reset();
+        attempt_.lane.reset();
+        post({.what = What::ended});
+    }
+    std::optional<DiskRequest> next() {
+        std::unique_lock lock(mutex_);
+        changed_.wait(lock, [&] { return stopping_ || !requests_.empty(); });
+        if (requests_.empty()) return std::nullopt;
+        DiskRequest request = std::move(requests_.front());
+        requests_.pop_front();
+        return request;
+    }
+    void execute(const DiskRequest& request) {
+        switch (request.task) {
+            case DiskRequest::Task::hash: {
+                auto hash = attempt_.source->hash_of_beginning(request.size, stopping_);
+                return post({.what = What::ready, .hash = hash.value_or(Digest{})});
+            }
+            case DiskRequest::Task::send:
+                return send(request.offset, request.offset + request.size);
+            case DiskRequest::Task::prepare:
+                return prepare();
+            case DiskRequest::Task::write:
+                if (request.offset == 0 && part_->size() > 0) part_->clear();  // another file
+                part_->append(request.bytes);
+                return note_done(request.bytes.size());
+            case DiskRequest::Task::publish:
+                return post({.what = What::published,
+                             .path = part_->publish(attempt_.name, attempt_.modified)});
+        }
+    }
+    void send(std::uint64_t at, std::uint64_t end) {
+        while (at < end && !stopping_) {
+            auto size =
+                static_cast<std::size_t>(std::min<std::uint64_t>(end - at, file_chunk_bytes));
+            Bytes message = attempt_.lane->begin(attempt_.tag, FileChunk::kind);
+            append_fields(message, attempt_.id, at, static_cast<std::uint32_t>(size));
             message.resize(message.size() + size);
-            file_->read(offset, ByteSpan(message).last(size));
-            if (!lane_->finish(std::move(message))) return;
-            offset += size;
-            note_progress(offset);
+            attempt_.source->read(at, ByteSpan(message).last(size));
+            if (!attempt_.lane->finish(std::move(message))) return;  // the engine hears of it
+            at += size;
+            note_done(size);
         }
-        file_->require_unchanged();
-        {
-            std::lock_guard lock(mutex_);
-            report_.all_sent = true;  // first: the answer may be here before send() returns
-        }
-        lane_->send(tag_, FileEnd{accepted_.id});
+    }
+    void prepare() {
+        part_.emplace(attempt_.directory, attempt_.part_name, attempt_.size);
+        std::uint64_t room = detail::free_space(attempt_.directory);
+        if (room < attempt_.size - part_->size())
+            throw NoRoom(concat("The disk of ", attempt_.directory.string(), " has room for ",
+                                readable_size(room), ", and ", attempt_.name, " has ",
+                                readable_size(attempt_.size), "."),
+                         "stopped: the disk there is full");
+        std::optional<Digest> hash = part_->hash(stopping_);
+        if (stopping_) return;      // interrupted or cancelled meanwhile: what is there stays
+        if (!hash) part_->clear();  // it cannot be read
+        post({.what = What::ready,
+              .bytes = part_->size(),
+              .hash = hash ? *hash : sha256(),
+              .path = part_->path()});
     }
 
-    void note_begin(std::uint64_t offset) {
-        {
-            std::lock_guard lock(mutex_);
-            report_.begun_at = report_.offset = offset;
-        }
-        wake_();
-    }
-    void note_progress(std::uint64_t offset) {
-        bool tell = false;
-        {
-            std::lock_guard lock(mutex_);
-            tell = offset / tell_every != report_.offset / tell_every;
-            report_.offset = offset;
-        }
-        if (tell) wake_();
-    }
-    // Waits for credit, and takes up to a chunk's worth of it. 0: stop.
-    std::size_t take_credit(std::uint64_t wanted) {
+    // What was sent or written is told when it is much, or all for now.
+    void note_done(std::size_t bytes) {
+        done_.bytes += bytes;
+        ++done_.chunks;
         std::unique_lock lock(mutex_);
-        changed_.wait(lock, [&] { return stopping_ || report_.sent < credit_; });
-        if (stopping_) return 0;
-        std::uint64_t taken =
-            std::min({wanted, credit_ - report_.sent, std::uint64_t{file_chunk_bytes}});
-        report_.sent += taken;
-        return static_cast<std::size_t>(taken);
+        bool tell = done_.bytes >= tell_every || requests_.empty();
+        lock.unlock();
+        if (tell) post(std::exchange(done_, {.what = What::done}));
     }
-
-    static constexpr std::uint64_t tell_every = 1 << 20;
-    const std::shared_ptr<const SourceFile> file_;
-    const FileAccept accepted_;
-    const std::shared_ptr<BulkLane> lane_;
-    const std::uint32_t tag_;
-    const std::function<void()> wake_;
-    std::atomic<bool> stopping_ = false;
-    mutable std::mutex mutex_;  // guards the rest
-    std::condition_variable changed_;
-    std::uint64_t credit_;
-    Report report_;
-    std::thread thread_;  // last: everything above exists when it starts; joined by ~FileSender
-};
-
-// Writes what arrives into a PartFile, and makes it a whole file at the end.
-class FileReceiver {
-  public:
-    struct Plan {
-        std::filesystem::path directory;
-        std::string name;
-        std::filesystem::path part;  // of an earlier attempt, or empty
-        std::uint64_t size = 0;
-        std::uint64_t modified = 0;
-    };
-    struct Report {
-        enum class State { preparing, ready, stored, failed, stopped } state = State::preparing;
-        std::uint64_t held = 0;      // from ready on: what is there from earlier
-        Digest held_hash{};          // of that
-        std::filesystem::path part;  // from ready on
-        std::filesystem::path path;  // when stored: the file
-        std::uint64_t written = 0;   // in this attempt
-        std::uint64_t chunks = 0;    // in so many chunks
-        FileReason reason{};         // when failed
-        std::string sentence;        // when failed
-        bool ended = false;          // the thread does nothing more
-    };
-
-    // Begins to prepare: looks at what there is from earlier, or makes a new part. `before` is the
-    // earlier attempt on the same file, which may still be writing.
-    FileReceiver(Plan plan, std::unique_ptr<FileReceiver> before, std::function<void()> wake)
-        : plan_(std::move(plan)),
-          wake_(std::move(wake)),
-          before_(std::move(before)),
-          thread_([this] { run(); }) {}
-    ~FileReceiver() {
-        stop(Waiting::is_written);
-        if (thread_.joinable()) thread_.join();
+    void post_failure(const std::string& sentence, const std::string& why) {
+        if (done_.bytes > 0) post(std::exchange(done_, {.what = What::done}));
+        std::error_code failure;  // somebody may have tidied up
+        bool there = part_ && part_->size() > 0 && std::filesystem::exists(part_->path(), failure);
+        post({.what = What::failed,
+              .path = there ? part_->path() : std::filesystem::path(),
+              .sentence = sentence,
+              .why = why});
     }
-    FileReceiver(const FileReceiver&) = delete;
-    FileReceiver& operator=(const FileReceiver&) = delete;
-
-    Report report() const {
-        std::lock_guard lock(mutex_);
-        return report_;
-    }
-    // The next chunk; `bytes` lie in `owner`. What is queued is bounded by the credit.
-    void add(std::uint64_t offset, Bytes owner, ByteView bytes) {
-        put({offset, std::move(owner), bytes, false});
-    }
-    void finish() { put({0, {}, {}, true}); }
-    // The thread ends, and the part stays a part. Does not wait. False, and nothing happens, if the
-    // file is getting its name already. What waits for the disk is still written if it can be
-    // expected to go on soon; else it is dropped, so that it holds no memory while a disk hangs.
-    enum class Waiting { is_written, is_dropped };
-    bool stop(Waiting waiting) noexcept {
-        {
-            std::lock_guard lock(mutex_);
-            if (publishing_) return false;
-            stopping_ = true;
-            if (waiting == Waiting::is_dropped) pieces_.clear();
-        }
-        changed_.notify_one();
-        return true;
-    }
-
-  private:
-    struct Piece {
-        std::uint64_t offset = 0;
-        Bytes owner;
-        ByteView bytes;
-        bool last = false;
-    };
-
-    void put(Piece piece) {
-        {
-            std::lock_guard lock(mutex_);
-            pieces_.push_back(std::move(piece));
-        }
-        changed_.notify_one();
-    }
-
-    void run() noexcept {
-        Report end;
-        try {
-            end = receive();
-        } catch (const FileError& e) {
-            end.state = Report::State::failed;
-            end.reason = e.reason;
-            end.sentence = e.what();
-        } catch (const std::exception& e) {
-            end.state = Report::State::failed;
-            end.reason = FileReason::not_writable;
-            end.sentence = e.what();
-        }
-        {
-            std::lock_guard lock(mutex_);
-            end.part = report_.part;
-            end.written = report_.written;
-            end.chunks = report_.chunks;
-            end.held = report_.held;
-            end.ended = true;
-            report_ = std::move(end);
-        }
-        wake_();
-    }
-
-    Report receive() {
-        if (before_) {  // wait for its end: until then it writes
-            before_->thread_.join();
-            if (!before_->report_.part.empty()) plan_.part = before_->report_.part;
-            before_.reset();
-        }
-        Report end;
-        PartFile part = prepare();
-        for (bool first = true; std::optional<Piece> piece = next(); first = false) {
-            if (piece->last) {
-                end.path = part.publish(plan_.modified);
-                end.state = Report::State::stored;
-                return end;
-            }
-            if (first && piece->offset == 0 && part.size() > 0) {  // another file of this name
-                part = PartFile::create(plan_.directory, plan_.name);
-                note_part(part.path());
-            }
-            part.append(piece->bytes);
-            note_written(piece->bytes.size());
-        }
-        part.sync();
-        end.state = Report::State::stopped;
-        return end;
-    }
-
-    PartFile prepare() {
-        std::optional<PartFile> earlier;
-        std::optional<Digest> hash;
-        if (!plan_.part.empty()) earlier = PartFile::reopen(plan_.part, plan_.size);
-        if (earlier) hash = earlier->hash(stopping_);
-        PartFile part = hash ? std::move(*earlier) : PartFile::create(plan_.directory, plan_.name);
-        {
-            std::lock_guard lock(mutex_);
-            report_.held = part.size();
-            report_.held_hash = hash ? *hash : sha256();
-            report_.part = part.path();
-            report_.state = Report::State::ready;
-        }
-        wake_();
-        return part;
-    }
-
-    // Waits. Nothing: stop, and everything that arrived was handed out.
-    std::optional<Piece> next() {
-        std::unique_lock lock(mutex_);
-        changed_.wait(lock, [&] { return stopping_ || !pieces_.empty(); });
-        if (pieces_.empty() || (stopping_ && pieces_.front().last)) return std::nullopt;
-        Piece piece = std::move(pieces_.front());
-        pieces_.pop_front();
-        publishing_ = piece.last;
-        return piece;
-    }
-    void note_part(const std::filesystem::path& path) {
-        std::lock_guard lock(mutex_);
-        report_.part = path;
-    }
-    void note_written(std::size_t bytes) {
-        bool tell = false;
-        {
-            std::lock_guard lock(mutex_);
-            std::uint64_t before = report_.written;
-            report_.written += bytes;
-            ++report_.chunks;
-            tell = pieces_.empty() || report_.written / tell_every != before / tell_every;
-        }
-        if (tell) wake_();
+    void post(DiskAnswer answer) {
+        answer.attempt = attempt_.number;
+        post_(std::move(answer));
     }
 
     static constexpr std::uint64_t tell_every = 256 * 1024;
-    Plan plan_;  // the thread's
-    const std::function<void()> wake_;
-    std::unique_ptr<FileReceiver> before_;  // the thread's
+    FileAttempt attempt_;  // the thread's, like the next two
+    std::optional<PartFile> part_;
+    DiskAnswer done_{.what = What::done};  // and not told yet
+    const std::function<void(DiskAnswer)> post_;
     std::atomic<bool> stopping_ = false;
-    mutable std::mutex mutex_;  // guards the rest
+    mutable std::mutex mutex_;  // guards requests_
     std::condition_variable changed_;
-    bool publishing_ = false;
-    std::deque<Piece> pieces_;
-    Report report_;
-    std::thread thread_;  // last: everything above exists when it starts; joined by ~FileReceiver
+    std::deque<DiskRequest> requests_;
+    std::thread thread_;  // last: everything above exists when it starts; joined by ~FileWorker
+};
+
+// The workers of all transfers of a client. The engine's thread uses it.
+class FileWorkers {
+  public:
+    // `wake` is called from any of the threads when there are answers to take.
+    explicit FileWorkers(std::function<void()> wake) : wake_(std::move(wake)) {}
+
+    // Throws std::system_error if there is no thread for it.
+    void start(FileAttempt attempt) {
+        unsigned number = attempt.number;
+        workers_.try_emplace(number, std::move(attempt), [this](DiskAnswer answer) {
+            {
+                std::lock_guard lock(mutex_);
+                answers_.push_back(std::move(answer));
+            }
+            wake_();
+        });
+    }
+    void ask(unsigned attempt, DiskRequest request) {
+        if (auto found = workers_.find(attempt); found != workers_.end())
+            found->second.ask(std::move(request));
+    }
+    void stop(unsigned attempt, bool drop) {
+        if (auto found = workers_.find(attempt); found != workers_.end()) found->second.stop(drop);
+    }
+    // The next answer, in the order in which each worker gave its own. Does not block.
+    std::optional<DiskAnswer> take_answer() {
+        std::unique_lock lock(mutex_);
+        if (answers_.empty()) return std::nullopt;
+        DiskAnswer answer = std::move(answers_.front());
+        answers_.pop_front();
+        lock.unlock();
+        if (answer.what == DiskAnswer::What::ended) workers_.erase(answer.attempt);
+        return answer;
+    }
+
+  private:
+    const std::function<void()> wake_;
+    std::mutex mutex_;  // guards answers_
+    std::deque<DiskAnswer> answers_;
+    std::map<unsigned, FileWorker> workers_;  // last: their threads use what is above
 };
 
 // ---- Credit -------------------------------------------------------------------------------------
@@ -3878,73 +3755,11 @@ struct CreditAccount {
     }
 };
 
-// ---- What is half received ----------------------------------------------------------------------
-
-// The file partial_files: one line for each NAME.part of an accepted file that was not finished,
-//
-//      alice 104857600 <offered name, base64> <path of the part, base64>
-//
-// so that an interrupted transfer goes on after a restart, and so that nobody but alice is ever
-// told the size and hash of what alice has sent. One thread uses it.
-class PartialFiles {
-  public:
-    struct Entry {
-        std::string user;
-        std::uint64_t size = 0;
-        std::string name;
-        std::filesystem::path part;
-    };
-
-    // No file means none. Throws Error, with the line number, for a damaged line.
-    explicit PartialFiles(std::filesystem::path path) : path_(std::move(path)) {
-        read_lines(path_, std::size_t{16} << 20, "Correct or remove the line.",
-                   [&](const std::vector<std::string>& words) {
-                       if (words.size() != 4 || !is_valid_name(words[0]))
-                           throw Error("it is damaged.");
-                       auto size = parse_number<std::uint64_t>(words[1]);
-                       if (!size) throw Error("its number is damaged.");
-                       Entry entry{words[0], *size, to_string(from_base64(words[2])),
-                                   path_of(to_string(from_base64(words[3])))};
-                       std::error_code ignored;
-                       if (std::filesystem::exists(entry.part, ignored)) entries_.push_back(entry);
-                   });
-    }
-
-    // The part of what looks like the same file; empty if there is none.
-    std::filesystem::path find(const std::string& user, const std::string& name,
-                               std::uint64_t size) const {
-        for (const Entry& entry : entries_)
-            if (entry.user == user && entry.name == name && entry.size == size) return entry.part;
-        return {};
-    }
-    // Both write the file, durably: block, and throw Error if that fails.
-    void add(Entry entry) {
-        std::erase_if(entries_, [&](const Entry& e) { return e.part == entry.part; });
-        entries_.insert(entries_.begin(), std::move(entry));  // the newest is found first
-        if (entries_.size() > max_entries) entries_.pop_back();
-        save();
-    }
-    void remove(const std::filesystem::path& part) {
-        if (std::erase_if(entries_, [&](const Entry& e) { return e.part == part; }) > 0) save();
-    }
-
-  private:
-    static constexpr std::size_t max_entries = 1000;
-    static std::filesystem::path path_of(const std::string& text) { return text; }
-    void save() const {
-        std::string content;
-        for (const Entry& e : entries_)
-            content += concat(e.user, " ", e.size, " ", to_base64(as_bytes(e.name)), " ",
-                              to_base64(as_bytes(e.part.string())), "\n");
-        write_file(path_, as_bytes(content), FileMode::owner_only);
-    }
-    std::filesystem::path path_;
-    std::vector<Entry> entries_;
-};
-
 // ---- Events: from the transfers to a front end (chapter 12) -------------------------------------
 //
 // Names and sentences contain what other people chose: a front end passes them through visible().
+
+enum class FileState { queued, offered, preparing, moving, finishing, interrupted };
 
 struct FileInfo {
     unsigned number = 0;  // ours, counting from 1: what /accept and /cancel take
@@ -3953,70 +3768,63 @@ struct FileInfo {
     std::string name;  // a safe one
     std::uint64_t size = 0;
 };
-struct FileOffered {  // by somebody: accept or decline
+struct FileEvent {
+    enum class Phase {
+        offered,      // by somebody: accept or decline
+        offer_sent,   // to somebody
+        queued,       // it will have its turn
+        started,      // `done` bytes were there already
+        progress,     // some times a second
+        finished,     // received: `path` is where it is
+        interrupted,  // it goes on by itself when the other side is back
+        stopped,      // for good
+    } phase{};
     FileInfo file;
-    std::uint64_t held = 0;  // bytes that are here from an earlier attempt
-};
-struct FileOfferSent {
-    FileInfo file;
-};
-struct FileStarted {
-    FileInfo file;
-    std::uint64_t offset = 0;  // what is before it was there already
-};
-struct FileProgress {  // some times a second
-    FileInfo file;
-    std::uint64_t done = 0;  // bytes from the file's beginning
+    std::uint64_t done = 0;  // bytes from the file's beginning; finished: of the last attempt
     double bytes_per_second = 0;
-};
-struct FileFinished {
-    FileInfo file;
-    std::filesystem::path path;  // received: where it is
-    std::uint64_t moved = 0;     // bytes of the last attempt
-};
-struct FileStopped {
-    FileInfo file;
-    std::string sentence;
-    bool interrupted = false;  // it goes on by itself when the other side is back
-    bool failed = false;       // something that the user here wanted did not happen
+    std::filesystem::path path{};
+    std::string sentence{};  // interrupted, stopped: why
+    bool failed = false;     // stopped: something that the user here wanted did not happen
 };
 struct FileStatus {
-    enum class State { offered, running, interrupted };
     FileInfo file;
-    State state{};
+    FileState state{};
     std::uint64_t done = 0;
 };
 struct FileList {
     std::vector<FileStatus> files;
 };
 
-// ---- All transfers of one client ----------------------------------------------------------------
+// ---- The machine --------------------------------------------------------------------------------
 
-// What the transfers need from the client. All but wake() is called in the engine's thread.
+// Somebody to whom files go or from whom they come.
+struct FilePeer {
+    LoginId id{};
+    std::string user;
+    Fingerprint identity;
+};
+
+// What the transfers need from the client. All of it is called in the engine's thread, and nothing
+// of it blocks.
 class FileHost {
   public:
-    virtual void tell(FileOffered) = 0;
-    virtual void tell(FileOfferSent) = 0;
-    virtual void tell(FileStarted) = 0;
-    virtual void tell(FileProgress) = 0;
-    virtual void tell(FileFinished) = 0;
-    virtual void tell(FileStopped) = 0;
+    virtual void tell(FileEvent) = 0;
     virtual void complain(const std::string& sentence) = 0;
     // The login of a user to whom messages can be sealed now, if there is one.
-    virtual std::optional<LoginId> reach(const std::string& user) = 0;
+    virtual std::optional<FilePeer> reach(const std::string& user) = 0;
     // Seals and queues a message, interactive. `tag` comes back if it cannot be delivered.
     virtual void send(LoginId to, std::uint32_t tag, Kind kind, ByteView body) = 0;
-    virtual std::shared_ptr<BulkLane> bulk_lane(LoginId to) = 0;
-    // Makes the engine call tend() soon. Any thread.
-    virtual void wake() noexcept = 0;
+    virtual std::shared_ptr<BulkLane> bulk_lane(LoginId to) = 0;  // may be none
+    // The disk: see FileWorkers.
+    virtual void start(FileAttempt attempt) = 0;
+    virtual void ask(unsigned attempt, DiskRequest request) = 0;
+    virtual void stop(unsigned attempt, bool drop) = 0;
 
   protected:
     ~FileHost() = default;
 };
 
-inline std::string readable_size(std::uint64_t bytes);  // chapter 13
-
-// The engine's thread uses it. Nothing in it waits for a disk for long, or for another person.
+// The table at the chapter's head. One thread uses it, and nothing in it waits.
 class FileTransfers {
   public:
     struct Options {
@@ -4026,208 +3834,195 @@ class FileTransfers {
         Milliseconds patience{600'000};       // for an answer, and for somebody who left to return
     };
 
-    // Throws Error if `partial_files` is there and damaged. `host` must outlive this.
-    FileTransfers(FileHost& host, Options options, std::filesystem::path partial_files)
-        : host_(host), options_(std::move(options)), partial_files_(std::move(partial_files)) {
+    // `host` must outlive this.
+    FileTransfers(FileHost& host, Options options) : host_(host), options_(std::move(options)) {
         options_.downloads = std::filesystem::absolute(options_.downloads);
     }
-
-    FileTransfers(const FileTransfers&) = delete;  // its threads know where it is
-    FileTransfers& operator=(const FileTransfers&) = delete;
 
     // Tags of Undelivered that are ours.
     static bool is_file_tag(std::uint32_t tag) { return (tag & file_tag) != 0; }
 
     // ---- Commands: all throw Error with a sentence for the user ---------------------------------
 
-    void offer(const std::string& user, LoginId to, const std::filesystem::path& path) {
-        if (outgoing_.size() >= max_offers)
-            throw Error("Too many files are offered already: wait for some, or /cancel them.");
-        Outgoing t;
-        t.file = std::make_shared<SourceFile>(path);
-        t.info = {++last_number_, true, user, safe_file_name(t.file->name()), t.file->size()};
-        t.offered_name = t.file->name();
-        Outgoing& kept = outgoing_.emplace(t.info.number, std::move(t)).first->second;
-        send_offer(kept, to);
-        host_.tell(FileOfferSent{kept.info});
+    void offer(const FilePeer& to, std::shared_ptr<const SourceFile> file) {
+        if (transfers_.size() >= max_transfers)
+            throw Error("Too many files are under way already: wait for some, or /cancel them.");
+        Transfer& t = add({0, true, to.user, safe_file_name(file->name()), file->size()});
+        t.peer = to;
+        t.offered_name = file->name();
+        t.source = std::move(file);
+        settle();
+        if (t.state == FileState::queued) tell(t, FileEvent::Phase::queued);
     }
-
     // `number` 0: the only one there is. `name`: another than the offered one, or empty.
     void accept(unsigned number, const std::string& name) {
-        Incoming& t = waiting_offer(number);
-        if (accepted_incoming() + retired_receivers_.size() >= max_files_receiving)
-            throw Error(concat(max_files_receiving,
-                               " files are being received already: accept it when one is done, or "
-                               "/cancel one."));
+        Transfer& t = waiting_offer(number);
         if (name.find_first_of("/\\") != name.npos)
             throw Error(concat("Give a name, without a folder: files are saved in ",
                                options_.downloads.string(), "."));
-        std::uint64_t room = detail::free_space(options_.downloads);
-        if (room < t.info.size - std::min(t.info.size, held(t)))
-            throw Error(concat("The disk of ", options_.downloads.string(), " has room for ",
-                               readable_size(room), ", and ", t.info.name, " has ",
-                               readable_size(t.info.size), ". The offer still stands."));
         if (!name.empty()) t.save_as = safe_file_name(name);
-        prepare(t);
+        t.accepted = true;
+        enter(t, FileState::queued);
+        number = t.info.number;
+        settle();  // there may be no thread for it: then it is forgotten
+        auto found = transfers_.find(number);
+        if (found != transfers_.end() && found->second.state == FileState::queued)
+            tell(found->second, FileEvent::Phase::queued);
     }
-    void decline(unsigned number) { drop(waiting_offer(number), FileReason::declined, "declined"); }
+    void decline(unsigned number) { end_by_user(waiting_offer(number), "declined"); }
     // Ends a transfer in any state, of either direction.
     void cancel(unsigned number) {
-        if (number == 0 && outgoing_.size() + incoming_.size() == 1)
-            number = outgoing_.empty() ? incoming_.begin()->first : outgoing_.begin()->first;
-        if (auto out = outgoing_.find(number); out != outgoing_.end())
-            return drop(out->second, FileReason::cancelled, "cancelled");
-        if (auto in = incoming_.find(number); in != incoming_.end()) {
-            if (!may_end(in->second)) throw Error("It is all here already.");
-            return drop(in->second, FileReason::cancelled, "cancelled");
-        }
-        throw Error(number == 0 ? "Which one? /files lists them." : no_such(number));
+        if (number == 0 && transfers_.size() == 1) number = transfers_.begin()->first;
+        auto found = transfers_.find(number);
+        if (found == transfers_.end())
+            throw Error(number == 0 ? "Which one? /files lists them." : no_such(number));
+        Transfer& t = found->second;
+        if (is_all_here(t)) throw Error("It is all here already.");
+        end_by_user(t, "cancelled");
+        settle();
     }
     FileList list() const {
         FileList list;
-        for (const auto& [number, t] : outgoing_)
+        for (const auto& [number, t] : transfers_)
             list.files.push_back({t.info, t.state, t.progress.done});
-        for (const auto& [number, t] : incoming_)
-            list.files.push_back({t.info, t.state, t.progress.done});
-        std::sort(list.files.begin(), list.files.end(),
-                  [](const auto& a, const auto& b) { return a.file.number < b.file.number; });
         return list;
     }
-
     // Whether something is under way that one would not want to cut off by leaving.
-    bool is_busy() const { return !outgoing_.empty() || running_incoming() > 0; }
+    bool is_busy() const {
+        return std::any_of(transfers_.begin(), transfers_.end(), [](const auto& entry) {
+            const Transfer& t = entry.second;
+            return t.info.sending ||
+                   (t.state != FileState::offered && t.state != FileState::interrupted);
+        });
+    }
 
     // ---- From the network -----------------------------------------------------------------------
 
     // A message of one of our kinds. What is wrong with it ends the transfer that it belongs to,
     // and nothing else.
-    void receive(LoginId from, const std::string& user, OpenedPayload message) {
+    void receive(const FilePeer& from, OpenedPayload message) {
         constexpr std::string_view what = "a message about a file";
         ByteView body = message.body;
         try {
             switch (message.kind) {
                 case Kind::file_offer:
-                    return receive_offer(from, user, decode<FileOffer>(body, what));
+                    receive_offer(from, decode<FileOffer>(body, what));
+                    break;
                 case Kind::file_accept:
-                    return receive_accept(from, user, decode<FileAccept>(body, what));
+                    receive_accept(from, decode<FileAccept>(body, what));
+                    break;
                 case Kind::file_credit:
-                    return receive_credit(from, user, decode<FileCredit>(body, what));
-                case Kind::file_chunk: {
-                    FileChunk chunk = decode<FileChunk>(body, what);
-                    return receive_chunk(from, user, chunk, std::move(message.buffer));
-                }
-                case Kind::file_end:
-                    return receive_end(from, user, decode<FileEnd>(body, what));
-                case Kind::file_stored:
-                    return receive_stored(from, user, decode<FileStored>(body, what));
-                case Kind::file_withdraw:
-                    return receive_withdraw(from, user, decode<FileWithdraw>(body, what));
-                case Kind::file_refuse:
-                    return receive_refuse(from, user, decode<FileRefuse>(body, what));
+                    receive_credit(from, decode<FileCredit>(body, what));
+                    break;
+                case Kind::file_chunk:
+                    receive_chunk(from, decode<FileChunk>(body, what), std::move(message.buffer));
+                    break;
+                case Kind::file_over:
+                    receive_over(from, decode<FileOver>(body, what));
+                    break;
                 default:
-                    return;
+                    break;
             }
         } catch (const ProtocolError& e) {
-            out_of_order(from, user, e.what());
+            if (!std::exchange(peers_[from.id].complained, true))
+                host_.complain(concat("A message about a file from ", from.user,
+                                      " is out of order, and was ignored. ", e.what()));
         }
+        settle();
     }
-
     // The server could not deliver what we sent with this tag.
     void came_back(std::uint32_t tag, UndeliveredReason reason) {
-        if (reason == UndeliveredReason::gone) return;  // a Left says so too
-        const std::string sentence =
-            " cannot keep up at the moment. Offered again later, it goes "
-            "on where it stopped.";
-        unsigned number = tag & ~file_tag;
-        if (auto out = outgoing_.find(number); out != outgoing_.end())
-            stop(out->second, FileReason::lost, out->second.info.user + sentence);
-        else if (auto in = incoming_.find(number); in != incoming_.end())
-            stop(in->second, FileReason::lost, in->second.info.user + sentence);
+        auto found = transfers_.find(tag & ~file_tag);
+        if (reason == UndeliveredReason::gone || found == transfers_.end()) return;  // or: a Left
+        if (found->second.id == 0 || is_all_here(found->second)) return;
+        end(found->second, lost,
+            concat(found->second.info.user, " cannot keep up at the moment",
+                   found->second.info.sending ? ". Offered again later, it goes on where it stopped"
+                                              : ""));
+        settle();
     }
-
-    void person_left(LoginId id, const std::string& user) {
+    void peer_left(LoginId id, const std::string& user) {
         interrupt(id, concat(user, " left"));
         peers_.erase(id);
+        settle();
     }
     void connection_lost() {
         interrupt(std::nullopt, "the connection was lost");
         peers_.clear();
     }
+    // Somebody is here, and has shown a card that is trusted.
+    void peer_is_back() { settle(); }
 
-    // ---- From time to time ----------------------------------------------------------------------
+    // ---- From the disk, and from time to time ---------------------------------------------------
 
-    // Looks at what the threads have to report, and at the clock.
-    void tend() {
-        Clock::time_point now = Clock::now();
-        tend_all(outgoing_, now);
-        tend_all(incoming_, now);
-        std::erase_if(retired_senders_, [](const auto& s) { return s->report().ended; });
-        std::erase_if(retired_receivers_, [this](const auto& receiver) {
-            FileReceiver::Report report = receiver->report();
-            // A part in which nothing is was removed; whatever may be there next is not its
-            // sender's.
-            if (report.ended && report.held + report.written == 0) forget_part(report.part);
-            return report.ended;
-        });
+    void answered(const DiskAnswer& answer) {
+        if (answer.what == DiskAnswer::What::ended) ending_.erase(answer.attempt);
+        for (auto& [number, t] : transfers_)
+            if (t.attempt == answer.attempt && may_come(t.state, answer.what)) {
+                t.info.sending ? answered_sender(t, answer) : answered_receiver(t, answer);
+                break;
+            }
+        settle();
     }
-    // When tend() has something to do although nobody wakes it.
+    void tick(Clock::time_point now) {
+        for (auto it = transfers_.begin(); it != transfers_.end();) {
+            Transfer& t = (it++)->second;  // it may be forgotten
+            if (now < deadline(t)) continue;
+            std::string_view user = t.info.user;
+            if (t.state == FileState::offered)
+                end(t, "withdrew it, because nobody answered", concat(user, " did not answer"));
+            else if (t.state == FileState::interrupted)
+                end(t, "", concat(user, " did not come back"));
+            else
+                end(t, "stopped: nothing has moved for a long time",
+                    concat("stopped: nothing has moved for a long time",
+                           t.info.sending ? ". Offered again, it goes on where it was" : ""));
+        }
+        settle();
+    }
+    // When tick() has something to do.
     Clock::time_point next_deadline() const {
         Clock::time_point next = Clock::time_point::max();
-        for (const auto& [number, t] : outgoing_) next = std::min(next, deadline_of(t));
-        for (const auto& [number, t] : incoming_) next = std::min(next, deadline_of(t));
+        for (const auto& [number, t] : transfers_) next = std::min(next, deadline(t));
         return next;
     }
 
   private:
-    using State = FileStatus::State;
     static constexpr std::uint32_t file_tag = 0x8000'0000;
+    static constexpr std::size_t max_transfers = 1000;      // that we asked for ourselves
+    static constexpr std::size_t max_offers = 64;           // of others, that nobody has answered
+    static constexpr std::size_t max_with_one = 16;         // of one person, in each direction
+    static constexpr std::size_t max_receiving_of_one = 8;  // so that nobody takes all the places
     // The credit bounds the bytes that wait for the disk; this, what each chunk costs besides.
-    static constexpr std::size_t max_waiting_chunks = credit_total / 1024;
-    static constexpr std::size_t max_offers = 64;
-    static constexpr std::size_t max_offers_of_one = 16;
+    static constexpr std::uint64_t max_waiting_chunks = credit_total / 1024;
+    static constexpr std::uint64_t slow_disk = 10'000'000;  // bytes in a second, when it hashes
     static constexpr Milliseconds progress_every{250};
-    static constexpr const char* stalled_sentence =
-        "stopped: nothing has moved for a long time. Offered again, it goes on where it was";
+    static constexpr const char* lost = "missed a part of it";
 
     struct Progress {
         std::uint64_t done = 0;
         double bytes_per_second = 0;
-        Clock::time_point told = Clock::now();
         std::uint64_t told_done = 0;
-        Clock::time_point moved = Clock::now();  // when `done` last changed
+        Clock::time_point told{}, moved{};  // moved: when `done`, or the state, last changed
     };
-    struct Outgoing {
+    struct Transfer {
         FileInfo info;
-        State state = State::offered;
-        std::string offered_name;  // as it is called here
-        std::shared_ptr<const SourceFile> file;
-        LoginId to{};
-        std::uint32_t id = 0;                // of the offer, on the wire
-        Clock::time_point expires;           // while offered or interrupted
-        bool accepted = false;               // by whom it is for, once
-        std::unique_ptr<FileSender> sender;  // while running
-        std::uint64_t credit = 0;
-        bool begun = false;  // FileStarted was told
-        Progress progress;
-    };
-    struct Incoming {
-        FileInfo info;
-        State state = State::offered;
-        std::uint64_t modified = 0;
+        FileState state = FileState::queued;
+        FilePeer peer;                             // whose id is 0 while out of reach
+        std::uint32_t id = 0;                      // of the offer, on the wire; 0: not yet
+        unsigned attempt = 0;                      // of the worker, 0 if there is none
+        bool accepted = false;                     // now or in an earlier attempt
+        std::string offered_name;                  // as it is called at the sender
+        std::shared_ptr<const SourceFile> source;  // sending
+        std::uint64_t modified = 0;                // receiving, like the next two
         std::string save_as;
-        LoginId from{};
-        std::uint32_t id = 0;
-        std::unique_ptr<FileReceiver> receiver;  // running; interrupted: may still be writing
-        Clock::time_point expires;               // while interrupted
-        bool ready = false;                      // FileAccept was sent
-        bool begun = false;                      // a chunk has come, or the end
-        bool ending = false;                     // FileEnd has come
-        std::filesystem::path part;              // where it is written, once that is known
-        std::uint64_t next = 0;                  // offset of the next chunk
-        std::uint64_t received = 0;              // bytes of this attempt
-        std::uint64_t chunks = 0;                // that the disk has taken
-        std::uint64_t chunks_waiting = 0;        // and that it has not, as far as we know
-        CreditAccount credit;
+        std::filesystem::path part;
+        Digest held{};                     // sending: the hash of what they say they have
+        bool begun = false;                // a chunk has moved in this attempt
+        std::uint64_t first = 0;           // where this attempt began
+        std::uint64_t next = 0;            // offset of the next chunk: to ask for, or to come
+        CreditAccount credit;              // sending: consumed is what was sent
+        std::uint64_t chunks_waiting = 0;  // for the disk
         Progress progress;
     };
     struct PeerState {
@@ -4236,489 +4031,470 @@ class FileTransfers {
         unsigned refused = 0;          // offers that were too many
     };
 
-    Clock::time_point deadline_of(const Outgoing& t) const {
-        return t.state == State::running ? t.progress.moved + options_.patience : t.expires;
-    }
-    Clock::time_point deadline_of(const Incoming& t) const {
-        if (t.state == State::offered || t.ending) return Clock::time_point::max();
-        return t.state == State::running ? t.progress.moved + options_.patience : t.expires;
-    }
-
     // ---- Finding --------------------------------------------------------------------------------
 
     static std::string no_such(unsigned number) {
         return concat("There is no file number ", number, ". /files lists them.");
     }
-    Incoming& waiting_offer(unsigned number) {
-        std::vector<Incoming*> waiting;
-        for (auto& [n, t] : incoming_)
-            if (t.state == State::offered && (number == 0 || n == number)) waiting.push_back(&t);
+    Transfer& waiting_offer(unsigned number) {
+        std::vector<Transfer*> waiting;
+        for (auto& [n, t] : transfers_)
+            if (!t.info.sending && t.state == FileState::offered && (number == 0 || n == number))
+                waiting.push_back(&t);
         if (waiting.size() == 1) return *waiting[0];
         if (waiting.size() > 1) throw Error("Several offers wait: which one? /files lists them.");
         if (number == 0) throw Error("There is no offer that waits for an answer.");
-        if (incoming_.contains(number)) throw Error("That one is accepted already.");
-        throw Error(no_such(number));
+        auto found = transfers_.find(number);
+        if (found == transfers_.end() || found->second.info.sending) throw Error(no_such(number));
+        throw Error("That one is accepted already.");
     }
     // The transfer that a message means. Null for one that is over: its messages may still be on
     // the way. Throws ProtocolError for one that never was.
-    Outgoing* find_outgoing(LoginId to, std::uint32_t id) {
-        for (auto& [number, t] : outgoing_)
-            if (t.to == to && t.id == id && t.state != State::interrupted) return &t;
-        if (id > last_offer_) throw ProtocolError("It is about a file that was never offered.");
-        return nullptr;
-    }
-    Incoming* find_incoming(LoginId from, std::uint32_t id) {
-        for (auto& [number, t] : incoming_)
-            if (t.from == from && t.id == id && t.state != State::interrupted) return &t;
-        if (id > peers_[from].last_offer)
+    Transfer* find(const FilePeer& peer, bool sending, std::uint32_t id) {
+        for (auto& [number, t] : transfers_)
+            if (id != 0 && t.info.sending == sending && t.peer.id == peer.id && t.id == id)
+                return &t;
+        if (id == 0 || id > (sending ? last_offer_ : peers_[peer.id].last_offer))
             throw ProtocolError("It is about a file that was never offered.");
         return nullptr;
     }
-    std::size_t running_incoming() const {
+    template <class Condition>
+    std::size_t count(const Condition& condition) const {
         return static_cast<std::size_t>(
-            std::count_if(incoming_.begin(), incoming_.end(),
-                          [](const auto& entry) { return entry.second.state == State::running; }));
+            std::count_if(transfers_.begin(), transfers_.end(),
+                          [&](const auto& entry) { return condition(entry.second); }));
     }
-    // Those, and the interrupted ones, which may come back at any time.
-    std::size_t accepted_incoming() const {
-        return static_cast<std::size_t>(
-            std::count_if(incoming_.begin(), incoming_.end(),
-                          [](const auto& entry) { return entry.second.state != State::offered; }));
+    static bool is_running(const Transfer& t) {
+        return t.state == FileState::preparing || t.state == FileState::moving ||
+               t.state == FileState::finishing;
     }
-    // What is here from an earlier attempt.
-    std::uint64_t held(const Incoming& t) const {
-        std::filesystem::path part = partial_files_.find(t.info.user, t.info.name, t.info.size);
-        std::error_code failure;
-        std::uint64_t size = part.empty() ? 0 : std::filesystem::file_size(part, failure);
-        return failure ? 0 : size;
+    static bool is_all_here(const Transfer& t) {
+        return !t.info.sending && t.state == FileState::finishing;
+    }
+    std::size_t receiving() const {
+        return count([](const Transfer& t) { return !t.info.sending && is_running(t); });
+    }
+    // Whether the disk can answer so. What cannot happen is ignored.
+    static bool may_come(FileState state, DiskAnswer::What what) {
+        switch (what) {
+            case DiskAnswer::What::ready:
+            case DiskAnswer::What::no_room:
+                return state == FileState::preparing;
+            case DiskAnswer::What::done:
+                return state == FileState::moving || state == FileState::finishing;
+            case DiskAnswer::What::published:
+                return state == FileState::finishing;
+            case DiskAnswer::What::failed:
+                return true;
+            case DiskAnswer::What::ended:
+                break;
+        }
+        return false;
+    }
+    // What a part is called, without its ending.
+    static std::string part_name(const Transfer& t) {
+        Bytes key = to_bytes(as_bytes("chatsecure part 1"));
+        append_fields(key, t.peer.identity.digest, t.offered_name, t.info.size);
+        return concat(t.info.name, ".", to_hex(ByteView(sha256(key)).first(4)));
     }
 
-    // ---- Sending messages -----------------------------------------------------------------------
+    // ---- Changing -------------------------------------------------------------------------------
+
+    Transfer& add(FileInfo info) {
+        info.number = ++last_number_;
+        Transfer& t = transfers_[info.number];
+        t.info = std::move(info);
+        t.peer.user = t.info.user;
+        enter(t, FileState::queued);
+        return t;
+    }
+    void enter(Transfer& t, FileState state) {
+        t.state = state;
+        t.progress.moved = Clock::now();
+    }
+    // Gives the queued ones what places there are, in their order.
+    void settle() {
+        for (auto it = transfers_.begin(); it != transfers_.end();) {
+            Transfer& t = (it++)->second;  // it may be forgotten
+            bool waits = t.state == FileState::queued ||
+                         (t.info.sending && t.state == FileState::interrupted);
+            if (waits && t.info.sending)
+                send_offer(t);
+            else if (t.state == FileState::queued)
+                prepare(t);
+            else if (t.state == FileState::offered && !t.info.sending && options_.auto_accept)
+                accept_or_refuse(t);
+        }
+    }
+    bool start(Transfer& t, FileAttempt attempt) {
+        attempt.number = ++last_attempt_;
+        try {
+            host_.start(attempt);
+        } catch (const std::system_error& e) {
+            end(t, "stopped", concat("no thread for it: ", e.what()));
+            return false;
+        }
+        t.attempt = attempt.number;
+        t.begun = false;
+        t.credit = {};
+        t.chunks_waiting = 0;
+        enter(t, FileState::preparing);
+        return true;
+    }
+    // Its worker ends in its own time; until then its part is not touched by another one.
+    void release_worker(Transfer& t, bool drop) {
+        if (t.attempt == 0) return;
+        host_.stop(t.attempt, drop);
+        ending_.emplace(std::exchange(t.attempt, 0), t.info.sending ? "" : part_name(t));
+    }
+    Clock::time_point deadline(const Transfer& t) const {
+        using enum FileState;
+        bool never = t.state == queued || t.state == preparing ||
+                     (!t.info.sending && (t.state == offered || t.state == finishing)) ||
+                     (!t.info.sending && t.state == moving && t.credit.outstanding() == 0);
+        if (never) return Clock::time_point::max();
+        // Before the first chunk, the other side may have to hash what is there: we know how much
+        // that is when it has been accepted, and until then that it is not more than the file.
+        std::uint64_t held = t.state == offered ? t.info.size : t.begun ? 0 : t.first;
+        auto hashing = std::chrono::seconds(held / slow_disk);
+        return t.progress.moved + options_.patience + hashing;
+    }
+
+    // ---- Telling --------------------------------------------------------------------------------
 
     template <class T>
-    void send(LoginId to, unsigned number, const T& message) {
-        host_.send(to, file_tag | number, T::kind, encode(message));
+    void send(const Transfer& t, const T& message) {
+        if (t.peer.id != LoginId{} && t.id != 0)
+            host_.send(t.peer.id, file_tag | t.info.number, T::kind, encode(message));
     }
-    void send_offer(Outgoing& t, LoginId to) {
-        t.state = State::offered;
-        t.to = to;
-        t.id = ++last_offer_;
-        t.begun = false;
-        t.expires = Clock::now() + options_.patience;
-        send(to, t.info.number, FileOffer{t.id, t.offered_name, t.info.size, t.file->modified()});
+    void tell(const Transfer& t, FileEvent::Phase phase, const std::string& sentence = "",
+              bool failed = false) {
+        host_.tell({.phase = phase,
+                    .file = t.info,
+                    .done = t.progress.done,
+                    .bytes_per_second = t.progress.bytes_per_second,
+                    .sentence = sentence,
+                    .failed = failed});
     }
-    void send_end(const Outgoing& t, FileReason reason) {
-        if (t.state != State::interrupted) send(t.to, t.info.number, FileWithdraw{t.id, reason});
+    void tell_begin(Transfer& t, std::uint64_t offset) {
+        if (std::exchange(t.begun, true)) return;
+        Clock::time_point now = Clock::now();
+        t.progress = {offset, 0, offset, now, now};
+        tell(t, FileEvent::Phase::started);
     }
-    void send_end(const Incoming& t, FileReason reason) {
-        if (t.state != State::interrupted) send(t.from, t.info.number, FileRefuse{t.id, reason});
+    void tell_progress(Transfer& t, std::uint64_t more) {
+        Progress& p = t.progress;
+        Clock::time_point now = Clock::now();
+        p.done += more;
+        p.moved = now;
+        std::chrono::duration<double> passed = now - p.told;
+        if (passed < progress_every) return;
+        double rate = static_cast<double>(p.done - p.told_done) / passed.count();
+        p.bytes_per_second = p.bytes_per_second == 0 ? rate : 0.8 * p.bytes_per_second + 0.2 * rate;
+        p.told = now;
+        p.told_done = p.done;
+        tell(t, FileEvent::Phase::progress);
     }
 
     // ---- The end of a transfer ------------------------------------------------------------------
 
-    // Forgets a transfer; its thread, if it has one, ends in its own time.
-    void forget(Outgoing& t) {
-        retire(t);
-        outgoing_.erase(t.info.number);
+    // Tells the other side why (if it is in reach), and our user a sentence; forgets it.
+    void end(Transfer& t, std::string_view why, const std::string& sentence) {
+        bool wanted = t.info.sending || t.state != FileState::offered;
+        finish(t, why, sentence, wanted);
     }
-    void forget(Incoming& t) {
-        if (t.receiver) {
-            t.receiver->stop(FileReceiver::Waiting::is_dropped);
-            retired_receivers_.push_back(std::move(t.receiver));
-        }
-        incoming_.erase(t.info.number);
-    }
-    void retire(Outgoing& t) {
-        if (!t.sender) return;
-        t.sender->stop();
-        retired_senders_.push_back(std::move(t.sender));
-    }
-    // Whether the user here has asked for it: offered or accepted it.
-    static bool is_wanted(const Outgoing&) { return true; }
-    static bool is_wanted(const Incoming& t) { return t.state != State::offered; }
-    // False for a file that is whole, and is just getting its name: too late to end that.
-    static bool may_end(const Outgoing&) { return true; }
-    static bool may_end(Incoming& t) {
-        return !t.ending || t.receiver->stop(FileReceiver::Waiting::is_dropped);
-    }
-    // Ends a transfer and tells both sides.
-    template <class Transfer>
-    void stop(Transfer& t, FileReason reason, const std::string& sentence) {
-        if (!may_end(t)) return;
-        send_end(t, reason);
-        host_.tell(FileStopped{t.info, sentence, false, is_wanted(t)});
-        forget(t);
-    }
-    // The same, as our own user wished.
-    template <class Transfer>
-    void drop(Transfer& t, FileReason reason, std::string_view what) {
-        send_end(t, reason);
-        host_.tell(FileStopped{t.info, concat("you ", what, " it"), false, false});
-        forget(t);
-    }
-    // The other side has ended it.
-    template <class Transfer>
-    void ended_there(Transfer& t, FileReason reason) {
-        if (!may_end(t)) return;
-        host_.tell(
-            FileStopped{t.info, concat(t.info.user, " ", meaning_of(reason)), false, is_wanted(t)});
-        forget(t);
+    void end_by_user(Transfer& t, std::string_view what) {
+        finish(t, concat(what, " it"), concat("you ", what, " it"), false);
     }
     // The other side has sent what it must not send.
-    template <class Transfer>
     void break_off(Transfer& t, std::string_view fault) {
-        stop(t, FileReason::broke_protocol,
-             concat("stopped, because ", t.info.user, "'s client ", fault));
+        end(t, "stopped, because of a message from here that was out of order",
+            concat("stopped, because ", t.info.user, "'s client ", fault));
     }
-    // Likewise, and it belongs to no transfer.
-    void out_of_order(LoginId from, const std::string& user, std::string_view reason) {
-        if (!std::exchange(peers_[from].complained, true))
-            host_.complain(concat("A message about a file from ", user,
-                                  " is out of order, and was ignored. ", reason));
+    void finish(Transfer& t, std::string_view why, const std::string& sentence, bool failed) {
+        if (!why.empty()) send(t, FileOver{t.id, t.info.sending, std::string(why)});
+        tell(t, FileEvent::Phase::stopped, sentence + kept(t, sentence), failed);
+        forget(t);
+    }
+    void forget(Transfer& t) {
+        release_worker(t, true);
+        transfers_.erase(t.info.number);
+    }
+    // What became of what has come, so that nothing large stays on a disk in silence.
+    static std::string kept(const Transfer& t, std::string_view sentence) {
+        if (t.info.sending || t.part.empty() || (t.progress.done == 0 && !t.begun)) return "";
+        return concat(sentence.ends_with('.') ? " What" : "; what", " has come is kept in ",
+                      t.part.string(), ", and goes on there when it is offered again");
     }
 
     // Somebody (or everybody: no id) is out of reach.
     void interrupt(std::optional<LoginId> who, const std::string& reason) {
-        std::vector<unsigned> over;
-        for (auto& [number, t] : outgoing_)
-            if (t.state != State::interrupted && t.to == who.value_or(t.to) &&
-                !interrupt(t, reason))
-                over.push_back(number);
-        for (auto& [number, t] : incoming_)
-            if (t.state != State::interrupted && t.from == who.value_or(t.from) &&
-                !interrupt(t, reason))
-                over.push_back(number);
-        for (unsigned number : over) {
-            outgoing_.erase(number);
-            incoming_.erase(number);
+        for (auto it = transfers_.begin(); it != transfers_.end();) {
+            Transfer& t = (it++)->second;
+            if (t.peer.id == LoginId{} || (who && t.peer.id != *who)) continue;
+            t.peer.id = {};
+            t.id = 0;
+            if (is_all_here(t)) continue;
+            if (!t.accepted && t.state != FileState::queued) {
+                end(t, "",
+                    concat(reason,
+                           t.info.sending ? " before it was accepted" : ": the offer is gone"));
+                continue;
+            }
+            release_worker(t, false);
+            enter(t, FileState::interrupted);
+            tell(t, FileEvent::Phase::interrupted,
+                 concat("interrupted: ", reason,
+                        t.info.sending ? "; it goes on when "
+                                       : "; what has come is kept, and it goes on when ",
+                        t.info.user, t.info.sending ? " is back" : " offers it again"));
         }
-    }
-    // False if that is the end of it: nothing had begun.
-    bool interrupt(Outgoing& t, const std::string& reason) {
-        bool had_begun = t.accepted;  // now or before: it may have been offered again since
-        host_.tell(FileStopped{t.info,
-                               had_begun ? concat("interrupted: ", reason, "; it goes on when ",
-                                                  t.info.user, " is back")
-                                         : concat(reason, " before it was accepted"),
-                               had_begun, !had_begun});
-        retire(t);
-        t.state = State::interrupted;
-        t.to = {};
-        t.expires = Clock::now() + options_.patience;
-        return had_begun;
-    }
-    bool interrupt(Incoming& t, const std::string& reason) {
-        if (t.ending) {  // it is all here: only our disk is not done yet
-            t.from = {};
-            return true;
-        }
-        bool had_begun = t.state == State::running;
-        host_.tell(FileStopped{t.info,
-                               had_begun ? concat("interrupted: ", reason,
-                                                  "; what has come is kept, and it goes on when ",
-                                                  t.info.user, " offers it again")
-                                         : concat(reason, ": the offer is gone"),
-                               had_begun, false});
-        if (t.receiver) t.receiver->stop(FileReceiver::Waiting::is_written);
-        t.state = State::interrupted;
-        t.expires = Clock::now() + options_.patience;
-        t.from = {};
-        return had_begun;
     }
 
     // ---- The sender's side ----------------------------------------------------------------------
 
-    void receive_accept(LoginId from, const std::string&, const FileAccept& accepted) {
-        Outgoing* t = find_outgoing(from, accepted.id);
+    // If the turn of this one has come, and the other one is in reach.
+    void send_offer(Transfer& t) {
+        std::size_t before = count([&](const Transfer& other) {
+            return other.info.sending && other.info.user == t.info.user &&
+                   (other.state == FileState::offered || is_running(other));
+        });
+        std::optional<FilePeer> peer = host_.reach(t.info.user);
+        if (!peer) return;
+        t.peer = *peer;
+        if (t.state == FileState::interrupted) enter(t, FileState::queued);
+        if (before >= max_with_one) return;
+        bool first = !t.accepted;
+        t.id = ++last_offer_;
+        enter(t, FileState::offered);
+        send(t, FileOffer{t.id, t.offered_name, t.info.size, t.source->modified()});
+        if (first) tell(t, FileEvent::Phase::offer_sent);
+    }
+    void receive_accept(const FilePeer& from, const FileAccept& accepted) {
+        Transfer* t = find(from, true, accepted.id);
         if (t == nullptr) return;
-        if (t->state != State::offered) return break_off(*t, "accepted it twice");
-        if (accepted.offset > t->info.size || accepted.credit > credit_total)
+        if (t->state != FileState::offered) return break_off(*t, "accepted it twice");
+        if (accepted.offset > t->info.size || accepted.credit > credit_total ||
+            (accepted.offset == t->info.size && t->info.size > 0))
             return break_off(*t, "accepted more than there is");
-        std::shared_ptr<BulkLane> lane = host_.bulk_lane(from);
-        if (!lane) return;
-        try {
-            t->sender =
-                std::make_unique<FileSender>(t->file, accepted, std::move(lane),
-                                             file_tag | t->info.number, [this] { host_.wake(); });
-        } catch (const std::system_error& e) {
-            return stop(*t, FileReason::unreadable, concat("no thread for it: ", e.what()));
-        }
-        t->state = State::running;
+        std::shared_ptr<BulkLane> lane = host_.bulk_lane(from.id);
+        if (!lane || !start(*t, {.source = t->source,
+                                 .lane = std::move(lane),
+                                 .tag = file_tag | t->info.number,
+                                 .id = t->id}))
+            return;
         t->accepted = true;
-        t->credit = accepted.credit;
-        t->progress.moved = Clock::now();
+        t->first = t->next = accepted.offset;
+        t->held = accepted.held;
+        t->credit.granted = accepted.credit;
+        host_.ask(t->attempt, {.task = DiskRequest::Task::hash, .size = accepted.offset});
     }
-
-    void receive_credit(LoginId from, const std::string&, const FileCredit& credit) {
-        Outgoing* t = find_outgoing(from, credit.id);
-        if (t == nullptr) return;
-        if (t->state != State::running) return break_off(*t, "gave credit without accepting it");
-        if (credit.credit <= t->credit) return break_off(*t, "took credit back");
-        if (credit.credit > t->sender->report().sent + credit_total)
+    void receive_credit(const FilePeer& from, const FileCredit& credit) {
+        Transfer* t = find(from, true, credit.id);
+        if (t == nullptr || t->state == FileState::finishing) return;
+        if (t->state != FileState::preparing && t->state != FileState::moving)
+            return break_off(*t, "gave credit without accepting it");
+        if (credit.credit <= t->credit.granted) return break_off(*t, "took credit back");
+        if (credit.credit > t->next - t->first + credit_total)
             return break_off(*t, "gave more credit than there is");
-        t->credit = credit.credit;
-        t->sender->allow(credit.credit);
+        t->credit.granted = credit.credit;
+        if (t->state == FileState::moving) send_more(*t);
     }
-
-    void receive_stored(LoginId from, const std::string&, const FileStored& stored) {
-        Outgoing* t = find_outgoing(from, stored.id);
-        if (t == nullptr) return;
-        if (t->state != State::running || !t->sender->report().all_sent)
-            return break_off(*t, "says that it has it, before all of it was sent");
-        FileSender::Report report = t->sender->report();
-        tell_begin(*t, report.begun_at.value_or(0));
-        host_.tell(FileFinished{t->info, {}, report.sent});
-        forget(*t);
+    void send_more(Transfer& t) {
+        std::uint64_t asked = t.next - t.first;
+        std::uint64_t size = std::min(t.credit.granted - asked, t.info.size - t.next);
+        if (size > 0)
+            host_.ask(t.attempt, {.task = DiskRequest::Task::send, .offset = t.next, .size = size});
+        t.next += size;
     }
-
-    void receive_refuse(LoginId from, const std::string&, const FileRefuse& refuse) {
-        if (Outgoing* t = find_outgoing(from, refuse.id)) ended_there(*t, refuse.reason);
-    }
-
-    template <class Transfer>
-    void tell_begin(Transfer& t, std::uint64_t offset) {
-        if (std::exchange(t.begun, true)) return;
-        t.progress = {offset, 0, Clock::now(), offset, Clock::now()};
-        host_.tell(FileStarted{t.info, offset});
-    }
-    template <class Transfer>
-    void tell_progress(Transfer& t, std::uint64_t done, Clock::time_point now) {
-        Progress& p = t.progress;
-        if (std::exchange(p.done, done) != done) p.moved = now;
-        std::chrono::duration<double> passed = now - p.told;
-        if (passed < progress_every || done <= p.told_done) return;
-        double rate = static_cast<double>(done - p.told_done) / passed.count();
-        p.bytes_per_second = p.bytes_per_second == 0 ? rate : 0.8 * p.bytes_per_second + 0.2 * rate;
-        p.told = now;
-        p.told_done = done;
-        host_.tell(FileProgress{t.info, done, p.bytes_per_second});
-    }
-
-    // One for each kind of transfer; they may forget the transfer.
-    void tend(Outgoing& t, Clock::time_point now) {
-        if (t.state == State::running) {
-            FileSender::Report report = t.sender->report();
-            if (report.begun_at) tell_begin(t, *report.begun_at);
-            if (t.begun) tell_progress(t, report.offset, now);
-            if (report.failure) return stop(t, report.failure->reason, report.failure->what());
-            if (now >= deadline_of(t)) stop(t, FileReason::stalled, stalled_sentence);
+    void answered_sender(Transfer& t, const DiskAnswer& answer) {
+        using What = DiskAnswer::What;
+        if (answer.what == What::failed) return end(t, answer.why, answer.sentence);
+        if (answer.what == What::ready) {
+            if (answer.hash != t.held) t.first = 0;  // it is not the beginning of this file
+            t.next = t.first;
+            enter(t, FileState::moving);
+            tell_begin(t, t.first);
+            send_more(t);
+        } else if (answer.what == What::done) {
+            t.credit.consumed += answer.bytes;
+            tell_progress(t, answer.bytes);
+        } else {
             return;
         }
-        if (t.state == State::interrupted) {
-            if (std::optional<LoginId> to = host_.reach(t.info.user)) return send_offer(t, *to);
-            if (now >= t.expires)
-                stop(t, FileReason::expired, concat(t.info.user, " did not come back"));
-        } else if (now >= t.expires) {
-            stop(t, FileReason::expired, concat(t.info.user, " did not answer"));
-        }
+        if (t.credit.consumed == t.info.size - t.first) enter(t, FileState::finishing);
     }
-    template <class Transfers>
-    void tend_all(Transfers& transfers, Clock::time_point now) {
-        for (auto it = transfers.begin(); it != transfers.end();) {
-            auto here = it++;  // `here` may be forgotten
-            tend(here->second, now);
-        }
+    void receive_over(const FilePeer& from, const FileOver& over) {
+        bool sending = over.by_sender == 0;
+        Transfer* t = find(from, sending, over.id);
+        if (t == nullptr || is_all_here(*t)) return;
+        if (sending && over.why.empty()) return stored(*t);
+        end(*t, "",
+            concat(t->info.user, " ",
+                   over.why.empty() ? "stopped it" : over.why.substr(0, max_why_bytes)));
+    }
+    // The answer may be here before our own worker has said that all was sent.
+    void stored(Transfer& t) {
+        bool all = t.next == t.info.size &&
+                   (t.state == FileState::moving || t.state == FileState::finishing);
+        if (!all && !(t.state == FileState::preparing && t.info.size == 0))
+            return break_off(t, "says that it has it, before all of it was sent");
+        tell_begin(t, t.first);
+        tell_finished(t, {});
+    }
+    void tell_finished(Transfer& t, const std::filesystem::path& path) {
+        host_.tell({.phase = FileEvent::Phase::finished,
+                    .file = t.info,
+                    .done = t.info.size - t.first,
+                    .path = path});
+        forget(t);
     }
 
     // ---- The receiver's side --------------------------------------------------------------------
 
-    void receive_offer(LoginId from, const std::string& user, const FileOffer& offer) {
-        PeerState& peer = peers_[from];
+    void receive_offer(const FilePeer& from, const FileOffer& offer) {
+        PeerState& peer = peers_[from.id];
         if (offer.id <= peer.last_offer) throw ProtocolError("Its number is not a new one.");
         peer.last_offer = offer.id;
-        FileInfo info{0, false, user, safe_file_name(offer.name), offer.size};
-        for (auto& [number, t] : incoming_)  // accepted before, and interrupted
-            if (t.state == State::interrupted && t.info.user == user && t.info.name == info.name &&
+        for (auto& [number, t] : transfers_)  // accepted before, and interrupted
+            if (!t.info.sending && t.state == FileState::interrupted &&
+                t.peer.identity == from.identity && t.offered_name == offer.name &&
                 t.info.size == offer.size && t.modified == offer.modified) {
-                t.from = from;
+                t.peer = from;
                 t.id = offer.id;
-                return prepare(t);
+                return enter(t, FileState::queued);
             }
-        auto of_this_one =
-            std::count_if(incoming_.begin(), incoming_.end(),
-                          [&](const auto& entry) { return entry.second.info.user == user; });
-        if (incoming_.size() >= max_offers ||
-            static_cast<std::size_t>(of_this_one) >= max_offers_of_one) {
+        std::size_t of_this_one =
+            count([&](const Transfer& t) { return !t.info.sending && t.info.user == from.user; });
+        std::size_t unanswered = count(
+            [](const Transfer& t) { return !t.info.sending && t.state == FileState::offered; });
+        if (of_this_one >= max_with_one || unanswered >= max_offers) {
             // Not for ever: whoever makes us answer uses up our own right to talk (chapter 11).
             if (++peer.refused <= max_offers)
-                send(from, 0, FileRefuse{offer.id, FileReason::too_many});
+                host_.send(from.id, 0, FileOver::kind,
+                           encode(FileOver{offer.id, 0, "takes no more files at the moment"}));
             return;
         }
-        info.number = ++last_number_;
-        Incoming& t = incoming_[info.number];
-        t.info = info;
-        t.modified = offer.modified;
-        t.save_as = info.name;
-        t.from = from;
+        Transfer& t = add({0, false, from.user, safe_file_name(offer.name), offer.size});
+        enter(t, FileState::offered);
+        t.peer = from;
         t.id = offer.id;
-        host_.tell(FileOffered{info, held(t)});
-        if (options_.auto_accept) host_.wake();
+        t.offered_name = offer.name;
+        t.modified = offer.modified;
+        t.save_as = t.info.name;
+        tell(t, FileEvent::Phase::offered);
     }
-
     // For those who accept automatically: nobody is there to decide otherwise.
-    void accept_or_refuse(Incoming& t) {
+    void accept_or_refuse(Transfer& t) {
         if (t.info.size > options_.max_size)
-            return stop(t, FileReason::too_large,
-                        concat("declined: it is larger than ", readable_size(options_.max_size)));
-        if (accepted_incoming() + retired_receivers_.size() >= max_files_receiving)
-            return;  // later
-        try {
-            accept(t.info.number, "");
-        } catch (const Error& e) {
-            stop(t, FileReason::disk_full, e.what());
+            return end(t, "takes no file of this size",
+                       concat("declined: it is larger than ", readable_size(options_.max_size)));
+        t.accepted = true;
+        enter(t, FileState::queued);
+        prepare(t);
+    }
+    // If there is a place for it.
+    void prepare(Transfer& t) {
+        std::size_t of_this_one = count([&](const Transfer& other) {
+            return !other.info.sending && is_running(other) && other.info.user == t.info.user;
+        });
+        std::size_t still_ending = 0;
+        for (const auto& [attempt, part] : ending_) {
+            if (part == part_name(t)) return;  // until then it writes
+            if (!part.empty()) ++still_ending;
+        }
+        if (receiving() + still_ending >= max_files_receiving ||
+            of_this_one >= max_receiving_of_one)
+            return;
+        if (start(t, {.directory = options_.downloads,
+                      .part_name = part_name(t),
+                      .name = t.save_as,
+                      .size = t.info.size,
+                      .modified = t.modified}))
+            host_.ask(t.attempt, {.task = DiskRequest::Task::prepare});
+    }
+    void answered_receiver(Transfer& t, const DiskAnswer& answer) {
+        using What = DiskAnswer::What;
+        switch (answer.what) {
+            case What::ready:
+                t.part = answer.path;
+                t.first = t.next = t.progress.done = answer.bytes;
+                enter(t, FileState::moving);
+                t.credit.granted = credit_due(t);
+                send(t, FileAccept{t.id, t.first, answer.hash, t.credit.granted});
+                return publish_if_whole(t);
+            case What::done:
+                t.credit.consumed += answer.bytes;
+                t.chunks_waiting -= answer.chunks;
+                tell_progress(t, answer.bytes);
+                return grant(t);
+            case What::published:
+                send(t, FileOver{t.id, 0, ""});
+                return tell_finished(t, answer.path);
+            case What::no_room:
+                if (options_.auto_accept) return end(t, answer.why, answer.sentence);
+                host_.complain(concat(answer.sentence, " The offer still stands."));
+                release_worker(t, true);
+                t.accepted = false;
+                return enter(t, FileState::offered);
+            case What::failed:
+                t.part = answer.path;
+                return end(t, answer.why, answer.sentence);
+            case What::ended:
+                return;
         }
     }
-
-    // The user has said yes, now or before. The answer goes when the thread has looked at the disk.
-    void prepare(Incoming& t) {
-        FileReceiver::Plan plan{options_.downloads, t.save_as, t.part, t.info.size, t.modified};
-        if (t.part.empty() && t.save_as == t.info.name)
-            plan.part = partial_files_.find(t.info.user, t.info.name, t.info.size);
-        // An attempt that was just stopped may still hold its part.
-        auto before = std::find_if(
-            retired_receivers_.begin(), retired_receivers_.end(), [&](const auto& receiver) {
-                return !plan.part.empty() && receiver->report().part == plan.part;
-            });
-        if (!t.receiver && before != retired_receivers_.end()) {
-            t.receiver = std::move(*before);
-            retired_receivers_.erase(before);
-        }
-        try {
-            t.receiver = std::make_unique<FileReceiver>(std::move(plan), std::move(t.receiver),
-                                                        [this] { host_.wake(); });
-        } catch (const std::system_error& e) {
-            return stop(t, FileReason::not_writable, concat("no thread for it: ", e.what()));
-        }
-        t.state = State::running;
-        t.ready = t.begun = false;
-        t.progress.moved = Clock::now();
-        t.received = t.chunks = t.chunks_waiting = 0;
-        t.credit = {};
-    }
-
-    void receive_chunk(LoginId from, const std::string&, const FileChunk& chunk, Bytes body) {
-        Incoming* t = find_incoming(from, chunk.id);
-        if (t == nullptr) return;
-        if (!t->ready) return break_off(*t, "sent some of it before it was accepted");
-        if (!t->begun && chunk.offset == 0) t->next = 0;  // it does not go on: it begins anew
-        if (chunk.offset > t->next) return stop_for_loss(*t);
-        if (chunk.offset < t->next || t->ending) return break_off(*t, "sent a part of it twice");
+    void receive_chunk(const FilePeer& from, const FileChunk& chunk, Bytes buffer) {
+        Transfer* t = find(from, false, chunk.id);
+        if (t == nullptr || is_all_here(*t)) return;
+        if (t->state != FileState::moving)
+            return break_off(*t, "sent some of it before it was accepted");
+        if (!t->begun && chunk.offset == 0) t->first = t->next = 0;  // it begins anew
+        if (chunk.offset > t->next) return end(*t, lost, "a part of it was lost on the way");
+        if (chunk.offset < t->next) return break_off(*t, "sent a part of it twice");
         if (chunk.bytes.empty()) return break_off(*t, "sent an empty part of it");
         if (chunk.bytes.size() > t->info.size - t->next)
             return break_off(*t, "sent more than was offered");
-        if (chunk.bytes.size() > t->credit.granted - t->received)
+        if (chunk.bytes.size() > t->credit.granted - (t->next - t->first))
             return break_off(*t, "sent more than it had credit for");
         if (++t->chunks_waiting > max_waiting_chunks)
             return break_off(*t, "sent it in crumbs, faster than they can be written");
         tell_begin(*t, t->next);
         t->next += chunk.bytes.size();
-        t->received += chunk.bytes.size();
-        t->receiver->add(chunk.offset, std::move(body), chunk.bytes);
+        host_.ask(t->attempt, {.task = DiskRequest::Task::write,
+                               .offset = chunk.offset,
+                               .buffer = std::move(buffer),
+                               .bytes = chunk.bytes});
+        publish_if_whole(*t);
     }
-
-    // The network, the server or a hostile sender has left something out.
-    void stop_for_loss(Incoming& t) {
-        stop(t, FileReason::lost,
-             concat("a part of it was lost on the way. What came before is kept: it goes on there "
-                    "when ",
-                    t.info.user, " offers it again"));
+    void publish_if_whole(Transfer& t) {
+        if (t.next != t.info.size) return;
+        tell_begin(t, t.next);
+        enter(t, FileState::finishing);
+        host_.ask(t.attempt, {.task = DiskRequest::Task::publish});
     }
-
-    void receive_end(LoginId from, const std::string&, const FileEnd& end) {
-        Incoming* t = find_incoming(from, end.id);
-        if (t == nullptr) return;
-        if (!t->ready) return break_off(*t, "ended it before it was accepted");
-        if (t->ending) return break_off(*t, "ended it twice");
-        if (t->next != t->info.size) return stop_for_loss(*t);
-        tell_begin(*t, t->next);
-        t->ending = true;
-        t->receiver->finish();
-    }
-
-    void receive_withdraw(LoginId from, const std::string&, const FileWithdraw& withdraw) {
-        if (Incoming* t = find_incoming(from, withdraw.id)) ended_there(*t, withdraw.reason);
-    }
-
-    void tend(Incoming& t, Clock::time_point now) {
-        if (t.state == State::offered && options_.auto_accept) return accept_or_refuse(t);
-        if (t.state == State::interrupted && now >= t.expires)
-            return stop(t, FileReason::expired,
-                        concat(t.info.user, " did not come back; what has come is kept"));
-        if (t.state != State::running) return;
-        FileReceiver::Report report = t.receiver->report();
-        switch (report.state) {
-            case FileReceiver::Report::State::preparing:
-            case FileReceiver::Report::State::stopped:
-                if (now >= deadline_of(t)) stop(t, FileReason::stalled, stalled_sentence);
-                return;
-            case FileReceiver::Report::State::failed:
-                return stop(t, report.reason, report.sentence);
-            case FileReceiver::Report::State::stored:
-                if (t.from != LoginId{}) send(t.from, t.info.number, FileStored{t.id});
-                forget_part(report.part);  // and not an older one, if it began anew just now
-                host_.tell(FileFinished{t.info, report.path, report.written});
-                return forget(t);
-            case FileReceiver::Report::State::ready:
-                break;
-        }
-        if (report.part != t.part) remember_part(t, report.part);
-        if (!t.ready) send_accept(t, report);
-        t.credit.consumed = report.written;
-        t.chunks_waiting -= report.chunks - t.chunks;
-        t.chunks = report.chunks;
-        grant(t);
-        if (t.begun) tell_progress(t, t.next - t.received + report.written, now);
-        if (now >= deadline_of(t)) stop(t, FileReason::stalled, stalled_sentence);
-    }
-
-    void send_accept(Incoming& t, const FileReceiver::Report& report) {
-        t.ready = true;
-        t.next = report.held;
-        t.credit.granted = due(t);
-        send(t.from, t.info.number,
-             FileAccept{t.id, report.held, report.held_hash, t.credit.granted});
-    }
-    void grant(Incoming& t) {
-        std::uint64_t needed = t.info.size - (t.next - t.received);  // in this attempt
-        std::uint64_t more = t.credit.granted < needed ? due(t) : 0;
-        if (more == 0) return;
+    void grant(Transfer& t) {
+        std::uint64_t needed = t.info.size - t.first;  // in this attempt
+        std::uint64_t more = t.credit.granted < needed ? credit_due(t) : 0;
+        if (t.state != FileState::moving || more == 0) return;
         t.credit.granted += more;
-        send(t.from, t.info.number, FileCredit{t.id, t.credit.granted});
+        send(t, FileCredit{t.id, t.credit.granted});
     }
-    std::uint64_t due(const Incoming& t) const {
+    std::uint64_t credit_due(const Transfer& t) const {
         std::uint64_t others = 0;
-        for (const auto& [number, other] : incoming_)
-            if (other.state == State::running && &other != &t) others += other.credit.outstanding();
-        return t.credit.due(others, running_incoming());
-    }
-
-    // So that it can go on after a restart. If that fails, it is only less comfortable.
-    void remember_part(Incoming& t, const std::filesystem::path& part) {
-        t.part = part;
-        try {
-            partial_files_.add({t.info.user, t.info.size, t.info.name, part});
-        } catch (const Error& e) {
-            host_.complain(e.what());
-        }
-    }
-    void forget_part(const std::filesystem::path& part) {
-        try {
-            partial_files_.remove(part);
-        } catch (const Error& e) {
-            host_.complain(e.what());
-        }
+        for (const auto& [number, other] : transfers_)
+            if (!other.info.sending && is_running(other) && &other != &t)
+                others += other.credit.outstanding();
+        return t.credit.due(others, std::max<std::size_t>(1, receiving()));
     }
 
     FileHost& host_;
     Options options_;
-    PartialFiles partial_files_;
-    unsigned last_number_ = 0;
+    unsigned last_number_ = 0, last_attempt_ = 0;
     std::uint32_t last_offer_ = 0;
-    std::map<unsigned, Outgoing> outgoing_;
-    std::map<unsigned, Incoming> incoming_;
+    std::map<unsigned, Transfer> transfers_;
+    std::map<unsigned, std::string> ending_;  // attempts whose workers still run, and their parts
     std::map<LoginId, PeerState> peers_;
-    std::vector<std::unique_ptr<FileSender>> retired_senders_;      // threads that are about to end
-    std::vector<std::unique_ptr<FileReceiver>> retired_receivers_;  // likewise
 };
 
 // =================================================================================================
@@ -5022,18 +4798,18 @@ class Connection {
     void set_patience(Milliseconds patience) { patience_ = patience; }
 
     // Blocks until there is something to read, until `deadline`, or until `waker` is awake;
-    // meanwhile it sends what a full socket has left behind, and pings. (Events of the socket
-    // that are not wanted now, because our reader is behind, are not waited for.)
+    // meanwhile it sends what a full socket has left behind, and pings. Who has no use for more
+    // input now, because it is behind, says so.
     void wait(Clock::time_point deadline, const Waker* waker = nullptr, bool reading = true) {
+        std::array<detail::PollEntry, 2> entries{};
+        std::size_t count = 0;
+        if (waker != nullptr) entries[count++] = {waker->handle(), POLLIN, 0};
         auto events = static_cast<short>((reading ? POLLIN : 0) | (outbox.is_full() ? POLLOUT : 0));
-        std::array<detail::PollEntry, 2> entries{
-            {{socket_.handle(), events, 0},
-             {waker != nullptr ? waker->handle() : detail::no_socket, POLLIN, 0}}};
+        if (events != 0) entries[count++] = {socket_.handle(), events, 0};
         Clock::time_point silence_ends = heard_ + (asked_ ? 2 : 1) * patience_;
-        std::size_t count = waker != nullptr ? 2 : 1;
-        bool ready = detail::poll_until(std::span(entries).first(count),
-                                        reading ? std::min(deadline, silence_ends) : deadline);
-        if ((entries[0].revents & POLLOUT) != 0) flush_full();
+        if (reading) deadline = std::min(deadline, silence_ends);
+        bool ready = detail::poll_until(std::span(entries).first(count), deadline);
+        if (count > 0 && (entries[count - 1].revents & POLLOUT) != 0) flush_full();
         if (ready || !reading || Clock::now() < silence_ends) return;
         if (asked_) throw TimedOut("The other side fell silent.");
         asked_ = true;
@@ -5430,7 +5206,7 @@ struct Session : std::enable_shared_from_this<Session> {
     const std::string host, address;  // "127.0.0.1", "127.0.0.1:41234"
 
     // Guarded by Members.
-    enum class Stage { stranger, logging_in, member, gone };
+    enum class Stage { stranger, logging_in, member, left, refused };
     std::atomic<Stage> stage = Stage::stranger;
     std::string user;         // empty for a stranger
     LoginId id{};             // likewise
@@ -5453,10 +5229,10 @@ using SessionPtr = std::shared_ptr<Session>;
 //
 // Announcements. A thousand who join one after the other must not be half a million small messages.
 // What there is to announce since the last time goes to everybody in one piece, at most once in
-// announce_every. Who has joined meanwhile knows the beginning of that piece from the roster, and
-// gets the rest: Session::told is where it begins. Nobody gets a message of a login that was not
-// announced to them, nor hears that a login is gone before its Left: list_for() and announce_now()
-// see to it.
+// some milliseconds, and more rarely the more there are to be told. Who has joined meanwhile knows
+// the beginning of that piece from the roster, and gets the rest: Session::told is where it begins.
+// Nobody gets a message of a login that was not announced to them, nor hears that a login is gone
+// before its Left: list_for() and announce_now() see to it.
 class Members {
   public:
     // `on_news` is called, under the lock, when there is something to announce.
@@ -5482,7 +5258,7 @@ class Members {
             std::uint64_t before = other->pongs;
             other->connection.send(Ping{before});
             changed_.wait_for(lock, options_.takeover_patience, [&] {
-                return other->pongs != before || other->stage == Session::Stage::gone;
+                return other->pongs != before || other->stage == Session::Stage::left;
             });
             if (other->pongs == before) {
                 other->connection.abort();
@@ -5559,17 +5335,10 @@ class Members {
     // Puts it into everybody's outbox; those that are to be flushed then are appended to `touched`.
     void announce_now(std::vector<SessionPtr>& touched) {
         std::lock_guard lock(mutex_);
-        if (news_.empty()) return;
-        for (const SessionPtr& member : members_) {
-            ByteView news = ByteView(news_).subspan(std::exchange(member->told, 0));
-            if (news.empty()) continue;
-            Outbox::Result result = member->connection.outbox.push_control(news);
-            if (result == Outbox::Result::due) touched.push_back(member);
-            if (result == Outbox::Result::refused) member->connection.abort();
-        }
-        news_.clear();
-        announced_at_ = Clock::now();
         announce_at_ = Clock::time_point::max();
+        if (!news_.empty()) announce();
+        std::move(due_.begin(), due_.end(), std::back_inserter(touched));
+        due_.clear();
     }
 
   private:
@@ -5580,27 +5349,44 @@ class Members {
 
     // Under mutex_, like the rest:
     std::string remove_locked(Session& s, const std::string& reason) {
-        Session::Stage stage = s.stage.exchange(Session::Stage::gone);
-        if (stage == Session::Stage::gone) return "";
-        if (stage != Session::Stage::stranger) online_.erase(s.user);
+        using enum Session::Stage;
+        Session::Stage stage = s.stage;
+        if (stage == left || stage == refused) return "";
+        s.stage = stage == member ? left : refused;
+        if (stage != stranger) online_.erase(s.user);
         changed_.notify_all();
-        if (stage != Session::Stage::member)
+        if (stage != member)
             return concat("refused ", s.address,
                           s.user.empty() ? "" : concat(" (\"", s.user, "\")"), ": ", reason);
         members_.erase(lower_bound(s.id));
         append_news(Left{s.id});
         return concat("\"", s.user, "\" left: ", reason);
     }
+    void announce() {
+        for (const SessionPtr& member : members_) {
+            ByteView news = ByteView(news_).subspan(std::exchange(member->told, 0));
+            if (news.empty()) continue;
+            Outbox::Result result = member->connection.outbox.push_control(news);
+            if (result == Outbox::Result::due) due_.push_back(member);
+            if (result == Outbox::Result::refused) member->connection.abort();
+        }
+        news_.clear();
+        announced_at_ = Clock::now();
+    }
     template <class T>
     void append_news(const T& message) {
         append_message(news_, message);
-        if (news_.size() > max_record_bytes / 2) announced_at_ = {};  // it must fit into a record
-        Clock::time_point due = std::max(Clock::now(), announced_at_ + options_.announce_every);
+        if (news_.size() > max_record_bytes / 2) announce();  // it must fit into a record
+        auto pause =
+            options_.announce_every + time_to_tell_one * static_cast<std::int64_t>(members_.size());
+        Clock::time_point due = std::max(Clock::now(), announced_at_ + pause);
         if (due >= announce_at_) return;
         announce_at_ = due;
         on_news_();
     }
 
+    // Telling one member takes a few microseconds; so it takes a processor a part of the time.
+    static constexpr std::chrono::microseconds time_to_tell_one{20};
     const ServerOptions& options_;
     const std::function<void()> on_news_;
     mutable std::shared_mutex mutex_;           // guards the rest
@@ -5608,6 +5394,7 @@ class Members {
     std::map<std::string, SessionPtr> online_;  // by name, from the proof of the password on
     std::vector<SessionPtr> members_;           // those who have shown a card, by id
     Bytes news_;                                // Joined and Left that not all were told yet
+    std::vector<SessionPtr> due_;               // who has some in the outbox, and is to be flushed
     Clock::time_point announced_at_{}, announce_at_ = Clock::time_point::max();
     std::uint32_t last_id_ = 0;
 };
@@ -5828,7 +5615,8 @@ class Server {
         session->connection.on_full = [this, s = session.get()] { pump_.take_over(*s); };
         std::lock_guard lock(sessions_mutex_);
         auto strangers = std::count_if(sessions_.begin(), sessions_.end(), [&](const auto& other) {
-            return other->stage != Stage::member && other->host == session->host;
+            return other->stage != Stage::member && other->stage != Stage::left &&
+                   other->host == session->host;
         });
         if (static_cast<std::size_t>(strangers) >= options_.max_logins_per_address ||
             sessions_.size() >= 2 * options_.max_clients) {
@@ -6427,9 +6215,8 @@ struct Event {
     std::chrono::system_clock::time_point time;
     std::variant<Connecting, ServerKeyUnknown, MakingIdentity, LoggedIn, ConnectionLost,
                  PersonJoined, PersonLeft, RoomMessage, PrivateMessage, MessagesLost, NotDelivered,
-                 IdentityPinned, IdentityChanged, SafetyNumber, People, FileOffered, FileOfferSent,
-                 FileStarted, FileProgress, FileFinished, FileStopped, FileList, Notice, Problem,
-                 Stopped>
+                 IdentityPinned, IdentityChanged, SafetyNumber, People, FileEvent, FileList, Notice,
+                 Problem, Stopped>
         what;
 };
 
@@ -7042,7 +6829,7 @@ class Client final : private FileHost {
     using Halt = detail::Halt;
     static constexpr std::size_t comfortable_outbox = std::size_t{1} << 20;
     static constexpr std::size_t max_remembered = 256;  // private messages that may come back
-    static constexpr int max_messages_at_once = 256;    // handled before commands have their turn
+    static constexpr int turns_in_a_row = 256;  // for messages, before it is the commands' turn
 
     struct Job {
         Command command;
@@ -7067,7 +6854,8 @@ class Client final : private FileHost {
         }
         try {
             if (link_) link_->connection->abort();
-            files_.reset();  // joins the transfers' threads, which may still be writing
+            files_.reset();
+            workers_.reset();  // joins their threads, which may still be writing
             end_link();
             tell_unsent();
             emit(end);
@@ -7123,9 +6911,7 @@ class Client final : private FileHost {
         last_tag_ = 0;
         sent_.clear();
         quit_sent_ = false;
-        if (!files_)
-            files_.emplace(static_cast<FileHost&>(*this), options_.files,
-                           login_.account_directory(link_->server_key) / "partial_files");
+        if (!files_) files_.emplace(static_cast<FileHost&>(*this), options_.files);
     }
     // Forgets the connection. Jobs go back to where they came from.
     void end_link() {
@@ -7146,19 +6932,15 @@ class Client final : private FileHost {
             bool more = false;  // is there something to do without waiting?
             if (!handle_messages(more)) return;
             run_jobs();
-            while (may_take_command()) {
-                std::optional<Command> command = mail_.take_command();
-                if (!command) break;
-                jobs_.push_back({std::move(*command), false});
-                run_jobs();
-            }
-            if (files_woken_.exchange(false) || Clock::now() >= files_->next_deadline())
-                files_->tend();
+            take_commands();
+            while (std::optional<DiskAnswer> answer = workers_->take_answer())
+                files_->answered(*answer);
+            if (Clock::now() >= files_->next_deadline()) files_->tick(Clock::now());
+            if (std::exchange(somebody_came_, false)) files_->peer_is_back();
             link_->connection->flush();
             save_pins();
             if (mail_.is_stopping()) return;
-            more = more || (may_take_command() && mail_.waiting() > 0);
-            if (!more)
+            if (!more && !(may_take_command() && mail_.waiting() > 0))
                 link_->connection->wait(files_->next_deadline(), &mail_.waker,
                                         mail_.has_room_for_events());
             mail_.waker.drain();
@@ -7168,11 +6950,9 @@ class Client final : private FileHost {
     // What has come from the server, or the beginning of it; then `more` is set. False when the
     // user has left.
     bool handle_messages(bool& more) {
-        for (int handled = 0; mail_.has_room_for_events(); ++handled) {
-            if (handled == max_messages_at_once) {
-                more = true;
-                return true;
-            }
+        for (int turn = 0; mail_.has_room_for_events(); ++turn) {
+            more = turn == turns_in_a_row;
+            if (more) return true;
             std::optional<Message> message;
             try {
                 message = link_->connection->next();
@@ -7186,6 +6966,14 @@ class Client final : private FileHost {
         return true;
     }
 
+    void take_commands() {
+        for (int turn = 0; turn < turns_in_a_row && may_take_command(); ++turn) {
+            std::optional<Command> command = mail_.take_command();
+            if (!command) return;
+            jobs_.push_back({std::move(*command), false});
+            run_jobs();
+        }
+    }
     bool may_take_command() const {
         return jobs_.empty() && !quit_sent_ &&
                !link_->connection->outbox.is_over(comfortable_outbox);
@@ -7206,7 +6994,7 @@ class Client final : private FileHost {
         switch (message.type) {
             case Joined::type:
                 emit(PersonJoined{link_->add(from_wire<Joined>(message.body)).user});
-                wake();  // perhaps a file waits for them
+                somebody_came_ = true;  // perhaps a file waits for them
                 break;
             case Left::type:
                 remove_peer(from_wire<Left>(message.body).id);
@@ -7223,8 +7011,9 @@ class Client final : private FileHost {
             case Undelivered::type:
                 came_back(from_wire<Undelivered>(message.body));
                 break;
-            case Ping::type:
-                push_control(Pong{from_wire<Ping>(message.body).number});
+            case Ping::type:  // of a server that asks and does not read: not for ever
+                if (!link_->connection->outbox.is_over(comfortable_outbox))
+                    push_control(Pong{from_wire<Ping>(message.body).number});
                 break;
             case Pong::type:
                 break;
@@ -7247,7 +7036,7 @@ class Client final : private FileHost {
         if (peer == nullptr) return;
         std::string user = peer->user;
         link_->remove(id);
-        files_->person_left(id, user);
+        files_->peer_left(id, user);
         emit(PersonLeft{user});
     }
 
@@ -7265,7 +7054,7 @@ class Client final : private FileHost {
     // The first card of a login settles who it is; a different one later is ignored.
     void accept_card(Peer& peer, ByteView bytes) {
         if (peer.standing != Peer::Standing::unknown) return;
-        wake();
+        somebody_came_ = true;
         try {
             peer.card.emplace(bytes, peer.user);
         } catch (const ProtocolError& e) {
@@ -7355,11 +7144,8 @@ class Client final : private FileHost {
             case Kind::file_accept:
             case Kind::file_credit:
             case Kind::file_chunk:
-            case Kind::file_end:
-            case Kind::file_stored:
-            case Kind::file_withdraw:
-            case Kind::file_refuse:
-                files_->receive(peer.id, peer.user, std::move(opened));
+            case Kind::file_over:
+                files_->receive(as_file_peer(peer), std::move(opened));
                 return;
             case Kind::room_key:  // belongs into a RoomDelivered
                 return;
@@ -7602,7 +7388,7 @@ class Client final : private FileHost {
                                "have to be there."));
         if (!is_settled(*peer)) return false;
         require_open(*peer);
-        files_->offer(file.user, peer->id, file.path);
+        files_->offer(as_file_peer(*peer), std::make_shared<SourceFile>(file.path));
         return true;
     }
     bool perform(const AcceptFile& file, const Job&) {
@@ -7631,18 +7417,16 @@ class Client final : private FileHost {
 
     // ---- What the transfers of chapter 9 need ---------------------------------------------------
 
-    void tell(FileOffered event) override { emit(std::move(event)); }
-    void tell(FileOfferSent event) override { emit(std::move(event)); }
-    void tell(FileStarted event) override { emit(std::move(event)); }
-    void tell(FileProgress event) override { emit(std::move(event)); }
-    void tell(FileFinished event) override { emit(std::move(event)); }
-    void tell(FileStopped event) override { emit(std::move(event)); }
+    void tell(FileEvent event) override { emit(std::move(event)); }
     void complain(const std::string& sentence) override { emit(Problem{sentence}); }
 
-    std::optional<LoginId> reach(const std::string& user) override {
+    static FilePeer as_file_peer(const Peer& peer) {
+        return {peer.id, peer.user, peer.card->fingerprint};
+    }
+    std::optional<FilePeer> reach(const std::string& user) override {
         Peer* peer = link_ ? link_->find(user) : nullptr;
         if (peer == nullptr || !is_settled(*peer) || !open_to(*peer)) return std::nullopt;
-        return peer->id;
+        return as_file_peer(*peer);
     }
     void send(LoginId to, std::uint32_t tag, Kind kind, ByteView body) override {
         Peer* peer = link_ ? link_->find(to) : nullptr;
@@ -7657,16 +7441,16 @@ class Client final : private FileHost {
                 std::make_shared<detail::ConnectionBulkLane>(peer->sender, link_->connection, to);
         return peer->bulk;
     }
-    void wake() noexcept override {
-        files_woken_ = true;
-        mail_.waker.wake();
+    void start(FileAttempt attempt) override { workers_->start(std::move(attempt)); }
+    void ask(unsigned attempt, DiskRequest request) override {
+        workers_->ask(attempt, std::move(request));
     }
+    void stop(unsigned attempt, bool drop) override { workers_->stop(attempt, drop); }
 
     ClientOptions options_;
     const std::string user_, server_;
 
-    detail::Mailbox mail_;                   // any thread
-    std::atomic<bool> files_woken_ = false;  // any thread: tend() has something to do
+    detail::Mailbox mail_;  // any thread
 
     // The engine thread's own.
     detail::Login login_;
@@ -7678,7 +7462,9 @@ class Client final : private FileHost {
     std::map<std::string, Fingerprint> told_numbers_;  // whose key each SafetyNumber was of
     std::deque<Job> jobs_;
     bool save_failed_ = false;
-    std::optional<FileTransfers> files_;  // from the first login on; its threads call wake()
+    std::optional<FileTransfers> files_;  // from the first login on
+    bool somebody_came_ = false;          // for whom a file may wait
+    std::optional<FileWorkers> workers_{std::in_place, [this] { mail_.waker.wake(); }};
 
     std::thread engine_;  // last, so that everything above exists when it starts; joined in ~Client
 };
@@ -8031,6 +7817,9 @@ inline std::ptrdiff_t write_some_at(int file, ByteView bytes, std::uint64_t offs
     if (::_lseeki64(file, static_cast<std::int64_t>(offset), SEEK_SET) < 0) return -1;
     return write_some(file, bytes);
 }
+inline bool truncate_file(int file, std::uint64_t size) {
+    return ::_chsize_s(file, static_cast<std::int64_t>(size)) == 0;
+}
 inline bool lock_file(int) { return true; }  // _SH_DENYRW
 inline void set_modified(int file, std::uint64_t nanoseconds) {
     struct __utimbuf64 times {};
@@ -8206,6 +7995,9 @@ inline std::ptrdiff_t read_some_at(int file, ByteSpan into, std::uint64_t offset
 }
 inline std::ptrdiff_t write_some_at(int file, ByteView bytes, std::uint64_t offset) {
     return ::pwrite(file, bytes.data(), bytes.size(), static_cast<off_t>(offset));
+}
+inline bool truncate_file(int file, std::uint64_t size) {
+    return ::ftruncate(file, static_cast<off_t>(size)) == 0;
 }
 inline bool lock_file(int file) {
     return ::flock(file, LOCK_EX | LOCK_NB) == 0 || errno != EWOULDBLOCK;

@@ -148,40 +148,40 @@ struct Describe {
                 person.trusted ? "" : " (not trusted)", person.ignored ? " (ignored)" : ""));
         return {{Tone::quiet, concat("* online: ", listed(names))}};
     }
-    Lines operator()(const chatsecure::FileOffered& e) const {
-        const auto& [file, held] = e;
-        return {{Tone::personal,
-                 concat("* ", file.user, " offers file ", file.number, ": ", visible(file.name),
-                        " (", chatsecure::readable_size(file.size),
-                        held > 0 ? concat(", ", chatsecure::readable_size(held), " of it are here")
-                                 : "",
-                        "). /accept ", file.number, " or /decline ", file.number)}};
-    }
-    Lines operator()(const chatsecure::FileOfferSent& e) const {
-        return {{Tone::quiet, concat("* offered ", title(e.file), ", ",
-                                     chatsecure::readable_size(e.file.size))}};
-    }
-    Lines operator()(const chatsecure::FileStarted& e) const {
-        return {{Tone::quiet, concat("* ", title(e.file),
-                                     e.offset == 0 ? ": begins"
-                                                   : concat(": goes on at ",
-                                                            chatsecure::readable_size(e.offset)))}};
-    }
-    Lines operator()(const chatsecure::FileProgress& e) const {
-        return {{Tone::quiet, concat("* ", title(e.file), ": ", progress(e))}};
-    }
-    Lines operator()(const chatsecure::FileFinished& e) const {
+    Lines operator()(const chatsecure::FileEvent& e) const {
+        using enum chatsecure::FileEvent::Phase;
         std::string size = chatsecure::readable_size(e.file.size);
-        if (e.moved < e.file.size)
-            size += concat(", ", chatsecure::readable_size(e.moved), " of it now");
-        return {{Tone::own, concat("* ", title(e.file), ": ",
-                                   e.file.sending ? std::string("has arrived")
-                                                  : "saved as " + visible(e.path.string()),
-                                   " (", size, ")")}};
-    }
-    Lines operator()(const chatsecure::FileStopped& e) const {
-        return {{e.failed ? Tone::warning : Tone::quiet,
-                 concat("* ", title(e.file), ": ", visible(e.sentence))}};
+        switch (e.phase) {
+            case offered:
+                return {
+                    {Tone::personal, concat("* ", e.file.user, " offers file ", e.file.number, ": ",
+                                            visible(e.file.name), " (", size, "). /accept ",
+                                            e.file.number, " or /decline ", e.file.number)}};
+            case offer_sent:
+                return {{Tone::quiet, concat("* offered ", title(e.file), ", ", size)}};
+            case queued:
+                return {{Tone::quiet, concat("* ", title(e.file), ": waits for its turn")}};
+            case started:
+                return {{Tone::quiet,
+                         concat("* ", title(e.file),
+                                e.done == 0
+                                    ? ": begins"
+                                    : concat(": goes on at ", chatsecure::readable_size(e.done)))}};
+            case progress:
+                return {{Tone::quiet, concat("* ", title(e.file), ": ", moving(e))}};
+            case finished:
+                if (e.done < e.file.size)
+                    size += concat(", ", chatsecure::readable_size(e.done), " of it now");
+                return {{Tone::own, concat("* ", title(e.file), ": ",
+                                           e.file.sending ? std::string("has arrived")
+                                                          : "saved as " + visible(e.path.string()),
+                                           " (", size, ")")}};
+            case interrupted:
+            case stopped:
+                return {{e.failed ? Tone::warning : Tone::quiet,
+                         concat("* ", title(e.file), ": ", visible(e.sentence))}};
+        }
+        return {};
     }
     Lines operator()(const chatsecure::FileList& e) const {
         Lines lines;
@@ -211,8 +211,9 @@ struct Describe {
         return concat(share(file, done, 100), " %");
     }
     static std::string state(const chatsecure::FileStatus& f) {
-        using enum chatsecure::FileStatus::State;
+        using enum chatsecure::FileState;
         std::string size = chatsecure::readable_size(f.file.size);
+        if (f.state == queued) return concat(size, ", waits for its turn");
         if (f.state == offered)
             return concat(size,
                           f.file.sending ? ", waits for an answer" : ", waits for your answer");
@@ -220,7 +221,7 @@ struct Describe {
                       f.state == interrupted ? ", interrupted" : "");
     }
     // "43 % of 12.3 MB, 1.2 MB/s, 6 s left"
-    static std::string progress(const chatsecure::FileProgress& e) {
+    static std::string moving(const chatsecure::FileEvent& e) {
         std::string text =
             concat(percent(e.file, e.done), " of ", chatsecure::readable_size(e.file.size), ", ",
                    chatsecure::readable_size(static_cast<std::uint64_t>(e.bytes_per_second)), "/s");
@@ -254,18 +255,20 @@ void say_why(const chatsecure::Stopped& stopped) {
 
 // Whatever keeps the user's attention on what was asked: it decides the exit code of a script.
 bool is_failure(const chatsecure::Event& event) {
-    if (const auto* stopped = std::get_if<chatsecure::FileStopped>(&event.what))
-        return stopped->failed;
+    if (const auto* file = std::get_if<chatsecure::FileEvent>(&event.what)) return file->failed;
     return std::holds_alternative<chatsecure::NotDelivered>(event.what) ||
            std::holds_alternative<chatsecure::Problem>(event.what);
 }
 
-// Lets one progress event of each file through every few seconds, for front ends that print lines.
+// Lets one progress event of each file through every few seconds (and all other events), for front
+// ends that print lines.
 class NowAndThen {
   public:
-    bool is_due(const chatsecure::FileProgress& e) {
+    bool is_due(const chatsecure::Event& event) {
+        const auto* file = std::get_if<chatsecure::FileEvent>(&event.what);
+        if (file == nullptr || file->phase != chatsecure::FileEvent::Phase::progress) return true;
         chatsecure::Clock::time_point now = chatsecure::Clock::now();
-        auto [last, first] = last_.try_emplace(e.file.number, now);
+        auto [last, first] = last_.try_emplace(file->file.number, now);
         if (first || now - last->second < std::chrono::seconds(5)) return false;
         last->second = now;
         return true;
@@ -380,8 +383,7 @@ class Script {
   private:
     // True for the last event.
     bool show(const chatsecure::Event& event) {
-        const auto* progress = std::get_if<chatsecure::FileProgress>(&event.what);
-        if (progress != nullptr && !now_and_then_.is_due(*progress)) return false;
+        if (!now_and_then_.is_due(event)) return false;
         for (const Line& line : describe(event)) {
             std::cout << line.text << '\n';
             unmatched_.push_back(line.text);
@@ -760,10 +762,12 @@ class Conversation {
     }
 
     void show(const chatsecure::Event& event) {
-        std::visit([this](const auto& e) { follow_file(e); }, event.what);
-        const auto* progress = std::get_if<chatsecure::FileProgress>(&event.what);
-        if (progress != nullptr && (Terminal::has_status || !now_and_then_.is_due(*progress)))
+        const auto* file = std::get_if<chatsecure::FileEvent>(&event.what);
+        if (file != nullptr) follow_file(*file);
+        if (Terminal::has_status && file != nullptr &&
+            file->phase == chatsecure::FileEvent::Phase::progress)
             return;
+        if (!now_and_then_.is_due(event)) return;
         std::string text;
         for (const Line& line : describe(event)) text += printer_.format(line, event.time);
         if (!text.empty()) terminal_.print(text);
@@ -799,18 +803,12 @@ class Conversation {
     }
 
     // Files that are on their way, as rows above the prompt.
-    void follow_file(const chatsecure::FileStarted& e) { set_progress({e.file, e.offset, 0}); }
-    void follow_file(const chatsecure::FileProgress& e) { set_progress(e); }
-    void follow_file(const chatsecure::FileFinished& e) { forget_file(e.file); }
-    void follow_file(const chatsecure::FileStopped& e) { forget_file(e.file); }
-    void follow_file(const auto&) {}
-
-    void set_progress(const chatsecure::FileProgress& e) {
-        moving_[e.file.number] = e;
-        show_status();
-    }
-    void forget_file(const chatsecure::FileInfo& file) {
-        moving_.erase(file.number);
+    void follow_file(const chatsecure::FileEvent& e) {
+        using enum chatsecure::FileEvent::Phase;
+        if (e.phase == started || e.phase == progress)
+            moving_[e.file.number] = e;
+        else
+            moving_.erase(e.file.number);
         show_status();
     }
     void show_status() {
@@ -821,7 +819,7 @@ class Conversation {
             constexpr std::size_t width = 20;
             std::size_t full = Describe::share(e.file, e.done, width);
             rows.push_back(concat("[", std::string(full, '#'), std::string(width - full, '.'), "] ",
-                                  Describe::progress(e), "  ", e.file.sending ? "to " : "from ",
+                                  Describe::moving(e), "  ", e.file.sending ? "to " : "from ",
                                   e.file.user, ": ", visible(e.file.name)));
         }
         if (moving_.size() > most)
@@ -901,7 +899,7 @@ class Conversation {
     Terminal terminal_;
     std::set<std::string> others_;
     std::string reply_to_;
-    std::map<unsigned, chatsecure::FileProgress> moving_;
+    std::map<unsigned, chatsecure::FileEvent> moving_;
     NowAndThen now_and_then_;
     bool warned_ = false;  // that files are on their way
     bool online_ = false;

@@ -2028,31 +2028,42 @@ class App {
         note(visible(e.text), Entry::Kind::warning);
     }
 
-    void on(const chatsecure::FileOffered& e) {
-        card(e.file, FileCard::State::offered);
-        add(e.file.user, {.kind = Entry::Kind::file, .from = e.file.user, .file = e.file.number});
-    }
-    void on(const chatsecure::FileOfferSent& e) {
-        card(e.file, FileCard::State::offered);
-        add(e.file.user, {.kind = Entry::Kind::file, .own = true, .file = e.file.number});
-    }
-    void on(const chatsecure::FileStarted& e) {
-        card(e.file, FileCard::State::moving).done = e.offset;
-        report_file("file-moving", e.file);
-    }
-    void on(const chatsecure::FileProgress& e) {
-        FileCard& c = card(e.file, FileCard::State::moving);
+    void on(const chatsecure::FileEvent& e) {
+        using enum chatsecure::FileEvent::Phase;
+        bool is_new = !cards_.contains(e.file.number);
+        FileCard& c = card(e.file, state_after(e.phase));
         c.done = e.done;
         c.bytes_per_second = e.bytes_per_second;
+        c.note = e.sentence;
+        c.path = e.path;
+        if (is_new)
+            add(e.file.user, {.kind = Entry::Kind::file,
+                              .from = e.file.sending ? "" : e.file.user,
+                              .own = e.file.sending,
+                              .file = e.file.number});
+        if (e.phase == started) report_file("file-moving", e.file);
+        if (e.phase == finished) report_file("file-done", e.file);
+        if (e.phase == interrupted || e.phase == stopped)
+            report(concat("file-stopped ", visible(e.sentence)));
     }
-    void on(const chatsecure::FileFinished& e) {
-        card(e.file, FileCard::State::done).path = e.path;
-        report_file("file-done", e.file);
-    }
-    void on(const chatsecure::FileStopped& e) {
-        card(e.file, e.interrupted ? FileCard::State::interrupted : FileCard::State::stopped).note =
-            e.sentence;
-        report(concat("file-stopped ", visible(e.sentence)));
+    static FileCard::State state_after(chatsecure::FileEvent::Phase phase) {
+        using enum chatsecure::FileEvent::Phase;
+        switch (phase) {
+            case offered:
+            case offer_sent:
+                return FileCard::State::offered;
+            case queued:
+            case started:
+            case progress:
+                return FileCard::State::moving;
+            case finished:
+                return FileCard::State::done;
+            case interrupted:
+                return FileCard::State::interrupted;
+            case stopped:
+                return FileCard::State::stopped;
+        }
+        return FileCard::State::stopped;
     }
     void on(const chatsecure::FileList& e) {
         if (e.files.empty()) note("No files are offered or on their way.", Entry::Kind::system);
