@@ -3067,9 +3067,9 @@ class PinStore {
 //      is not larger than the one before is ignored. What bob sees of the name is what he would get
 //      on his disk.
 //   2. Once for each offer. The answer says how much bob has already from an earlier attempt (less
-//      than the whole, unless the file is empty), and its hash. If alice's file begins with the same
-//      bytes, her first chunk goes on behind them; if not, its offset is 0. (Bob tells nothing that
-//      alice did not send: what he has belongs to the identity that sent it.)
+//      than the whole, unless the file is empty), and its hash. If alice's file begins with the
+//      same bytes, her first chunk goes on behind them; if not, its offset is 0. (Bob tells nothing
+//      that alice did not send: what he has belongs to the identity that sent it.)
 //   3. CREDIT is the number of bytes that alice may send, counted from the beginning of this
 //      attempt. Each FileCredit is larger than the one before, and at most 4 MiB ahead of what she
 //      has sent. Bob raises it as his disk takes what came, so at most 4 MiB of all his transfers
@@ -3080,17 +3080,17 @@ class PinStore {
 //      Chunks come in order, and each says where it belongs: behind the last one, within the size
 //      that was offered and the credit. A gap means that something was lost. No chunk is empty, and
 //      chunks are not much smaller than 1 KiB on the average, because each costs bob memory.
-//   4. Until then the file has another name, which ends in .part. It is written, synced to the disk,
-//      and only then gets its name: NAME is whole or not there (P11).
+//   4. Until then the file has another name, which ends in .part. It is written, synced to the
+//      disk, and only then gets its name: NAME is whole or not there (P11).
 //
 // Where a received file may go is the other half of the chapter (P9). The name comes from another
 // person, and "../../.ssh/authorized_keys" is a name too. safe_file_name() leaves what can only be
 // a name; the file is created new (O_EXCL), never over another one and never through a link; a name
 // that is taken becomes "NAME (1)".
 //
-// A part is called NAME.<8 hexadecimal digits>.part. The digits are the beginning of a hash over who
-// sent it (the identity, not the name), what it was called and how large it was to become, so that
-// the next attempt finds it without a list that could be wrong, and nobody else's does.
+// A part is called NAME.<8 hexadecimal digits>.part. The digits are the beginning of a hash over
+// who sent it (the identity, not the name), what it was called and how large it was to become, so
+// that the next attempt finds it without a list that could be wrong, and nobody else's does.
 //
 // A transfer is a STATE MACHINE, the same for both sides. A machine that is not written down has
 // states that nobody thought of; this is all of it:
@@ -3109,7 +3109,7 @@ class PinStore {
 //      -----------------  -------------------------------  ---------------------------------------
 //      a place is free    queued -> offered: FileOffer     queued -> preparing
 //      the user: yes                                       offered -> queued; else "already"
-//      the user: no       over, in each state              over; finishing: "It is all here already"
+//      the user: no       over, in each state              over; finishing: "It is all here"
 //      FileAccept         offered -> preparing; else !
 //      the disk is ready  preparing -> moving              preparing -> moving: FileAccept
 //                                                          (nothing missing: -> finishing)
@@ -3134,10 +3134,11 @@ class PinStore {
 //      the other side gets a FileOver (if it is in reach) and the user a sentence, and that the
 //      transfer is forgotten.
 //
-// Threads. Disks wait: a spun-down one for seconds, a network drive for ever. So the machine itself,
-// FileTransfers, does no input or output. It takes messages, commands, the disk's answers and the
-// time; it gives messages, events and requests to the disk. Each running transfer has a WORKER, a
-// thread that does these requests in their order and posts the answers to the engine (chapter 12).
+// Threads. Disks wait: a spun-down one for seconds, a network drive for ever. So the machine
+// itself, FileTransfers, does no input or output. It takes messages, commands, the disk's answers
+// and the time; it gives messages, events and requests to the disk. Each running transfer has a
+// WORKER, a thread that does these requests in their order and posts the answers to the engine
+// (chapter 12).
 //
 // What it does not protect against: what is in the file. Being asked is not being safe.
 
@@ -3379,8 +3380,8 @@ class SourceFile {
     std::uint64_t size() const { return attributes_.size; }
     std::uint64_t modified() const { return attributes_.modified; }
 
-    // Fills `into`. Throws FileError if the file has changed or does not let itself be read. (So the
-    // last chunk is not sent of a file that changed while it was being read.)
+    // Fills `into`. Throws FileError if the file has changed or does not let itself be read. (So
+    // the last chunk is not sent of a file that changed while it was being read.)
     void read(std::uint64_t offset, ByteSpan into) const {
         std::optional<std::size_t> got = file_.read_at(offset, into);
         if (!got)
@@ -3507,8 +3508,8 @@ class PartFile {
 
 // ---- Requests to the disk, and its answers ------------------------------------------------------
 
-// How a worker sends: over the bulk lane to one login. (Chapter 12 has the real one.) The workers of
-// several transfers share it.
+// How a worker sends: over the bulk lane to one login. (Chapter 12 has the real one.) The workers
+// of several transfers share it.
 class BulkLane {
   public:
     virtual ~BulkLane() = default;
@@ -4223,8 +4224,9 @@ class FileTransfers {
     // What became of what has come, so that nothing large stays on a disk in silence.
     static std::string kept(const Transfer& t, std::string_view sentence) {
         if (t.info.sending || t.part.empty() || (t.progress.done == 0 && !t.begun)) return "";
-        return concat(sentence.ends_with('.') ? " What" : "; what", " has come is kept in ",
-                      t.part.string(), ", and goes on there when it is offered again");
+        bool after_a_stop = sentence.ends_with('.');
+        return concat(after_a_stop ? " What" : "; what", " has come is kept in ", t.part.string(),
+                      ", and goes on there when it is offered again", after_a_stop ? "." : "");
     }
 
     // Somebody (or everybody: no id) is out of reach.
@@ -4364,11 +4366,16 @@ class FileTransfers {
                 t.id = offer.id;
                 return enter(t, FileState::queued);
             }
-        std::size_t of_this_one =
-            count([&](const Transfer& t) { return !t.info.sending && t.info.user == from.user; });
+        auto of_this_one = [&](bool interrupted) {
+            return count([&](const Transfer& t) {
+                return !t.info.sending && t.info.user == from.user &&
+                       (t.state == FileState::interrupted) == interrupted;
+            });
+        };
         std::size_t unanswered = count(
             [](const Transfer& t) { return !t.info.sending && t.state == FileState::offered; });
-        if (of_this_one >= max_with_one || unanswered >= max_offers) {
+        if (of_this_one(false) >= max_with_one || of_this_one(true) >= max_offers ||
+            unanswered >= max_offers) {
             // Not for ever: whoever makes us answer uses up our own right to talk (chapter 11).
             if (++peer.refused <= max_offers)
                 host_.send(from.id, 0, FileOver::kind,
@@ -4633,9 +4640,15 @@ class Outbox {
         std::lock_guard lock(mutex_);
         return writer_ == Writer::full;
     }
-    // The next frame to seal and send: chat first. Nothing: all is sent, or it is closed, and the
-    // caller is not writing any more. `last` is set if nothing will ever follow.
-    std::optional<Bytes> take(bool& last) {
+    // Whether something waits, or is just being sent.
+    bool is_being_emptied() const {
+        std::lock_guard lock(mutex_);
+        return writer_ != Writer::nobody && state_ != State::closed;
+    }
+    enum class State { open, finishing, closed };
+    // The next frame to seal and send: chat first. Nothing: all is sent, or it is closed (`state`
+    // says so), and the caller is not writing any more.
+    std::optional<Bytes> take(State& state) {
         std::lock_guard lock(mutex_);
         for (Lane lane : {Lane::interactive, Lane::bulk}) {
             std::deque<Bytes>& frames = lanes_[index_of(lane)];
@@ -4647,12 +4660,11 @@ class Outbox {
             return frame;
         }
         writer_ = Writer::nobody;
-        last = state_ == State::finishing;
+        state = state_;
         return std::nullopt;
     }
 
   private:
-    enum class State { open, finishing, closed };
     static constexpr std::size_t smallest_allocation = 512;
 
     // Appends to the last frame of a lane, or begins a new one if the record would be too large.
@@ -4674,9 +4686,11 @@ class Outbox {
         if (added > max_record_bytes) throw Error("A message must fit into a record.");
         if (bytes_[index_of(lane)] + added > bound) return Result::refused;
         if (before + added > frame_header_bytes + max_record_bytes) {
-            Bytes next = new_frame();
+            Bytes next = new_frame(), full;
             append(next, ByteView(frames.back()).last(added));
-            frames.back().resize(before);
+            full.reserve(before + gcm_tag_bytes);  // it had grown for what is in the next one
+            append(full, ByteView(frames.back()).first(before));
+            frames.back() = std::move(full);
             frames.push_back(std::move(next));
         }
         queued = true;
@@ -4857,7 +4871,8 @@ class Connection {
     void close(Milliseconds to_send, Milliseconds to_end) noexcept {
         try {
             finish();
-            for (auto until = Clock::now() + to_send; outbox.is_full() && Clock::now() < until;) {
+            for (auto until = Clock::now() + to_send;
+                 outbox.is_being_emptied() && Clock::now() < until;) {
                 socket_.wait(POLLOUT, until);
                 flush_full();
             }
@@ -4876,10 +4891,11 @@ class Connection {
     // Called by one thread at a time, as Outbox::start_writing says. The table above.
     void write() {
         try {
-            for (bool last = false;;) {
+            for (Outbox::State state{};;) {
                 if (sending_.empty()) {
-                    std::optional<Bytes> frame = outbox.take(last);
-                    if (!frame && last) socket_.finish_writing();
+                    std::optional<Bytes> frame = outbox.take(state);
+                    if (!frame && state == Outbox::State::finishing) socket_.finish_writing();
+                    if (!frame && state == Outbox::State::closed) socket_.shut_down();
                     if (!frame) return;
                     sealer_->seal(*frame);
                     sending_ = std::move(*frame);
@@ -5171,9 +5187,10 @@ struct ServerOptions {
     std::size_t max_logins_per_address = 128;  // connections that are not logged in yet
     std::size_t max_accounts = 100'000;
     std::size_t queue_bound = std::size_t{8} << 20;  // bytes of chat that may wait for one member
-    std::size_t bulk_queue_bound = std::size_t{5} << 20;  // and of file data: over 4 MiB of credit
-    double messages_per_second = 2000;                    // from one member, in the long run
-    double message_burst = 20'000;                        // and in one go
+    // And of file data: 4 MiB of credit, twice, as an attempt that broke off has left some behind.
+    std::size_t bulk_queue_bound = std::size_t{9} << 20;
+    double messages_per_second = 2000;  // from one member, in the long run
+    double message_burst = 20'000;      // and in one go
     Milliseconds handshake_timeout{10'000};
     Milliseconds login_timeout{60'000};     // the client's slow hash is part of it
     Milliseconds ping_after{30'000};        // of silence
@@ -5240,7 +5257,7 @@ class Members {
         : options_(options), on_news_(std::move(on_news)) {}
 
     std::size_t size() const {
-        std::shared_lock lock(mutex_);
+        std::shared_lock lock = to_read();
         return members_.size();
     }
 
@@ -5250,35 +5267,37 @@ class Members {
     // member is if it answers a ping, for which this waits up to takeover_patience. Returns what
     // there is to log.
     std::string claim(const SessionPtr& session, const std::string& user) {
-        std::unique_lock lock(mutex_);
+        std::unique_lock lock = to_change();
         std::string line;
-        auto found = online_.find(user);
-        if (found != online_.end() && found->second->stage == Session::Stage::member) {
-            SessionPtr other = found->second;
+        SessionPtr other = of(user);
+        if (other && other->stage == Session::Stage::member) {
             std::uint64_t before = other->pongs;
             other->connection.send(Ping{before});
             changed_.wait_for(lock, options_.takeover_patience, [&] {
-                return other->pongs != before || other->stage == Session::Stage::left;
+                return other->pongs != before || other->stage != Session::Stage::member;
             });
             if (other->pongs == before) {
                 other->connection.abort();
                 line =
                     remove_locked(*other, "its connection was dead when the user logged in again");
             }
+            other = of(user);
         }
-        if (online_.contains(user))
+        if (other && is_online(*other))
             throw Refusal(GoodbyeReason::already_online,
                           concat("\"", user, "\" is online already, and only once at a time."));
-        if (online_.size() >= options_.max_clients)
+        if (online_ >= options_.max_clients)
             throw Refusal(GoodbyeReason::server_full, "The server is full. Try again later.");
-        online_.emplace(user, session);
+        if (other) other->connection.abort();  // one user has one outbox: its last words are over
+        by_name_[user] = session;
+        ++online_;
         session->user = user;
         session->id = LoginId{++last_id_};
         session->stage = Session::Stage::logging_in;
         return line;
     }
     void note_pong(Session& s) {
-        std::lock_guard lock(mutex_);
+        std::unique_lock lock = to_change();
         ++s.pongs;
         changed_.notify_all();
     }
@@ -5287,7 +5306,7 @@ class Members {
     // step: under the lock nobody can come or go in between, so nobody is missed and nobody is told
     // twice. Returns how many are here.
     std::size_t join(const SessionPtr& session) {
-        std::lock_guard lock(mutex_);
+        std::unique_lock lock = to_change();
         Outbox& outbox = session->connection.outbox;
         for (const SessionPtr& other : members_)
             outbox.push_control(Joined{other->id, other->user});
@@ -5302,8 +5321,13 @@ class Members {
     // Takes a session off the lists, at once, however long its thread still has to do. Returns what
     // there is to log: nothing if it was off them already.
     std::string remove(Session& s, const std::string& reason) {
-        std::lock_guard lock(mutex_);
+        std::unique_lock lock = to_change();
         return remove_locked(s, reason);
+    }
+    // Its thread is at its end: nothing waits in its outbox any more.
+    void forget(const SessionPtr& session) {
+        std::unique_lock lock = to_change();
+        if (of(session->user) == session) by_name_.erase(session->user);
     }
 
     // The members in ascending order of their numbers, as long as the list is held.
@@ -5316,25 +5340,27 @@ class Members {
             return at != all.end() && (*at)->id == id ? at : all.end();
         }
     };
-    List list() const { return {std::shared_lock(mutex_), members_}; }
-    // For `s` to say something to them.
+    List list() const { return {to_read(), members_}; }
+    // For `s` to say something to them. Throws NetworkError for one that was taken off the list.
     List list_for(Session& s) {
-        List list{std::shared_lock(mutex_), members_};
-        if (s.told == 0) return list;  // everybody knows that it is here
-        list.lock.unlock();
-        announce_now(s.touched);
-        list.lock.lock();
-        return list;
+        List members = list();
+        if (s.told != 0) {  // it has joined, and not everybody knows it
+            members.lock.unlock();
+            announce_now(s.touched);
+            members.lock = to_read();
+        }
+        if (!is_online(s)) throw NetworkError("Somebody else has ended the connection.");
+        return members;
     }
 
     // When the next announcement is due.
     Clock::time_point next_announcement() const {
-        std::shared_lock lock(mutex_);
+        std::shared_lock lock = to_read();
         return announce_at_;
     }
     // Puts it into everybody's outbox; those that are to be flushed then are appended to `touched`.
     void announce_now(std::vector<SessionPtr>& touched) {
-        std::lock_guard lock(mutex_);
+        std::unique_lock lock = to_change();
         announce_at_ = Clock::time_point::max();
         if (!news_.empty()) announce();
         std::move(due_.begin(), due_.end(), std::back_inserter(touched));
@@ -5342,18 +5368,35 @@ class Members {
     }
 
   private:
+    // A shared mutex may let readers in for ever while a writer waits. So everybody queues for it.
+    std::shared_lock<std::shared_mutex> to_read() const {
+        std::lock_guard turn(turn_);
+        return std::shared_lock(mutex_);
+    }
+    std::unique_lock<std::shared_mutex> to_change() {
+        std::lock_guard turn(turn_);
+        return std::unique_lock(mutex_);
+    }
+
     static bool before(const SessionPtr& member, LoginId id) { return member->id < id; }
+    static bool is_online(const Session& s) {
+        return s.stage == Session::Stage::logging_in || s.stage == Session::Stage::member;
+    }
     std::vector<SessionPtr>::iterator lower_bound(LoginId id) {
         return std::lower_bound(members_.begin(), members_.end(), id, before);
     }
 
     // Under mutex_, like the rest:
+    SessionPtr of(const std::string& user) const {
+        auto found = by_name_.find(user);
+        return found == by_name_.end() ? nullptr : found->second;
+    }
     std::string remove_locked(Session& s, const std::string& reason) {
         using enum Session::Stage;
         Session::Stage stage = s.stage;
         if (stage == left || stage == refused) return "";
         s.stage = stage == member ? left : refused;
-        if (stage != stranger) online_.erase(s.user);
+        if (stage != stranger) --online_;
         changed_.notify_all();
         if (stage != member)
             return concat("refused ", s.address,
@@ -5389,12 +5432,15 @@ class Members {
     static constexpr std::chrono::microseconds time_to_tell_one{20};
     const ServerOptions& options_;
     const std::function<void()> on_news_;
-    mutable std::shared_mutex mutex_;           // guards the rest
-    std::condition_variable_any changed_;       // for claim(): a Pong has come, somebody is gone
-    std::map<std::string, SessionPtr> online_;  // by name, from the proof of the password on
-    std::vector<SessionPtr> members_;           // those who have shown a card, by id
-    Bytes news_;                                // Joined and Left that not all were told yet
-    std::vector<SessionPtr> due_;               // who has some in the outbox, and is to be flushed
+    mutable std::mutex turn_;              // taken before mutex_, and given back when one has it
+    mutable std::shared_mutex mutex_;      // guards the rest
+    std::condition_variable_any changed_;  // for claim(): a Pong has come, somebody is gone
+    // The last login of each user, from the proof of the password until its thread ends.
+    std::map<std::string, SessionPtr> by_name_;
+    std::size_t online_ = 0;           // of those, who have not left
+    std::vector<SessionPtr> members_;  // those who have shown a card, by id
+    Bytes news_;                       // Joined and Left that not all were told yet
+    std::vector<SessionPtr> due_;      // who has some in the outbox, and is to be flushed
     Clock::time_point announced_at_{}, announce_at_ = Clock::time_point::max();
     std::uint32_t last_id_ = 0;
 };
@@ -5626,7 +5672,7 @@ class Server {
         sessions_.push_back(session);
         try {
             session->login_thread = std::thread([this, session] { let_in(session); });
-        } catch (const std::system_error& e) {
+        } catch (const std::exception& e) {
             warn(concat("refused ", session->address, ": no thread for it: ", e.what()));
             sessions_.pop_back();
         }
@@ -5702,33 +5748,30 @@ class Server {
     void end(const SessionPtr& session, const Work& work) noexcept {
         try {
             std::string how;
+            Goodbye last_words{GoodbyeReason::none, "Goodbye."};
             try {
                 how = work();
                 if (how.empty()) return;
             } catch (const Refusal& e) {
-                how = refuse(*session, e.reason, e.what());
+                last_words = {e.reason, how = e.what()};
             } catch (const ProtocolError& e) {
-                how = refuse(*session, GoodbyeReason::broke_protocol, e.what());
+                last_words = {GoodbyeReason::broke_protocol, how = e.what()};
             } catch (const std::exception& e) {
                 session->connection.abort();  // what still waits for it must not keep it here
                 how = e.what();
             }
             flush_touched(*session);
-            info(members_.remove(*session, how));
+            info(members_.remove(*session, how));  // now nothing comes behind the last words
+            if (session->connection.is_secure()) session->connection.send(last_words);
         } catch (...) {
             session->connection.abort();
         }
         session->connection.close(options_.write_timeout, Milliseconds(1000));
+        members_.forget(session);
         std::lock_guard lock(sessions_mutex_);  // so that nobody misses the notification
         session->finished = true;
         session_ended_.notify_all();
         waker_.wake();
-    }
-
-    // Tells the client why, if there is a channel to tell it through.
-    static std::string refuse(Session& s, GoodbyeReason reason, const std::string& sentence) {
-        if (s.connection.is_secure()) s.connection.send(Goodbye{reason, sentence});
-        return sentence;
     }
 
     // The handshake of chapter 5, and Welcome.
@@ -5861,10 +5904,7 @@ class Server {
                     static_cast<std::uint32_t>(s.id), "; online: ", online));
         for (;;) {
             while (std::optional<Message> message = s.connection.next()) {
-                if (message->type == Quit::type) {
-                    s.connection.send(Goodbye{GoodbyeReason::none, "Goodbye."});
-                    return "said goodbye";
-                }
+                if (message->type == Quit::type) return "said goodbye";
                 handle(s, *message);
                 if (s.unflushed > max_unflushed) flush_touched(s);
             }
@@ -5924,14 +5964,18 @@ class Server {
         if (send.lane != Lane::interactive && send.lane != Lane::bulk)
             throw ProtocolError("Received a payload for a lane that does not exist.");
         SessionPtr to;
+        Outbox::Result result = Outbox::Result::closed;
         {
             detail::Members::List members = members_.list_for(s);
-            if (auto found = members.find(send.to); found != members.all.end()) to = *found;
+            if (auto found = members.find(send.to); found != members.all.end()) {
+                to = *found;
+                result =
+                    to->connection.outbox.push(send.lane, Delivered{s.id, send.lane, send.payload});
+            }
         }
-        Outbox::Result result = Outbox::Result::closed;
-        if (to)
-            result =
-                to->connection.outbox.push(send.lane, Delivered{s.id, send.lane, send.payload});
+        // Whoever wrote to it has found its connection broken before its own thread did.
+        if (to && result == Outbox::Result::closed)
+            info(members_.remove(*to, "its connection broke"));
         if (result <= Outbox::Result::queued)  // also if another thread is going to: it may be busy
             s.touched.push_back(to);
         else
@@ -6543,6 +6587,7 @@ class Login {
     // A connection on which we are logged in, with the people who are there. Throws Halt for what
     // will not be better the next time, NetworkError or ProtocolError for what may.
     std::unique_ptr<Link> connect() {
+        detail::AtExit close([&] { link_.reset(); });  // if it fails
         mail_.emit(Connecting{server_});
         begin();
         if (!shake_hands()) {
@@ -6893,7 +6938,7 @@ class Client final : private FileHost {
             } catch (const NetworkError& e) {
                 reason = e.what();
             }
-            if (mail_.is_stopping()) return;
+            if (mail_.is_stopping() || quit_sent_) return;
             if (!login_.has_been_online()) throw Halt(StopReason::cannot_connect, reason);
             end_link();
             if (options_.reconnect_tries > 0 && ++tries > options_.reconnect_tries)
@@ -6915,11 +6960,11 @@ class Client final : private FileHost {
     }
     // Forgets the connection. Jobs go back to where they came from.
     void end_link() {
+        mail_.set_connection(nullptr);
         if (!link_) return;
         link_->connection->abort();
         if (files_) files_->connection_lost();
         for (; !jobs_.empty(); jobs_.pop_back()) mail_.put_back(std::move(jobs_.back().command));
-        mail_.set_connection(nullptr);
         link_.reset();
     }
 
@@ -6938,6 +6983,7 @@ class Client final : private FileHost {
             if (Clock::now() >= files_->next_deadline()) files_->tick(Clock::now());
             if (std::exchange(somebody_came_, false)) files_->peer_is_back();
             link_->connection->flush();
+            if (more) link_->connection->flush_full();
             save_pins();
             if (mail_.is_stopping()) return;
             if (!more && !(may_take_command() && mail_.waiting() > 0))

@@ -4112,6 +4112,41 @@ TEST_CASE("chapter 10: a waiting owner hears its waker, and its deadline") {
     CHECK(throws<TimedOut>([&] { line.near.expect(Clock::now() + Milliseconds(1)); }));
 }
 
+TEST_CASE("chapter 10: a polite end waits while somebody else is just sending") {
+    Line line(1 << 20, 64 << 20);
+    line.fill();
+    line.near.outbox.push_control(Ping{1});
+    // Somebody else has found room in the socket and is about to write,
+    REQUIRE(line.near.outbox.start_writing(Outbox::Writer::full));
+    std::thread closing([&] { line.near.close(long_enough, long_enough); });
+    while (line.near.outbox.wait_for_bulk_room(SIZE_MAX)) {  // until close() has begun
+    }
+    line.near.outbox.stop_at_full_socket();  // finds it full again, and leaves it to close().
+    FrameReader frames(line.far, max_record_frame);
+    RecordCipher opener(secret_of(1));
+    bool heard = false;
+    while (std::optional<ByteSpan> frame = frames.next(max_record_frame))
+        heard = opener.open(*frame).size() < 100 || heard;
+    CHECK(heard);  // the Ping, and then the end
+    line.far.shut_down();
+    closing.join();
+}
+
+TEST_CASE("chapter 10: whose outbox closes itself loses the connection, and notices") {
+    Line line(1000, 64 << 20);
+    line.fill();
+    while (line.near.outbox.push_control(Ping{}) != Result::refused) {
+    }
+    std::thread reading([&] {  // until there is room: then somebody goes on, and finds the end
+        FrameReader frames(line.far, max_record_frame);
+        while (frames.next(max_record_frame)) {
+        }
+    });
+    CHECK(throws<NetworkError>([&] { line.near.expect(Clock::now() + long_enough); }));
+    line.near.abort();
+    reading.join();
+}
+
 TEST_CASE("chapter 10: what must not end is over when the other side does not end it") {
     Line line(1 << 20, 64 << 20);
     line.fill();
@@ -5446,7 +5481,8 @@ class HostileServer {
     }
     template <class T>
     void send(const T& message) {
-        connection_->send(message);
+        connection_->outbox.push_control(message);
+        flush();
     }
     // The next message of this type; views in it are valid until the next call.
     template <class T>
@@ -5455,6 +5491,18 @@ class HostileServer {
             Message message = connection_->expect(deadline_);
             if (message.type == T::type) return from_wire<T>(message.body);
         }
+    }
+    void ping(std::uint64_t times) {
+        for (std::uint64_t i = 1; i <= times; ++i) {
+            connection_->outbox.push_control(Ping{i});
+            if (i % 1000 == 0) flush();
+        }
+        flush();
+    }
+    void flush() {
+        connection_->flush();
+        while (connection_->outbox.is_full() && Clock::now() < deadline_)
+            connection_->wait(deadline_, nullptr, false);
     }
     // How many messages of this type come before the client says that it leaves.
     template <class T>
@@ -5944,20 +5992,37 @@ TEST_CASE("P10: what is thrown in a connection's thread ends that connection, an
     running.join();
 }
 
+TEST_CASE("P10: who has left does not come back, however the server answers") {
+    for (bool silent : {false, true}) {
+        TempDir home;
+        HostileServer server;
+        ClientOptions options = options_for_hostile(server, home);
+        options.ping_after = Milliseconds(100);
+        Chatter alice(std::move(options));
+        server.let_in({});
+        alice.next<LoggedIn>();
+        alice->post(Leave{});
+        server.receive<Quit>();
+        if (!silent) server.send(Goodbye{GoodbyeReason::broke_protocol, "no"});
+        for (std::optional<Event> event; (event = alice.poll(long_enough));)
+            CHECK_FALSE(std::holds_alternative<ConnectionLost>(event->what));
+    }
+}
+
 TEST_CASE("P10: a server that pings and never reads costs the client little memory") {
     HostileServer server;
     TempDir home;
     Chatter alice(options_for_hostile(server, home));
     server.let_in({});
     alice.next<LoggedIn>();
-    constexpr std::uint64_t pings = 200'000;  // 2.6 MB of answers
-    for (std::uint64_t i = 0; i < pings; ++i) server.send(Ping{i});
+    constexpr std::uint64_t pings = 1'000'000;  // 13 MB of answers
+    server.ping(pings);
     server.send(Joined{LoginId{2}, "last"});
     alice.meet("last");  // she has handled them all
     alice->post(Leave{});
     std::uint64_t answered = server.count_until_quit<Pong>();
     CHECK(answered > 1000);
-    CHECK(answered < pings * 3 / 4);  // what the system's buffers and a megabyte hold
+    CHECK(answered < pings * 3 / 4);  // what a megabyte and the system's buffers hold
 }
 
 TEST_CASE("P10: whatever bytes come, the server says no and the others do not notice") {
@@ -7313,6 +7378,21 @@ TEST_CASE("chapter 9: what has been interrupted waits in the queue when the othe
     CHECK(side.files.next_deadline() > Clock::now() + std::chrono::minutes(9));
 }
 
+TEST_CASE("chapter 9: what somebody left behind does not keep them from offering something else") {
+    OneSide side(false, FileState::offered);
+    side.files.accept(1, "");
+    for (int i = 0; i < 15; ++i) {
+        side.begin();
+        side.files.accept(side.number, "");
+    }
+    side.from(FileOffer{17, "one too many", 100, 0});
+    CHECK(side.host.all_sent<FileOver>().at(0).why == "takes no more files at the moment");
+    side.leave();  // and comes back as another process, which knows nothing of those
+    side.from(FileOffer{1, "another", 100, 0}, LoginId{20});
+    CHECK(side.host.all_sent<FileOver>().size() == 1);
+    CHECK(side.host.offered.back().file.name == "another");
+}
+
 TEST_CASE("chapter 9: without a thread a transfer ends, on both sides, with a sentence") {
     for (bool sending : {true, false}) {
         CAPTURE(sending);
@@ -7325,6 +7405,349 @@ TEST_CASE("chapter 9: without a thread a transfer ends, on both sides, with a se
         CHECK(side.outcome() == "over; says stopped; tells stopped");
         CHECK(contains(side.host.stopped.at(0).sentence, "no thread for it"));
     }
+}
+
+// ---- Chapter 9 by chance: two machines, slow queues, faults, cuts and returns -------------------
+
+namespace {
+
+// Two clients and a server between them, in one thread: what happens next is diced.
+struct DicedPair {
+    struct OnTheWay {
+        LoginId from{}, to{};
+        Kind kind{};
+        Bytes body;
+        bool left = false;  // no message, but: `from` is gone
+    };
+    struct Attempt {
+        FileAttempt what;
+        std::deque<DiskRequest> requests;
+        std::string part;
+        bool stopping = false, failed = false;
+    };
+    struct Side : FileHost {
+        DicedPair& pair;
+        std::size_t me;
+        FileTransfers files;
+        LoginId login{};                         // 0: not connected
+        LoginId other{};                         // as far as is known here
+        std::deque<OnTheWay> interactive, bulk;  // from here
+        std::map<unsigned, Attempt> attempts;
+        std::deque<DiskAnswer> answers;
+        std::map<std::string, Bytes> parts;
+        std::vector<Bytes> received;
+        std::vector<unsigned> offers;
+        std::size_t sent = 0;
+
+        Side(DicedPair& p, std::size_t index, const FileTransfers::Options& options)
+            : pair(p), me(index), files(*this, options) {}
+        void tell(FileEvent event) override {
+            if (event.phase == Phase::offered) offers.push_back(event.file.number);
+            if (event.phase == Phase::finished && event.file.sending) ++sent;
+            if (contains(event.sentence, "client ")) pair.fault = event.sentence;
+            if (event.phase == Phase::stopped && event.sentence.empty())
+                pair.fault = "it stopped without a word";
+        }
+        void complain(const std::string& sentence) override { pair.fault = sentence; }
+        std::optional<FilePeer> reach(const std::string&) override {
+            if (login == LoginId{} || other == LoginId{}) return std::nullopt;
+            return pair.peer_at(1 - me, other);
+        }
+        void send(LoginId to, std::uint32_t, Kind kind, ByteView body) override {
+            interactive.push_back({login, to, kind, to_bytes(body), false});
+        }
+        struct Lane : BulkLane {
+            Bytes begin(std::uint32_t, Kind) override { return {}; }
+            bool finish(Bytes) override { return true; }
+        };
+        std::shared_ptr<BulkLane> bulk_lane(LoginId) override { return std::make_shared<Lane>(); }
+        void start(FileAttempt attempt) override {
+            attempts[attempt.number].what = std::move(attempt);
+        }
+        void ask(unsigned attempt, DiskRequest request) override {
+            auto found = attempts.find(attempt);
+            if (found != attempts.end() && !found->second.failed)
+                found->second.requests.push_back(std::move(request));
+        }
+        void stop(unsigned attempt, bool drop) override {
+            auto found = attempts.find(attempt);
+            if (found == attempts.end()) return;
+            found->second.stopping = true;
+            if (drop) found->second.requests.clear();
+        }
+        // Lets the disk do something for one attempt. False if it has nothing to do.
+        bool work(unsigned number, bool fails) {
+            using What = DiskAnswer::What;
+            Attempt& a = attempts.at(number);
+            auto post = [&](DiskAnswer answer) {
+                answer.attempt = number;
+                answers.push_back(std::move(answer));
+            };
+            if (a.requests.empty() && !a.stopping) return false;
+            if (!a.requests.empty() && fails) {
+                a.requests.clear();
+                post({.what = What::failed, .sentence = "The disk fails.", .why = "stopped"});
+                a.stopping = a.failed = true;
+            }
+            if (a.requests.empty()) {
+                post({.what = What::ended});
+                attempts.erase(number);
+                return true;
+            }
+            DiskRequest request = std::move(a.requests.front());
+            a.requests.pop_front();
+            switch (request.task) {
+                case DiskRequest::Task::hash:
+                    post({.what = What::ready,
+                          .hash = a.what.source->hash_of_beginning(request.size, no_stop)
+                                      .value_or(Digest{})});
+                    break;
+                case DiskRequest::Task::send: {
+                    if (a.stopping) break;
+                    Bytes bytes(std::min<std::size_t>(20'000, std::size_t(request.size)));
+                    a.what.source->read(request.offset, bytes);
+                    bulk.push_back({login, other, FileChunk::kind,
+                                    encode(FileChunk{a.what.id, request.offset, bytes}), false});
+                    post({.what = What::done, .bytes = bytes.size(), .chunks = 1});
+                    if (bytes.size() < request.size)
+                        a.requests.push_front({.task = request.task,
+                                               .offset = request.offset + bytes.size(),
+                                               .size = request.size - bytes.size()});
+                    break;
+                }
+                case DiskRequest::Task::prepare: {
+                    a.part = a.what.part_name;
+                    auto in_use = [&] {
+                        return std::any_of(attempts.begin(), attempts.end(), [&](const auto& b) {
+                            return b.first != number && b.second.part == a.part;
+                        });
+                    };
+                    while (in_use()) a.part += "'";
+                    Bytes& part = parts[a.part];
+                    if (part.size() == a.what.size && !part.empty()) part.pop_back();
+                    if (a.stopping) break;
+                    post({.what = What::ready,
+                          .bytes = part.size(),
+                          .hash = sha256(part),
+                          .path = a.part});
+                    break;
+                }
+                case DiskRequest::Task::write: {
+                    Bytes& part = parts[a.part];
+                    if (request.offset == 0) part.clear();
+                    if (request.offset != part.size()) pair.fault = "a write leaves a gap";
+                    part.insert(part.end(), request.bytes.begin(), request.bytes.end());
+                    post({.what = What::done, .bytes = request.bytes.size(), .chunks = 1});
+                    break;
+                }
+                case DiskRequest::Task::publish:
+                    received.push_back(parts[a.part]);
+                    parts.erase(a.part);
+                    post({.what = What::published, .path = a.what.name});
+            }
+            return true;
+        }
+    };
+
+    std::mt19937 random;
+    std::string fault;  // the first thing that must not be
+    std::uint32_t last_login = 0;
+    std::vector<std::shared_ptr<SourceFile>> sources;
+    std::set<std::string> contents;
+    std::deque<Side> sides;
+
+    DicedPair(std::uint32_t seed, const std::filesystem::path& dir) : random(seed) {
+        for (std::size_t i = 0; i < 6; ++i) {  // two have the same name and the same size
+            std::filesystem::create_directories(dir / concat(i));
+            std::filesystem::path path = dir / concat(i) / (i < 2 ? "same" : concat("file ", i));
+            Bytes content = noise(i < 2 ? 150'000 : (i - 2) * 70'000, unsigned(i));
+            if (!std::filesystem::exists(path)) write_bytes(path, content);
+            sources.push_back(std::make_shared<SourceFile>(path));
+            contents.insert(to_string(content));
+        }
+        for (std::size_t i = 0; i < 2; ++i)
+            sides.emplace_back(*this, i, Desk::options(dir, std::chrono::hours(1)));
+        for (std::size_t i = 0; i < 2; ++i) come(i);
+    }
+    static FilePeer peer_at(std::size_t index, LoginId login) {
+        std::string user = index == 0 ? "alice" : "bob";
+        return {login, user, {sha256(as_bytes(user))}};
+    }
+    std::size_t below(std::size_t n) { return random() % n; }
+
+    void come(std::size_t i) {
+        Side &one = sides[i], &two = sides[1 - i];
+        if (one.login != LoginId{}) return;
+        one.login = LoginId{++last_login};
+        one.other = {};
+        if (two.login == LoginId{}) return;
+        one.other = two.login;
+        one.files.peer_is_back();
+    }
+    void cut(std::size_t i) {
+        Side &one = sides[i], &two = sides[1 - i];
+        if (one.login == LoginId{}) return;
+        // The server still has some of it; what is on the bulk lane is overtaken.
+        std::size_t kept = below(one.interactive.size() + 1);
+        for (std::size_t n = one.interactive.size(); n-- > kept;)
+            if (!one.interactive[n].left)  // an earlier one
+                one.interactive.erase(one.interactive.begin() + std::ptrdiff_t(n));
+        one.bulk.clear();
+        one.interactive.push_back({one.login, two.login, {}, {}, true});
+        one.login = one.other = {};
+        one.files.connection_lost();
+    }
+    // One message, or what became of it. False if there is none.
+    bool deliver(std::size_t i, bool bulk) {
+        Side &one = sides[i], &two = sides[1 - i];
+        std::deque<OnTheWay>& queue = bulk ? one.bulk : one.interactive;
+        if (queue.empty()) return false;
+        OnTheWay next = std::move(queue.front());
+        queue.pop_front();
+        if (two.login == LoginId{} || next.to != two.login) return true;  // gone
+        if (next.left) {
+            if (two.other == next.from) two.other = {};
+            two.files.peer_left(next.from, peer_at(i, next.from).user);
+            return true;
+        }
+        OpenedPayload payload;
+        payload.kind = next.kind;
+        payload.buffer = std::move(next.body);
+        payload.body = payload.buffer;
+        two.files.receive(peer_at(i, next.from), std::move(payload));
+        return true;
+    }
+    // Who is connected and has not heard of it yet hears that the other is here.
+    bool meet(std::size_t i) {
+        Side &one = sides[i], &two = sides[1 - i];
+        bool news = one.login != LoginId{} && two.login != LoginId{} && one.other == LoginId{};
+        if (!news) return false;  // or: the Left of the old one comes first
+        one.other = two.login;
+        one.files.peer_is_back();
+        return true;
+    }
+    bool work(std::size_t i, bool fails) {
+        Side& side = sides[i];
+        if (side.attempts.empty()) return false;
+        auto at = std::next(side.attempts.begin(), std::ptrdiff_t(below(side.attempts.size())));
+        return side.work(at->first, fails);
+    }
+    bool hear_disk(std::size_t i) {
+        Side& side = sides[i];
+        if (side.login == LoginId{} || side.answers.empty()) return false;
+        DiskAnswer answer = std::move(side.answers.front());
+        side.answers.pop_front();
+        side.files.answered(answer);
+        return true;
+    }
+    void command(std::size_t i) {
+        Side& side = sides[i];
+        if (side.login == LoginId{}) return;
+        FileList list = side.files.list();
+        auto some = [&] { return list.files[below(list.files.size())].file.number; };
+        try {
+            switch (below(8)) {
+                case 0:
+                case 1:
+                    if (std::optional<FilePeer> to = side.reach(""); to && list.files.size() < 30)
+                        side.files.offer(*to, sources[below(sources.size())]);
+                    break;
+                case 2:
+                    if (!list.files.empty() && below(3) == 0) side.files.cancel(some());
+                    break;
+                case 3:
+                    if (!list.files.empty() && below(3) == 0) side.files.decline(some());
+                    break;
+                default:
+                    if (!list.files.empty()) side.files.accept(some(), "");
+            }
+        } catch (const Error&) {
+            // not that one, not now
+        }
+    }
+    void step() {
+        std::size_t i = below(2);
+        switch (std::size_t dice = below(1000); dice % 10) {
+            case 0:
+                command(i);
+                break;
+            case 1:
+            case 2:
+                deliver(i, false);
+                break;
+            case 3:
+            case 4:
+                deliver(i, true);
+                break;
+            case 5:
+            case 6:
+                work(i, below(200) == 0);
+                break;
+            case 7:
+            case 8:
+                hear_disk(i);
+                break;
+            default:
+                if (dice < 60) cut(i);
+                if (dice > 500) come(i);
+                if (dice > 100) meet(i);
+        }
+    }
+    // Both are there, all is accepted, nothing fails: everything must come to its end.
+    void settle() {
+        for (std::size_t i = 0; i < 2; ++i) come(i);
+        for (int round = 0;; ++round) {
+            if (round == 100'000) fault = "it does not end";
+            bool more = false;
+            for (std::size_t i = 0; i < 2; ++i) {
+                while (deliver(i, false)) more = true;
+                more = meet(i) || more;
+                while (deliver(i, true)) more = true;
+                for (std::size_t n = sides[i].attempts.size(); n > 0; --n)
+                    if (work(i, false)) more = true;
+                while (hear_disk(i)) more = true;
+                for (const FileStatus& status : sides[i].files.list().files)
+                    if (!status.file.sending && status.state == FileState::offered) {
+                        sides[i].files.accept(status.file.number, "");
+                        more = true;
+                    }
+                for (auto& [number, attempt] : sides[i].attempts)
+                    more = more || attempt.stopping || !attempt.requests.empty();
+            }
+            if (!more || !fault.empty()) break;
+        }
+    }
+    void check() {
+        for (std::size_t i = 0; i < 2; ++i) {
+            for (const FileStatus& status : sides[i].files.list().files)
+                if (status.file.sending || status.state != FileState::interrupted)
+                    fault = concat(i, status.file.sending ? " sends" : " receives", ", and is ",
+                                   name_of(status.state), " for ever");
+            for (const Bytes& content : sides[i].received)
+                if (!contents.contains(to_string(content))) fault = "a file is damaged";
+            if (sides[i].sent > sides[1 - i].received.size())
+                fault = "a file was sent, and is not there";
+            sides[i].files.tick(Clock::now() + std::chrono::hours(3));
+            if (!sides[i].files.list().files.empty()) fault = "one is never given up";
+        }
+    }
+};
+
+}  // namespace
+
+TEST_CASE("chapter 9, by chance: whatever comes when, both sides come to an end and agree") {
+    TempDir dir;
+    std::size_t stored = 0;
+    for (std::uint32_t seed = 1; seed <= 1000; ++seed) {
+        CAPTURE(seed);
+        DicedPair pair(seed, dir.path);
+        for (int i = 0; i < 1500 && pair.fault.empty(); ++i) pair.step();
+        pair.settle();
+        if (pair.fault.empty()) pair.check();
+        REQUIRE(pair.fault == "");
+        stored += pair.sides[0].received.size() + pair.sides[1].received.size();
+    }
+    CHECK(stored > 1000);
 }
 
 // ---- Between real clients -----------------------------------------------------------------------
