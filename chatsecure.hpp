@@ -4541,6 +4541,9 @@ class FileTransfers {
 //      full             stays                 leaves it; who
 //                                             polls: -> writing
 //
+// If the socket breaks, who was writing closes the outbox and shuts the connection down; nobody
+// writes any more, and the owner finds the end when it reads.
+//
 // An outbox has two LANES. Chat goes in the interactive one, file data in the bulk one, and bulk
 // gets a turn only when the interactive lane is empty. And it has bounds, because a member that
 // reads too slowly must not fill our memory:
@@ -4971,15 +4974,17 @@ class Connection {
 //   - A thousand who come at once: who is here is told in batches, not one by one (see Members).
 //   - No descriptor or thread left: the newcomer is turned away, the others do not notice.
 //
-// Locks, and who waits under them for what. Each is taken alone, but for one order: Members, then
-// an Outbox or the pump's list.
+// Locks, what each guards, and what whoever holds it may wait for. They are taken in this order, if
+// one is taken while another is held: the list of all connections or Members, then an Outbox, then
+// the pump's list.
 //
-//      AuthStore       the accounts      the disk, while an account is written
-//      TokenBuckets    who tries what    nothing
-//      sessions_mutex_ all connections   nothing; run() sleeps on it until one has ended
-//      Members         who is here       nothing; a login sleeps on it for another login's Pong
-//      Outbox          chapter 10        nothing; a file's thread sleeps on it, in the client only
-//      Pump            who is new there  nothing
+//      AuthStore        the accounts        the disk, while an account is written
+//      TokenBuckets     who tries what      nothing
+//      sessions_mutex_  all connections     nothing. run() sleeps on it until one has ended
+//      Members: turn_   whose turn it is    who has the list (for as long as a room message takes)
+//      Members: mutex_  who is here         nothing. A login sleeps on it, for another login's Pong
+//      Outbox           chapter 10          nothing
+//      Pump             who is new there    nothing. The pump sleeps in poll(), without a lock
 
 // ---- users.db -----------------------------------------------------------------------------------
 //
@@ -6101,10 +6106,11 @@ class Server {
 // said and decided in the engine's thread, which these threads only wake.
 //
 // Locks. The Mailbox has one mutex, and front ends sleep on it until there is an event or room for
-// a command; the engine does not. Each outbox has one (chapter 10), each file's thread has one
-// (chapter 9), and what is sealed for one bulk lane is queued under one, so that it is queued in
-// the order of its numbers. That one is held while an Outbox's is taken; the others are taken
-// alone.
+// a command; the engine does not. Each outbox has one (chapter 10), on which a file's thread sleeps
+// until its lane has room. Each file's thread has one for its requests, and sleeps on it; what they
+// all answer is under another one (chapter 9). What is sealed for one bulk lane is queued under a
+// lock as well, so that it is queued in the order of its numbers. The Mailbox's (in stop()) and
+// this one are held while an Outbox's is taken; the others are taken alone.
 //
 // When the connection is lost, the engine connects again, with growing pauses, until it succeeds or
 // is told to stop; commands wait meanwhile. A server that comes back with another key ends it.
