@@ -3045,15 +3045,15 @@ class PinStore {
 // not fit into memory. It takes minutes, and meanwhile people want to chat. It arrives on a disk,
 // where it can do harm. And half of it is worthless, when the connection breaks near the end.
 //
-// This chapter moves files of any size in constant memory, some at a time, only to people who said
-// yes, and goes on where it was interrupted. A transfer, all of it sealed as in chapter 8, so that
-// the server does not even see that it is one:
+// This chapter moves files of any size in constant memory, several at a time, only to people who
+// said yes, and goes on where it was interrupted. A transfer, all of it sealed as in chapter 8, so
+// that the server does not even see that it is one:
 //
 //         alice                                  bob
 //
 //      1. FileOffer(id, name, size, modified) -->     bob is asked; no byte moves before he answers
 //      2. <-- FileAccept(id, offset, SHA-256 of what he has already, credit)
-//      3. FileChunk(id, offset, bytes) -->            on the bulk lane, 1 to 60 KiB each
+//      3. FileChunk(id, offset, bytes) -->            on the bulk lane, at most 60 KiB each
 //         <-- FileCredit(id, credit)                  as bob's disk takes them
 //         FileChunk ... -->
 //      4. <-- FileOver(id, receiver, "")              it is on bob's disk, whole
@@ -3063,9 +3063,10 @@ class PinStore {
 // Each step, its reason, and what the other side checks. What is against a rule ends this transfer,
 // with a FileOver, and nothing else.
 //
-//   1. `id` counts this login's offers from 1, and grows; everything else refers to it. An id that
-//      is not larger than the one before is ignored. What bob sees of the name is what he would get
-//      on his disk.
+//   1. `id` numbers alice's offers, to whomever: it is never 0, and grows with each. One that is
+//      not larger than her last one to this login is ignored. Everything else refers to it. At most
+//      16 of her offers to bob wait or run at a time; one that is too many gets a FileOver, and
+//      after 64 of those no answer. What bob sees of the name is what he would get on his disk.
 //   2. Once for each offer. The answer says how much bob has already from an earlier attempt (less
 //      than the whole, unless the file is empty), and its hash. If alice's file begins with the
 //      same bytes, her first chunk goes on behind them; if not, its offset is 0. (Bob tells nothing
@@ -3078,8 +3079,9 @@ class PinStore {
 //      the server stops reading, her chat waits behind her file. A number that only grows is hard
 //      to get wrong: it cannot be "added twice".
 //      Chunks come in order, and each says where it belongs: behind the last one, within the size
-//      that was offered and the credit. A gap means that something was lost. No chunk is empty, and
-//      chunks are not much smaller than 1 KiB on the average, because each costs bob memory.
+//      that was offered and the credit. A gap means that something was lost. No chunk is empty.
+//      Each costs bob memory besides its bytes: if more than 4096 wait for his disk (4 MiB in
+//      pieces of 1 KiB), the transfer ends.
 //   4. Until then the file has another name, which ends in .part. It is written, synced to the
 //      disk, and only then gets its name: NAME is whole or not there (P11).
 //
@@ -3115,10 +3117,12 @@ class PinStore {
 //                                                          (nothing missing: -> finishing)
 //      no room on it                                       preparing -> offered, if a person said
 //                                                          yes; else over
-//      FileCredit         preparing, moving: more; else !
+//      FileCredit         preparing, moving: more;
+//                         finishing: nothing; else !
 //      FileChunk                                           moving: written; the last: -> finishing
 //                                                          finishing: nothing; else !
-//      the disk has done  moving: more; all: -> finishing  moving: FileCredit
+//      the disk has done  moving: progress;                moving: FileCredit
+//                         all: -> finishing
 //      it is published                                     finishing: stored, FileOver ""
 //      FileOver ""        all handed out: stored; else !   over
 //      FileOver why       over                             over; finishing: nothing
@@ -3482,9 +3486,8 @@ class PartFile {
             return false;
         size_ = there.size;
         // At least one byte is always sent, so that its sender can say that it is the right one.
-        if (size_ == size && size > 0 && detail::truncate_file(file_.handle(), --size_))
-            return true;
-        return size_ == size ? size == 0 : true;
+        if (size_ == size && size > 0) detail::truncate_file(file_.handle(), --size_);
+        return true;
     }
     bool open_new() {
         file_ = detail::File(detail::open_part(path_, true));
@@ -4152,7 +4155,7 @@ class FileTransfers {
         using enum FileState;
         bool never = t.state == queued || t.state == preparing ||
                      (!t.info.sending && (t.state == offered || t.state == finishing)) ||
-                     (!t.info.sending && t.state == moving && t.credit.outstanding() == 0);
+                     (!t.info.sending && t.state == moving && t.credit.granted == t.next - t.first);
         if (never) return Clock::time_point::max();
         // Before the first chunk, the other side may have to hash what is there: we know how much
         // that is when it has been accepted, and until then that it is not more than the file.
@@ -4378,7 +4381,7 @@ class FileTransfers {
             unanswered >= max_offers) {
             // Not for ever: whoever makes us answer uses up our own right to talk (chapter 11).
             if (++peer.refused <= max_offers)
-                host_.send(from.id, 0, FileOver::kind,
+                host_.send(from.id, file_tag, FileOver::kind,
                            encode(FileOver{offer.id, 0, "takes no more files at the moment"}));
             return;
         }
@@ -4558,14 +4561,15 @@ class FileTransfers {
 // sealed in place, at the last moment, in the order in which it is sent.
 //
 // The end. A connection ends in one of two ways. finish(): nothing more can be queued, what is
-// queued is still sent, then our stream ends; so a Goodbye is heard. abort(): at once,
-// and what was queued is thrown away; for those who are not there any more.
+// queued is still sent, then our stream ends; so a Goodbye is heard. abort(): at once, and what was
+// queued is thrown away; for those who are not there any more.
 //
 // Silence. Who says nothing for a while is sent a Ping; who then says nothing for as long again is
 // gone (TimedOut). Both sides do it, each in its own time.
 //
-// Locks. One mutex for each outbox, held for as long as it takes to append or take out a message.
-// Under it nobody waits and nothing else is locked.
+// Locks. One mutex for each outbox, held for as long as it takes to append or take out a message. A
+// file's thread sleeps on it until its lane has room; while somebody has it, nobody waits and
+// nothing else is locked.
 
 // The frames that wait to be sent on one connection. Any thread.
 class Outbox {
@@ -4826,7 +4830,7 @@ class Connection {
         Clock::time_point silence_ends = heard_ + (asked_ ? 2 : 1) * patience_;
         if (reading) deadline = std::min(deadline, silence_ends);
         bool ready = detail::poll_until(std::span(entries).first(count), deadline);
-        if (count > 0 && (entries[count - 1].revents & POLLOUT) != 0) flush_full();
+        if (count > 0 && (entries[count - 1].revents & ~POLLIN) != 0) flush_full();
         if (ready || !reading || Clock::now() < silence_ends) return;
         if (asked_) throw TimedOut("The other side fell silent.");
         asked_ = true;
@@ -4974,13 +4978,14 @@ class Connection {
 //   - A thousand who come at once: who is here is told in batches, not one by one (see Members).
 //   - No descriptor or thread left: the newcomer is turned away, the others do not notice.
 //
-// Locks, what each guards, and what whoever holds it may wait for. They are taken in this order, if
-// one is taken while another is held: the list of all connections or Members, then an Outbox, then
-// the pump's list.
+// Locks, what each guards, and what whoever holds it may wait for. Under sessions_mutex_ or Members
+// (turn_ before mutex_), an Outbox's or the pump's is taken as well; otherwise one at a time. (And
+// the semaphore handshakes_ lets as many compute as there are processors.)
 //
 //      AuthStore        the accounts        the disk, while an account is written
 //      TokenBuckets     who tries what      nothing
-//      sessions_mutex_  all connections     nothing. run() sleeps on it until one has ended
+//      sessions_mutex_  all connections     the log, if a newcomer is refused. run() sleeps on it
+//                                           until a connection has ended
 //      Members: turn_   whose turn it is    who has the list (for as long as a room message takes)
 //      Members: mutex_  who is here         nothing. A login sleeps on it, for another login's Pong
 //      Outbox           chapter 10          nothing
@@ -5882,6 +5887,8 @@ class Server {
     // The server does not judge cards: the clients do, each for itself (chapter 8). It looks at
     // what it writes down, the identity that an account has, and only at one that is new to it.
     void publish(Session& s, ByteView bytes) {
+        if (bytes.size() > max_card_bytes)  // so that it fits into every answer to GetCard
+            throw ProtocolError("Received a key card that is too large.");
         s.card = to_bytes(bytes);
         Card card = decode<Card>(bytes, "a key card");
         std::optional<Account> account = accounts_.find(s.user);
@@ -5932,8 +5939,8 @@ class Server {
             case Send::type: {
                 Send send = from_wire<Send>(message.body);
                 relay(s, send);
-                // File data has its own brake: the receiver's credit (chapter 9).
-                if (send.lane == Lane::bulk) return;
+                // File data has its own brake: the receiver's credit (chapter 9). But not crumbs.
+                if (send.lane == Lane::bulk && send.payload.size() >= 1024) return;
                 text = send.payload.size();
                 break;
             }
@@ -6061,7 +6068,7 @@ class Server {
     AuthStore accounts_;
     RsaPrivateKey key_;
     Secret<32> fake_salt_secret_;
-    TokenBuckets failures_{0.25, 2};  // three tries are free (people mistype); then one in 4 s
+    TokenBuckets failures_{0.25, 2};  // three tries are free (people mistype); then each takes 4 s
     TokenBuckets registrations_{0.25, 100};
     std::counting_semaphore<> handshakes_{
         static_cast<std::ptrdiff_t>(std::max(1U, std::thread::hardware_concurrency()))};
@@ -6120,7 +6127,6 @@ class Server {
 //      known_servers                        HOST:PORT SHA256:<fingerprint>     one line a server
 //      servers/<server>/<user>/identity.pem the user's identity key, encrypted with the password
 //      servers/<server>/<user>/known_users  the pins of chapter 8
-//      servers/<server>/<user>/partial_files  what is half received: chapter 9
 //
 // <server> is the beginning of the server key's fingerprint, in hexadecimal: the same server under
 // two addresses is one server, and two servers that have the same address in turn are two.
@@ -6500,10 +6506,10 @@ class ConnectionBulkLane final : public BulkLane {
         auto payload_size = frame_header(all.size() - payload_at);
         std::copy(body_size.begin(), body_size.end(), all.begin() + (body_at - 4));
         std::copy(payload_size.begin(), payload_size.end(), all.begin() + (payload_at - 4));
-        if (!connection_->outbox.wait_for_bulk_room(comfortable)) return false;
         Outbox::Result result;
         {
-            std::lock_guard lock(mutex_);
+            std::lock_guard lock(mutex_);  // held while waiting: there is room for all who may
+            if (!connection_->outbox.wait_for_bulk_room(comfortable)) return false;
             pair_->seal_in_place(Lane::bulk, all.subspan(payload_at));
             result = connection_->outbox.push_frame(std::move(frame));
         }
@@ -6962,6 +6968,7 @@ class Client final : private FileHost {
         last_tag_ = 0;
         sent_.clear();
         quit_sent_ = false;
+        somebody_came_ = true;  // the roster counts, too
         if (!files_) files_.emplace(static_cast<FileHost&>(*this), options_.files);
     }
     // Forgets the connection. Jobs go back to where they came from.
@@ -7227,7 +7234,7 @@ class Client final : private FileHost {
         }
     }
 
-    // False if it has to wait for a card.
+    // False if it has to wait: for a card, or, to leave, for files.
     bool attempt(Job& job) {
         try {
             return std::visit([&](auto& command) { return perform(command, job); }, job.command);
@@ -7241,7 +7248,13 @@ class Client final : private FileHost {
         }
     }
 
+    static void require_sendable(const std::string& text) {
+        if (text.size() > max_text_bytes)
+            throw Error(concat("A message has at most ", max_text_bytes, " bytes; this one has ",
+                               text.size(), ". It was not sent."));
+    }
     bool perform(const Say& say, const Job&) {
+        require_sendable(say.text);
         for (auto& [id, peer] : link_->peers)
             is_settled(peer);  // ask for all missing cards at once
         for (auto& [id, peer] : link_->peers)
@@ -7314,6 +7327,7 @@ class Client final : private FileHost {
 
     bool perform(const Tell& tell, const Job& job) {
         if (tell.user == user_) throw Error("That is you.");
+        require_sendable(tell.text);
         Peer* peer = link_->find(tell.user);
         if (peer == nullptr) {
             emit(NotDelivered{tell.user, tell.text,

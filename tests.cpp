@@ -5944,6 +5944,16 @@ TEST_CASE("P8: a dead connection does not lock its user out") {
     CHECK(room.server->logs("its connection was dead"));
 }
 
+TEST_CASE("P10: a card that fits into no answer is refused, and throws nobody out") {
+    Room room({"alice", "mallory"});
+    HandDriven mallory((*room.server)->port(), "mallory");
+    mallory.log_in();
+    mallory.send(PublishCard{Bytes(65'520)});
+    CHECK(contains(mallory.receive<Goodbye>().sentence, "too large"));
+    Chatter alice(room.options("alice"));
+    CHECK(alice.next<LoggedIn>().others.empty());
+}
+
 TEST_CASE("P8: a login that is still being completed is not taken for dead") {
     Room room({"alice"});
     HandDriven first((*room.server)->port(), "alice");
@@ -7425,7 +7435,7 @@ struct DicedPair {
         std::string part;
         bool stopping = false, failed = false;
     };
-    struct Side : FileHost {
+    struct Side final : FileHost {
         DicedPair& pair;
         std::size_t me;
         FileTransfers files;
