@@ -3689,7 +3689,7 @@ class FileWorker {
     DiskAnswer done_{.what = What::done};  // and not told yet
     const std::function<void(DiskAnswer)> post_;
     std::atomic<bool> stopping_ = false;
-    mutable std::mutex mutex_;  // guards requests_
+    std::mutex mutex_;  // guards requests_
     std::condition_variable changed_;
     std::deque<DiskRequest> requests_;
     std::thread thread_;  // last: everything above exists when it starts; joined by ~FileWorker
@@ -5282,7 +5282,7 @@ class Members {
         SessionPtr other = of(user);
         if (other && other->stage == Session::Stage::member) {
             std::uint64_t before = other->pongs;
-            other->connection.send(Ping{before});
+            other->connection.send(Ping{});
             changed_.wait_for(lock, options_.takeover_patience, [&] {
                 return other->pongs != before || other->stage != Session::Stage::member;
             });
@@ -5605,11 +5605,7 @@ class Server {
         waker_.wake();
     }
 
-    // How many connections have a thread, and how many members are online. Any thread.
-    std::size_t connections() const {
-        std::lock_guard lock(sessions_mutex_);
-        return sessions_.size();
-    }
+    // How many members are online. Any thread.
     std::size_t members() const { return members_.size(); }
 
     // Adds an account to a data directory that no server is using: throws Error if one is, or if
@@ -6838,6 +6834,13 @@ class Login {
 
 }  // namespace detail
 
+// Throws Error for a text that is too long for one message: to be said before it is queued.
+inline void require_sendable(std::string_view text) {
+    if (text.size() > max_text_bytes)
+        throw Error(concat("A message has at most ", max_text_bytes, " bytes; this one has ",
+                           text.size(), ". It was not sent."));
+}
+
 class Client final : private FileHost {
   public:
     // Starts the engine, which connects and logs in; everything else is told in events. Throws
@@ -7248,11 +7251,6 @@ class Client final : private FileHost {
         }
     }
 
-    static void require_sendable(const std::string& text) {
-        if (text.size() > max_text_bytes)
-            throw Error(concat("A message has at most ", max_text_bytes, " bytes; this one has ",
-                               text.size(), ". It was not sent."));
-    }
     bool perform(const Say& say, const Job&) {
         require_sendable(say.text);
         for (auto& [id, peer] : link_->peers)
@@ -7753,9 +7751,7 @@ inline bool is_command(std::string_view line, std::string_view command) {
 // front end alone (/help) are its own to catch before.
 inline std::optional<Command> parse_command(std::string_view line, std::string_view reply_to) {
     auto checked = [](std::string_view text) {
-        if (text.size() > max_text_bytes)
-            throw Error(concat("A message has at most ", max_text_bytes, " bytes; this one has ",
-                               text.size(), ". It was not sent."));
+        require_sendable(text);
         return std::string(text);
     };
     if (line.find_first_not_of(" \t\r\n") == line.npos) return std::nullopt;
