@@ -71,7 +71,7 @@ else
 
 # ---- Everything else ----------------------------------------------------------------------------
 
-.PHONY: all test demo bench bench-gui check-gui run-gui clean install help no-window
+.PHONY: all test demo bench bench-hostile bench-gui check-gui run-gui clean install help no-window
 all: $(O)/server $(O)/client
 
 # The window client, where FLTK is.
@@ -133,6 +133,10 @@ demo: $(O)/tests $(O)/server $(O)/client
 bench: $(O)/tests $(O)/server $(O)/client
 	@$(O)/tests --bench
 
+# One member floods another: what that one notices of it.
+bench-hostile: $(O)/tests $(O)/server $(O)/client
+	@$(O)/tests --bench-hostile
+
 # Drives the real window in a display of its own, with mouse and keys.
 bench-gui: $(O)/tests $(O)/server $(O)/client $(O)/gui_client_fltk
 	@$(O)/tests --bench-gui
@@ -166,6 +170,7 @@ help:
 	@echo "make demo      shows a real conversation, and what a wire tap sees of it"
 	@echo "make test      builds and runs the tests"
 	@echo "make bench     measures logins, relaying, round trips and files"
+	@echo "make bench-hostile measures what one hostile member can do to another member"
 	@echo "make run-gui   starts a server, if none runs, and opens a window"
 	@echo "make check-gui drives that window, in a display that nobody sees"
 	@echo "make bench-gui measures it under a flood of messages"

@@ -2367,7 +2367,8 @@ class ScramServer {
 //                                      <--   CardOf
 //      Send(to id, sealed bytes)       -->   Delivered         to that member alone
 //      Fanout(text, a key for each)    -->   RoomDelivered     to each member: the text, their key
-//                                      <--   Undelivered       "that member is gone", "too slow"
+//                                      <--   Taken             all of them have it in their queues
+//                                      <--   Undelivered       "too much waits for that member"
 //                                      <--   Joined, Left      as people come and go
 //      Ping  <-->  Pong                                        are you still there?
 //      Quit                            -->
@@ -2399,8 +2400,6 @@ enum class GoodbyeReason : std::uint8_t {
     broke_protocol = 7,
     server_trouble = 8,  // the server's own problem: a full disk
 };
-
-enum class UndeliveredReason : std::uint8_t { gone = 1, busy = 2 };
 
 // ---- From the server, at any time ---------------------------------------------------------------
 
@@ -2450,13 +2449,18 @@ struct Registered {
 struct Scram {
     static constexpr MessageType type{12};
     std::string text;  // client-first, server-first, client-final
-    static void fields(auto& self, auto& io) { io(self.text); }
+    Bytes ticket{};  // with client-first: what LoginDone gave the last time (chapter 11), or empty
+    static void fields(auto& self, auto& io) { io(self.text, self.ticket); }
 };
 struct LoginDone {
     static constexpr MessageType type{15};
     std::string server_final;
     LoginId id{};
-    static void fields(auto& self, auto& io) { io(self.server_final, self.id); }
+    Bytes identity{};  // SHA-256 of the identity that the account had so far (SPKI), or empty
+    Bytes ticket{};    // to be shown at the next login
+    static void fields(auto& self, auto& io) {
+        io(self.server_final, self.id, self.identity, self.ticket);
+    }
 };
 
 // ---- Who is here --------------------------------------------------------------------------------
@@ -2535,12 +2539,18 @@ struct RoomDelivered {
     WrappedKey wrapped_key{};
     static void fields(auto& self, auto& io) { io(self.from, self.text, self.wrapped_key); }
 };
+// There was no room in the queue of `to`. (Who has gone is not named here: their Left came before.)
 struct Undelivered {
     static constexpr MessageType type{34};
     LoginId to{};
     std::uint32_t tag = 0;
-    UndeliveredReason reason{};
-    static void fields(auto& self, auto& io) { io(self.to, self.tag, self.reason); }
+    static void fields(auto& self, auto& io) { io(self.to, self.tag); }
+};
+// Every Fanout up to this one stands in the queues of all whom it names.
+struct Taken {
+    static constexpr MessageType type{35};
+    std::uint32_t tag = 0;
+    static void fields(auto& self, auto& io) { io(self.tag); }
 };
 
 // ---- Messages as bytes --------------------------------------------------------------------------
@@ -2613,6 +2623,7 @@ inline Message take_message(Reader& record) {
 // client also makes an X25519 key, and publishes both in a signed CARD:
 //
 //      card = user (text) || identity key (blob, SPKI) || x25519 (32 bytes) || issued (u64, µs)
+//             || run (u64: the same for as long as the program runs)
 //             || RSA-PSS signature (blob) over "chatsecure card 1" and everything before it
 //
 // For each direction of each pair of logins, on first need (agree() is in chapter 4):
@@ -2645,10 +2656,43 @@ inline Message take_message(Reader& record) {
 // The aad ties the wrapped key to this sealed text. Every member knows k, so every member could
 // seal another text under it; but only the sender shares a key with you to wrap it with (P6).
 //
+// DELIVERY. TCP's acknowledgement says that a kernel has the bytes, not that a person's program has
+// shown them. Only the two ends can know that (Saltzer, Reed and Clark, "End-to-end arguments in
+// system design", 1984), so they say it to each other:
+//
+//      text     = id (u64) || UTF-8          what is sealed, in private and for the room
+//      receipt  = id (u64) || id || ...      private messages that the sender of this has shown
+//
+//   - The id is the sender's: it grows, and no two messages of one identity have the same. It
+//     begins at the time on the sender's card, which is later in each login than in the one before.
+//   - B answers private messages with receipts, one for many where many came at once, when they
+//     were shown, and again for one that comes a second time. What came too late to be remembered
+//     (see ShownIds) is neither shown nor confirmed.
+//   - What has no receipt when B's login is gone is sealed again, with the same id, for B's next
+//     login of the same identity in the same run. Another run of B's program does not know what
+//     the one before has shown: so what was sent to that, and not confirmed, is named to the user
+//     as not delivered, for otherwise it might be shown twice. A room message is sent again with the same id if the connection
+//     broke before the server's Taken came. Whoever has shown an id does not show it again.
+//
+// So a server that lies about who is here or what was delivered can cause a second transmission,
+// and never a second showing. And a card is met ONCE: for as long as our own card is used, a card
+// that was seen under one number is nobody under another number, and so is whoever has our own
+// name. Otherwise the server could announce bob again and play back all that he ever sent to us.
+//
+// Kinds belong to lanes: chunks of files on the bulk lane, everything else on the interactive one.
+// Whatever else comes is dropped, an Open on the bulk lane without a computation, and so is a text
+// of more than 32 KiB. An Open that does not open costs the receiver an RSA operation: after one
+// such, nothing that this login sends is looked at any more.
+//
 // The weak point of all this is the first meeting: is the key on bob's card bob's, or one that the
 // server made up? Clients PIN the identity that they see first and are loud when it changes.
 // Whoever wants to be certain compares the SAFETY NUMBER with bob, by telephone or face to face: 60
 // digits computed from both identities. A server in the middle cannot make them agree.
+//
+// A GHOST is somebody whom the server has invented: with a key of his own he is in the room like
+// everybody else, and reads what is said to everybody. He cannot come in silence, for his name is
+// announced and pinned; whoever does not want to rely on that limits the room to people whose
+// safety number was compared: then nobody else is sent a key.
 //
 // What it does not protect against: a first meeting that was never verified; the other person;
 // traffic analysis (the server sees who sends to whom, when, and how much); quantum computers that
@@ -2661,6 +2705,7 @@ inline constexpr std::size_t max_card_bytes = 2048;
 enum class Kind : std::uint8_t {
     text = 1,         // a private message: UTF-8
     room_key = 2,     // a wrapped key: the key of a room message
+    receipt = 3,      // ids of private messages that were shown: u64 each
     file_offer = 10,  // the rest: chapter 9
     file_accept = 11,
     file_credit = 12,
@@ -2675,15 +2720,16 @@ struct Card {
     Bytes identity_der;
     X25519Public ephemeral{};
     std::uint64_t issued = 0;  // microseconds since 1970: a later login has a larger one
+    std::uint64_t run = 0;     // of the program that made it
     Bytes signature;
 
     static void fields(auto& self, auto& io) {
-        io(self.user, self.identity_der, self.ephemeral, self.issued, self.signature);
+        io(self.user, self.identity_der, self.ephemeral, self.issued, self.run, self.signature);
     }
 
     Bytes signed_part() const {
         Bytes bytes = to_bytes(as_bytes("chatsecure card 1"));
-        append_fields(bytes, user, identity_der, ephemeral, issued);
+        append_fields(bytes, user, identity_der, ephemeral, issued, run);
         return bytes;
     }
 };
@@ -2713,9 +2759,11 @@ struct LoginKeys {
     Bytes card_bytes;
     Digest card_hash{};
 
-    LoginKeys(const RsaPrivateKey& own, std::string_view user, std::uint64_t issued)
+    LoginKeys(const RsaPrivateKey& own, std::string_view user, std::uint64_t issued,
+              std::uint64_t run = 0)
         : identity(own) {
-        Card card{std::string(user), own.public_key().der(), ephemeral.public_key(), issued, {}};
+        Card card{
+            std::string(user), own.public_key().der(), ephemeral.public_key(), issued, run, {}};
         card.signature = own.sign(card.signed_part());
         card_bytes = encode(card);
         card_hash = sha256(card_bytes);
@@ -2781,6 +2829,7 @@ class OpeningLane {
         if (sealed.size() < 8 + 1 + gcm_tag_bytes) return result;
         std::uint64_t seq = 0;
         Reader(sealed.first(8), "a sealed payload")(seq);
+        if (seq > max_sealed_per_lane) return result;
         if (seq <= last_seq_) {
             result.state = OpenedPayload::State::repeated;
             return result;
@@ -2915,6 +2964,52 @@ inline std::optional<std::string> open_room_text(ByteView sealed, const Secret<3
     return to_string(*text);
 }
 
+// ---- Delivery -----------------------------------------------------------------------------------
+
+// What is sealed as a text.
+struct Text {
+    std::uint64_t id = 0;
+    std::string words;
+
+    Bytes encoded() const {
+        Bytes bytes;
+        append_fields(bytes, id);
+        append(bytes, as_bytes(words));
+        return bytes;
+    }
+    // Nothing for what no honest client seals.
+    static std::optional<Text> decoded(ByteView bytes) {
+        Text text;
+        if (bytes.size() < sizeof text.id || bytes.size() > sizeof text.id + max_text_bytes)
+            return std::nullopt;
+        Reader(bytes.first(sizeof text.id), "a text")(text.id);
+        text.words = to_string(bytes.subspan(sizeof text.id));
+        return text;
+    }
+};
+
+// Which messages of one identity were shown: the newest ids, and everything below them.
+class ShownIds {
+  public:
+    enum class Verdict { fresh, shown, too_old };
+
+    Verdict judge(std::uint64_t id) const {
+        if (std::binary_search(ids_.begin(), ids_.end(), id)) return Verdict::shown;
+        return id <= below_ ? Verdict::too_old : Verdict::fresh;
+    }
+    void add(std::uint64_t id) {
+        ids_.insert(std::lower_bound(ids_.begin(), ids_.end(), id), id);
+        if (ids_.size() <= most) return;
+        below_ = ids_.front();
+        ids_.pop_front();
+    }
+
+  private:
+    static constexpr std::size_t most = 512;
+    std::deque<std::uint64_t> ids_;  // ascending
+    std::uint64_t below_ = 0;        // whatever is not above this has been shown, or never will be
+};
+
 // ---- Trust --------------------------------------------------------------------------------------
 
 // 60 digits in groups of five, the same on both sides: each user's half is SHA-256 over name and
@@ -2943,37 +3038,44 @@ inline std::string safety_number(std::string_view user_a, const Fingerprint& a,
 // What we know about a user's identity.
 struct Pin {
     Fingerprint fingerprint;
-    std::uint64_t issued = 0;  // of the newest card that we saw
+    std::uint64_t issued = 0;  // of the newest card that we saw, but not far in the future
     bool verified = false;     // the safety number was compared
+    bool met = true;           // only met in the room so far: we never wrote to them alone
 };
 
 // The file known_users: one line for each pinned user,
 //
 //      bob SHA256:<fingerprint> <issued of the newest card> verified
 //
-// (or "unverified"). One thread uses it.
+// (or "unverified", or "met" for somebody to whom we have never written alone). A server can invent
+// people for as long as it likes; so of those who were only met, no more than some thousand are
+// kept. Who comes after them is not pinned, and nobody is forgotten to make room: otherwise the
+// server could wash out the pin of somebody real. One thread uses it.
 class PinStore {
   public:
     enum class Verdict {
         first_seen,  // pinned now
         known,       // the pinned identity, and a card that is not older than the newest
         changed,     // another identity: trust nothing until the user says so
-        replayed,    // the right identity, but an old card: somebody plays back a recording
+        replayed,    // the right identity, but an old card: a recording, or a clock set back
     };
 
     // No file means no pins. Throws Error, with the line number, for a damaged line.
     explicit PinStore(std::filesystem::path path) : path_(std::move(path)) {
-        read_lines(path_, 64U << 20, "Correct or remove the line.",
-                   [&](const std::vector<std::string>& words) {
-                       if (words.size() != 4 || !is_valid_name(words[0]) ||
-                           (words[3] != "verified" && words[3] != "unverified"))
-                           throw Error("it is damaged.");
-                       auto issued = parse_number<std::uint64_t>(words[2]);
-                       if (!issued) throw Error("its number is damaged.");
-                       Pin pin{Fingerprint::parse(words[1]), *issued, words[3] == "verified"};
-                       if (!pins_.emplace(words[0], pin).second)
-                           throw Error(concat("the name \"", words[0], "\" stands there twice."));
-                   });
+        read_lines(
+            path_, 64U << 20, "Correct or remove the line.",
+            [&](const std::vector<std::string>& words) {
+                if (words.size() != 4 || !is_valid_name(words[0]) ||
+                    (words[3] != "verified" && words[3] != "unverified" && words[3] != "met"))
+                    throw Error("it is damaged.");
+                auto issued = parse_number<std::uint64_t>(words[2]);
+                if (!issued) throw Error("its number is damaged.");
+                Pin pin{Fingerprint::parse(words[1]), *issued, words[3] == "verified",
+                        words[3] == "met"};
+                met_ += pin.met ? 1 : 0;
+                if (!pins_.emplace(words[0], pin).second)
+                    throw Error(concat("the name \"", words[0], "\" stands there twice."));
+            });
     }
 
     const Pin* find(const std::string& user) const {
@@ -2985,37 +3087,52 @@ class PinStore {
     // itself may come again: it belongs to a login that is still there, or to one that took its
     // X25519 key with it, and then nobody can use the card.
     Verdict judge(const CheckedCard& card) {
-        auto [entry, is_new] =
-            pins_.try_emplace(card.user, Pin{card.fingerprint, card.issued, false});
-        Pin& pin = entry->second;
-        dirty_ = dirty_ || is_new;
-        if (is_new) return Verdict::first_seen;
+        auto found = pins_.find(card.user);
+        if (found == pins_.end()) {
+            if (met_ == max_met) return Verdict::first_seen;  // each time
+            pins_[card.user] = Pin{card.fingerprint, not_far_ahead(card.issued)};
+            ++met_;
+            dirty_ = true;
+            return Verdict::first_seen;
+        }
+        Pin& pin = found->second;
         if (pin.fingerprint != card.fingerprint) return Verdict::changed;
-        if (card.issued < pin.issued) return Verdict::replayed;
-        dirty_ = dirty_ || card.issued > pin.issued;
-        pin.issued = card.issued;
+        std::uint64_t issued = not_far_ahead(card.issued);
+        if (issued < pin.issued) return Verdict::replayed;
+        dirty_ = dirty_ || issued > pin.issued;
+        pin.issued = issued;
         return Verdict::known;
     }
+    // We write to them alone: their pin stays.
+    void keep(const CheckedCard& card) {
+        Pin& pin =
+            pins_.try_emplace(card.user, Pin{card.fingerprint, not_far_ahead(card.issued), false})
+                .first->second;
+        note_not_only_met(pin);
+    }
 
-    // The user has decided: from now on this is the identity.
+    // The user has decided: from now on this is the identity, and the card is new enough.
     void trust(const CheckedCard& card) {
-        pins_[card.user] = Pin{card.fingerprint, card.issued, false};
+        keep(card);
+        Pin& pin = pins_.at(card.user);
+        bool verified = pin.verified && pin.fingerprint == card.fingerprint;
+        pin = Pin{card.fingerprint, not_far_ahead(card.issued), verified, false};
         dirty_ = true;
     }
     void mark_verified(const std::string& user) {
-        pins_.at(user).verified = true;
+        Pin& pin = pins_.at(user);
+        note_not_only_met(pin);
+        pin.verified = true;
         dirty_ = true;
     }
 
     // For one's own card: later than now and than every card before, even if the clock was set
     // back.
     std::uint64_t next_issued(const std::string& user, const Fingerprint& own) {
-        auto now = std::chrono::duration_cast<std::chrono::microseconds>(
-                       std::chrono::system_clock::now().time_since_epoch())
-                       .count();
-        Pin& pin = pins_[user];
-        std::uint64_t issued = std::max(static_cast<std::uint64_t>(now), pin.issued + 1);
-        pin = Pin{own, issued, true};
+        Pin& pin = pins_.try_emplace(user, Pin{own, 0, true, false}).first->second;
+        note_not_only_met(pin);
+        std::uint64_t issued = std::max(microseconds_now(), pin.issued + 1);
+        pin = Pin{own, issued, true, false};
         dirty_ = true;
         return issued;
     }
@@ -3026,14 +3143,35 @@ class PinStore {
         std::string content;
         for (const auto& [user, pin] : pins_)
             content += concat(user, " ", pin.fingerprint.text(), " ", pin.issued, " ",
-                              pin.verified ? "verified" : "unverified", "\n");
+                              pin.verified ? "verified"
+                              : pin.met    ? "met"
+                                           : "unverified",
+                              "\n");
         write_file(path_, as_bytes(content), FileMode::owner_only);
         dirty_ = false;
     }
 
   private:
+    static std::uint64_t microseconds_now() {
+        auto now = std::chrono::system_clock::now().time_since_epoch();
+        return static_cast<std::uint64_t>(
+            std::chrono::duration_cast<std::chrono::microseconds>(now).count());
+    }
+    // Whose clock was once ten years ahead must not be an old card for ten years.
+    static std::uint64_t not_far_ahead(std::uint64_t issued) {
+        constexpr std::uint64_t a_day = 86'400'000'000;
+        return std::min(issued, microseconds_now() + a_day);
+    }
+    void note_not_only_met(Pin& pin) {
+        if (!std::exchange(pin.met, false)) return;
+        --met_;
+        dirty_ = true;
+    }
+
+    static constexpr std::size_t max_met = 4096;
     std::filesystem::path path_;
     std::map<std::string, Pin> pins_;
+    std::size_t met_ = 0;  // how many of them were only met
     bool dirty_ = false;
 };
 
@@ -3813,7 +3951,8 @@ struct FilePeer {
 class FileHost {
   public:
     virtual void tell(FileEvent) = 0;
-    virtual void complain(const std::string& sentence) = 0;
+    // About what `user` has sent; if it is empty, about our own side.
+    virtual void complain(const std::string& user, const std::string& sentence) = 0;
     // The login of a user to whom messages can be sealed now, if there is one.
     virtual std::optional<FilePeer> reach(const std::string& user) = 0;
     // Seals and queues a message, interactive. `tag` comes back if it cannot be delivered.
@@ -3866,6 +4005,7 @@ class FileTransfers {
                                options_.downloads.string(), "."));
         if (!name.empty()) t.save_as = safe_file_name(name);
         t.accepted = true;
+        peers_[t.peer.id].in_vain = 0;
         enter(t, FileState::queued);
         number = t.info.number;
         settle();  // there may be no thread for it: then it is forgotten
@@ -3893,11 +4033,14 @@ class FileTransfers {
     }
     // Whether something is under way that one would not want to cut off by leaving.
     bool is_busy() const {
-        return std::any_of(transfers_.begin(), transfers_.end(), [](const auto& entry) {
-            const Transfer& t = entry.second;
-            return t.info.sending ||
-                   (t.state != FileState::offered && t.state != FileState::interrupted);
-        });
+        return std::any_of(transfers_.begin(), transfers_.end(),
+                           [](const auto& entry) { return is_busy(entry.second); });
+    }
+
+    // Somebody waited for them, and waits no longer.
+    void tell_unfinished() {
+        for (const auto& [number, t] : transfers_)
+            if (is_busy(t)) tell(t, FileEvent::Phase::stopped, "you left before it was done", true);
     }
 
     // ---- From the network -----------------------------------------------------------------------
@@ -3928,16 +4071,15 @@ class FileTransfers {
                     break;
             }
         } catch (const ProtocolError& e) {
-            if (!std::exchange(peers_[from.id].complained, true))
-                host_.complain(concat("A message about a file from ", from.user,
-                                      " is out of order, and was ignored. ", e.what()));
+            host_.complain(from.user, concat("A message about a file from ", from.user,
+                                             " is out of order, and was ignored. ", e.what()));
         }
         settle();
     }
-    // The server could not deliver what we sent with this tag.
-    void came_back(std::uint32_t tag, UndeliveredReason reason) {
+    // There was no room in the receiver's queue for what we sent with this tag.
+    void came_back(std::uint32_t tag) {
         auto found = transfers_.find(tag & ~file_tag);
-        if (reason == UndeliveredReason::gone || found == transfers_.end()) return;  // or: a Left
+        if (found == transfers_.end()) return;
         if (found->second.id == 0 || is_all_here(found->second)) return;
         end(found->second, lost,
             concat(found->second.info.user, " cannot keep up at the moment",
@@ -3997,6 +4139,7 @@ class FileTransfers {
     static constexpr std::size_t max_offers = 64;           // of others, that nobody has answered
     static constexpr std::size_t max_with_one = 16;         // of one person, in each direction
     static constexpr std::size_t max_receiving_of_one = 8;  // so that nobody takes all the places
+    static constexpr unsigned max_in_vain = 5;  // each is two lines on somebody's screen
     // The credit bounds the bytes that wait for the disk; this, what each chunk costs besides.
     static constexpr std::uint64_t max_waiting_chunks = credit_total / 1024;
     static constexpr std::uint64_t slow_disk = 10'000'000;  // bytes in a second, when it hashes
@@ -4031,8 +4174,8 @@ class FileTransfers {
     };
     struct PeerState {
         std::uint32_t last_offer = 0;  // the largest id that came
-        bool complained = false;       // about what belongs to no transfer: once
         unsigned refused = 0;          // offers that were too many
+        unsigned in_vain = 0;  // offers that they took back before we could answer, in a row
     };
 
     // ---- Finding --------------------------------------------------------------------------------
@@ -4067,6 +4210,10 @@ class FileTransfers {
         return static_cast<std::size_t>(
             std::count_if(transfers_.begin(), transfers_.end(),
                           [&](const auto& entry) { return condition(entry.second); }));
+    }
+    static bool is_busy(const Transfer& t) {
+        return t.info.sending ||
+               (t.state != FileState::offered && t.state != FileState::interrupted);
     }
     static bool is_running(const Transfer& t) {
         return t.state == FileState::preparing || t.state == FileState::moving ||
@@ -4334,6 +4481,7 @@ class FileTransfers {
         Transfer* t = find(from, sending, over.id);
         if (t == nullptr || is_all_here(*t)) return;
         if (sending && over.why.empty()) return stored(*t);
+        if (!sending && t->state == FileState::offered) ++peers_[from.id].in_vain;
         end(*t, "",
             concat(t->info.user, " ",
                    over.why.empty() ? "stopped it" : over.why.substr(0, max_why_bytes)));
@@ -4378,7 +4526,7 @@ class FileTransfers {
         std::size_t unanswered = count(
             [](const Transfer& t) { return !t.info.sending && t.state == FileState::offered; });
         if (of_this_one(false) >= max_with_one || of_this_one(true) >= max_offers ||
-            unanswered >= max_offers) {
+            unanswered >= max_offers || peer.in_vain > max_in_vain) {
             // Not for ever: whoever makes us answer uses up our own right to talk (chapter 11).
             if (++peer.refused <= max_offers)
                 host_.send(from.id, file_tag, FileOver::kind,
@@ -4443,7 +4591,7 @@ class FileTransfers {
                 return tell_finished(t, answer.path);
             case What::no_room:
                 if (options_.auto_accept) return end(t, answer.why, answer.sentence);
-                host_.complain(concat(answer.sentence, " The offer still stands."));
+                host_.complain("", concat(answer.sentence, " The offer still stands."));
                 release_worker(t, true);
                 t.accepted = false;
                 return enter(t, FileState::offered);
@@ -4621,10 +4769,15 @@ class Outbox {
         return bytes_[0] > bytes;
     }
     // For whoever can wait, as the reader of a file can: blocks while more than `bytes` stand in
-    // the bulk lane. False if the outbox takes nothing more.
-    bool wait_for_bulk_room(std::size_t bytes) {
+    // the bulk lane, at most until `deadline`. False if the outbox takes nothing more.
+    bool wait_for_bulk_room(std::size_t bytes,
+                            Clock::time_point deadline = Clock::time_point::max()) {
         std::unique_lock lock(mutex_);
-        bulk_taken_.wait(lock, [&] { return bytes_[1] <= bytes || state_ != State::open; });
+        auto ready = [&] { return bytes_[1] <= bytes || state_ != State::open; };
+        if (deadline == Clock::time_point::max())  // which wait_until cannot count to
+            bulk_taken_.wait(lock, ready);
+        else
+            bulk_taken_.wait_until(lock, deadline, ready);
         return state_ == State::open;
     }
 
@@ -5244,6 +5397,7 @@ struct Session : std::enable_shared_from_this<Session> {
     // Its thread's: in whose outboxes it has put something that is not flushed yet, and how much.
     std::vector<std::shared_ptr<Session>> touched;
     std::size_t unflushed = 0;
+    std::optional<std::uint32_t> taken;  // its last room message, until that is acknowledged
 
     std::thread login_thread;            // joined by `thread`, or by Server::run
     std::thread thread;                  // joined by Server::run
@@ -5926,6 +6080,8 @@ class Server {
     void flush_touched(Session& s) {
         for (const SessionPtr& other : s.touched) other->connection.flush();
         s.touched.clear();
+        // Last, so that what is acknowledged has been sent as far as the sockets take it.
+        if (auto tag = std::exchange(s.taken, std::nullopt)) s.connection.send(Taken{*tag});
         if (std::exchange(s.unflushed, 0) > large_burst) pump_.note_burst();
     }
 
@@ -5935,8 +6091,10 @@ class Server {
             case Send::type: {
                 Send send = from_wire<Send>(message.body);
                 relay(s, send);
-                // File data has its own brake: the receiver's credit (chapter 9). But not crumbs.
-                if (send.lane == Lane::bulk && send.payload.size() >= 1024) return;
+                if (send.lane == Lane::bulk && send.payload.size() >= large_chunk) {
+                    charge(s, 1.0 / 16);
+                    return;
+                }
                 text = send.payload.size();
                 break;
             }
@@ -5961,7 +6119,11 @@ class Server {
         }
         // A message costs one token, and one more for each 256 bytes of text. The tokens for one go
         // are worth less than a member's queue holds, so who reads along at all loses nothing.
-        double cost = 1 + static_cast<double>(text) / 256;
+        charge(s, 1 + static_cast<double>(text) / 256);
+    }
+    // File data has a brake of its own, the receiver's credit (chapter 9), so that a large chunk
+    // costs little; but nothing that another member has to handle is free.
+    void charge(Session& s, double cost) {
         Milliseconds wait = s.bucket.take(cost, Clock::now());
         if (wait.count() == 0) return;
         flush_touched(s);
@@ -5973,21 +6135,32 @@ class Server {
             throw ProtocolError("Received a payload for a lane that does not exist.");
         SessionPtr to;
         Outbox::Result result = Outbox::Result::closed;
+        const Delivered delivered{s.id, send.lane, send.payload};
         {
             detail::Members::List members = members_.list_for(s);
             if (auto found = members.find(send.to); found != members.all.end()) {
                 to = *found;
-                result =
-                    to->connection.outbox.push(send.lane, Delivered{s.id, send.lane, send.payload});
+                result = to->connection.outbox.push(send.lane, delivered);
             }
+        }
+        // Somebody has filled that bulk lane against the rules of chapter 9. All who write to it
+        // wait for a moment, so that it ends no transfer of anybody else.
+        for (auto until = Clock::now() + bulk_patience; result == Outbox::Result::refused &&
+                                                        send.lane == Lane::bulk &&
+                                                        Clock::now() < until;) {
+            flush_touched(s);
+            to->connection.outbox.wait_for_bulk_room(
+                options_.bulk_queue_bound - std::min(options_.bulk_queue_bound, max_record_bytes),
+                until);
+            result = to->connection.outbox.push(send.lane, delivered);
         }
         // Whoever wrote to it has found its connection broken before its own thread did.
         if (to && result == Outbox::Result::closed)
             info(members_.remove(*to, "its connection broke"));
         if (result <= Outbox::Result::queued)  // also if another thread is going to: it may be busy
             s.touched.push_back(to);
-        else
-            tell_undelivered(s, send.to, send.tag, result);
+        else if (result == Outbox::Result::refused)
+            s.connection.send(Undelivered{send.to, send.tag});
         ++s.unflushed;
         if (options_.log_relayed) log_relayed(s, to ? to->user : "nobody", send.payload);
     }
@@ -6020,15 +6193,10 @@ class Server {
             }
         }
         s.unflushed += reached;
-        for (LoginId id : busy) tell_undelivered(s, id, fanout.tag, Outbox::Result::refused);
+        for (LoginId id : busy) s.connection.outbox.push_control(Undelivered{id, fanout.tag});
+        // Not while we stop: then some outboxes take nothing any more.
+        if (!stopping_.load()) s.taken = fanout.tag;
         if (options_.log_relayed) log_relayed(s, concat("the room (", reached, ")"), fanout.text);
-    }
-
-    void tell_undelivered(Session& s, LoginId to, std::uint32_t tag, Outbox::Result result) {
-        bool busy = result == Outbox::Result::refused;
-        if (!busy) members_.announce_now(s.touched);  // its Left comes first
-        s.connection.send(
-            Undelivered{to, tag, busy ? UndeliveredReason::busy : UndeliveredReason::gone});
     }
 
     void send_card(Session& s, LoginId id) {
@@ -6055,6 +6223,8 @@ class Server {
                    to_hex(payload.first(std::min<std::size_t>(payload.size(), 24))), "..."));
     }
 
+    static constexpr std::size_t large_chunk = 16 * 1024;
+    static constexpr Milliseconds bulk_patience{1000};
     static constexpr std::size_t max_unflushed = 32 * 1024;  // deliveries: some milliseconds
     static constexpr std::size_t large_burst = 256;          // one that is worth cleaning up after
 
@@ -6099,10 +6269,26 @@ class Server {
 // that one thread owns needs no lock, and everything happens in an order that one can follow.
 //
 // The order also answers the hard question of this chapter: a message for the room needs the card
-// of everybody in it, and cards come later than they are asked for. The engine puts such a command
-// aside as a JOB, goes on with what arrives, and tries the job again after each arrival. Commands
-// are taken from their queue only when no job waits, so messages leave in the order in which they
-// were written.
+// of everybody in it, and cards come later than they are asked for. A command that has to wait
+// becomes a JOB, and the engine tries again after each arrival. What the user writes is kept by
+// itself (see Written), from the moment it is typed until it has been delivered or given up:
+//
+//      waiting --- sealed and sent ---> sent --- receipt (in private) or Taken (room) ---> done
+//         ^                              |
+//         +--- its reader has gone, or --+        and from both: --- given up ---> failed
+//              the connection is lost
+//
+// Who reads the same reads it in the order in which it was written: the room waits for nobody
+// longer than some seconds, and a private message only for earlier ones to the same person. When
+// the connection comes back after a restart of the server, the others are still on their way; so
+// what is written then waits until those who were there are back, or for those seconds.
+//
+// A receipt is sent when the FRONT END has dealt with a message, which the engine learns when it
+// asks for the event after that. A program that is killed before has confirmed nothing.
+//
+// Complaints. Another member can send nonsense as fast as the server lets it. So what is wrong with
+// what somebody sends is told a few times, then only when its number has become ten times as large,
+// and not at all of somebody who is ignored; and no complaint is a failure of ours.
 //
 // A file that is on its way has a thread that reads or writes it (chapter 9). A sender's thread
 // puts its chunks into the outbox and sends like everybody else; everything else about a file is
@@ -6116,7 +6302,7 @@ class Server {
 // this one are held while an Outbox's is taken; the others are taken alone.
 //
 // When the connection is lost, the engine connects again, with growing pauses, until it succeeds or
-// is told to stop; commands wait meanwhile. A server that comes back with another key ends it.
+// is told to stop; what is written meanwhile waits. A server that comes back with another key ends it.
 //
 // What it keeps on disk, below the directory `home` (mode 0700):
 //
@@ -6168,12 +6354,19 @@ struct DeclineFile {
 struct CancelFile {  // in any state, of either direction
     unsigned number = 0;
 };
-struct ListFiles {};           // answered by FileList
-struct Leave {                 // say goodbye when everything before it has been sent
-    bool after_files = false;  // and also every file moved that is on its way
+struct ListFiles {};             // answered by FileList
+struct LimitRoom {               // who reads what is said to everybody:
+    bool verified_only = false;  // only people whose safety number was compared
 };
-using Command = std::variant<Say, Tell, ListPeople, Verify, Trust, Ignore, SendFile, AcceptFile,
-                             DeclineFile, CancelFile, ListFiles, AcceptServerKey, Leave>;
+// Say goodbye when everything before it was taken and delivered; what is still open when nothing
+// has moved for `patience` is named (DeliveryChanged) and given up. A second one replaces the first.
+struct Leave {
+    bool after_files = false;  // wait for every file that is on its way, too
+    Milliseconds patience{3'000};
+};
+using Command =
+    std::variant<Say, Tell, ListPeople, Verify, Trust, Ignore, LimitRoom, SendFile, AcceptFile,
+                 DeclineFile, CancelFile, ListFiles, AcceptServerKey, Leave>;
 
 // ---- Events: from the engine to a front end -----------------------------------------------------
 //
@@ -6206,21 +6399,40 @@ struct PersonJoined {
 struct PersonLeft {
     std::string user;
 };
+// A message, ours as soon as it is written. `id` is the number that DeliveryChanged has for ours.
 struct RoomMessage {
     std::string from, text;
     bool own = false;
+    std::uint64_t id = 0;
 };
 struct PrivateMessage {
     std::string peer;  // the other person, whoever wrote it
     std::string text;
     bool own = false;
+    std::uint64_t id = 0;
+};
+// What has become of a message that we wrote.
+enum class Delivery : std::uint8_t {
+    waiting,    // `reason` says for what: the connection, or its reader, is not there
+    sent,       // in private: it is on its way; to everybody: the server has put it into each queue
+    delivered,  // in private: its reader's program has shown it
+    failed,     // it will not be delivered: `reason` says why
+};
+struct DeliveryChanged {
+    std::uint64_t id = 0;
+    std::string to, text;  // `to` is empty for a message to everybody
+    Delivery state{};
+    std::string reason{};
 };
 struct MessagesLost {  // the server or the network swallowed some
     std::string from;
     std::uint64_t count = 0;
 };
-struct NotDelivered {
-    std::string to, text, reason;  // text is empty for a room message
+struct Complaint {  // about what somebody else sent: nothing that we asked for has failed
+    std::string user, text;
+};
+struct IdentityReplaced {  // our account had another identity: others will have to trust this one
+    Fingerprint now;
 };
 struct IdentityPinned {  // met for the first time
     std::string user;
@@ -6266,9 +6478,9 @@ struct Stopped {  // the last event
 struct Event {
     std::chrono::system_clock::time_point time;
     std::variant<Connecting, ServerKeyUnknown, MakingIdentity, LoggedIn, ConnectionLost,
-                 PersonJoined, PersonLeft, RoomMessage, PrivateMessage, MessagesLost, NotDelivered,
-                 IdentityPinned, IdentityChanged, SafetyNumber, People, FileEvent, FileList, Notice,
-                 Problem, Stopped>
+                 PersonJoined, PersonLeft, RoomMessage, PrivateMessage, DeliveryChanged,
+                 MessagesLost, Complaint, IdentityReplaced, IdentityPinned, IdentityChanged,
+                 SafetyNumber, People, FileEvent, FileList, Notice, Problem, Stopped>
         what;
 };
 
@@ -6324,6 +6536,7 @@ struct ClientOptions {
     std::optional<Fingerprint> server_key{};  // this one and no other; it is pinned
     bool accept_new_server = false;           // pin an unknown server without asking
     bool ask_about_server = false;            // an unknown server: ServerKeyUnknown, else stop
+    bool verified_room = false;               // as LimitRoom{true}
     int rsa_bits = default_rsa_bits;          // of a new identity
     std::uint32_t iterations = default_iterations;  // of a new account, and of its identity file
     Milliseconds connect_timeout{10'000};
@@ -6331,7 +6544,9 @@ struct ClientOptions {
     Milliseconds ping_after{45'000};      // of silence
     Milliseconds first_pause{500};        // before connecting again; then doubled
     Milliseconds longest_pause{30'000};
-    int reconnect_tries = 0;                    // 0: for ever
+    int reconnect_tries = 0;               // 0: for ever
+    Milliseconds regather{5'000};          // after a loss, for those who were there to come back
+    Milliseconds return_patience{60'000};  // for one who left to come back and read
     FileTransfers::Options files{"downloads"};  // where received files go, and more
     std::function<void()> on_event = [] {};  // called in the engine's thread after each event; it
                                              // wakes somebody, and does nothing else
@@ -6367,10 +6582,15 @@ class Mailbox {
     }
     std::size_t waiting() const {
         std::lock_guard lock(mutex_);
-        return commands_.size();
+        return commands_.size() + unsent;
     }
     std::optional<Event> next_event(std::optional<Milliseconds> patience) {
         std::unique_lock lock(mutex_);
+        dealt_with_ = taken_;  // whoever asks for another event has dealt with those before
+        if (dealt_with_ >= awaited_) {
+            awaited_ = UINT64_MAX;
+            waker.wake();
+        }
         auto ready = [&] { return !events_.empty() || ended_; };
         if (patience)
             changed_.wait_for(lock, *patience, ready);
@@ -6379,7 +6599,10 @@ class Mailbox {
         if (events_.empty()) return std::nullopt;
         Event event = std::move(events_.front());
         events_.pop_front();
-        bool room_again = events_.size() == max_events - 1;
+        ++taken_;
+        bytes_ -= size_of(event);
+        bool room_again = full_ && has_room();
+        full_ = full_ && !room_again;
         lock.unlock();
         if (room_again) waker.wake();
         return event;
@@ -6399,20 +6622,34 @@ class Mailbox {
     Waker waker;       // awake: there may be a command, room for events, or something of a file
     Waker stop_waker;  // awake: stop() was called
 
+    std::atomic<std::size_t> unsent = 0;  // messages that the engine has taken, and that wait
+
+    // Returns the event's number, for wait_for_front_end.
     template <class What>
-    void emit(What what) {
+    std::uint64_t emit(What what) {
+        std::uint64_t number = 0;
         {
             std::lock_guard lock(mutex_);
             events_.push_back(Event{std::chrono::system_clock::now(), std::move(what)});
+            bytes_ += size_of(events_.back());
+            number = taken_ + events_.size();
         }
         changed_.notify_all();
         on_event_();
+        return number;
+    }
+    // How many events the front end has dealt with. If not yet `number`, the waker wakes then.
+    std::uint64_t dealt_with(std::uint64_t number) {
+        std::lock_guard lock(mutex_);
+        awaited_ = dealt_with_ < number ? number : UINT64_MAX;
+        return dealt_with_;
     }
     // Until the front end takes some, we read no more: then TCP makes the server wait, and the
     // server bounds what it keeps for us.
-    bool has_room_for_events() const {
+    bool has_room_for_events() {
         std::lock_guard lock(mutex_);
-        return events_.size() < max_events;
+        full_ = !has_room();
+        return !full_;
     }
     std::optional<Command> take_command() {
         std::unique_lock lock(mutex_);
@@ -6422,10 +6659,6 @@ class Mailbox {
         lock.unlock();
         changed_.notify_all();
         return command;
-    }
-    void put_back(Command command) {  // it is the next one again
-        std::lock_guard lock(mutex_);
-        commands_.push_front(std::move(command));
     }
     // The oldest command of one type, before all others.
     template <class T>
@@ -6466,12 +6699,26 @@ class Mailbox {
   private:
     static constexpr std::size_t max_commands = 1024;
     static constexpr std::size_t max_events = 20'000;
+    static constexpr std::size_t max_event_bytes = std::size_t{4} << 20;  // of texts in them
+
+    bool has_room() const { return events_.size() < max_events && bytes_ < max_event_bytes; }
+    static std::size_t size_of(const Event& event) {
+        if (const auto* message = std::get_if<RoomMessage>(&event.what))
+            return message->text.size();
+        if (const auto* message = std::get_if<PrivateMessage>(&event.what))
+            return message->text.size();
+        return 0;
+    }
 
     const std::function<void()> on_event_;
     mutable std::mutex mutex_;         // guards the rest
     std::condition_variable changed_;  // for front ends: room for commands, events, the end
     std::deque<Command> commands_;
     std::deque<Event> events_;
+    std::size_t bytes_ = 0;    // of the texts in events_
+    std::uint64_t taken_ = 0;  // events that the front end has taken so far, and dealt with:
+    std::uint64_t dealt_with_ = 0, awaited_ = UINT64_MAX;  // awaited_: then wake the engine
+    bool full_ = false;                                    // the engine waits for room in events_
     std::shared_ptr<Connection> connection_;
     bool stopping_ = false, ended_ = false;
 };
@@ -6531,6 +6778,27 @@ struct Peer {
     std::shared_ptr<PairSender> sender;    // once we have opened to them
     std::shared_ptr<BulkLane> bulk;        // once a file goes to them
     std::optional<PairReceiver> receiver;  // once they have opened to us
+    bool unheard = false;                  // an Open of theirs did not open: nothing more is tried
+    // What came while their identity is not trusted: shown after Trust. The last are not kept.
+    struct HeldBack {
+        bool to_room = false;
+        Text text;
+    };
+    std::vector<HeldBack> held_back;
+    std::size_t held_bytes = 0, held_count = 0;
+};
+
+// A message of ours that is not done: it waits, or is sent and not yet confirmed. Its id is its
+// key in a map, so that they stand in the order in which they were written.
+struct Written {
+    std::string to, text;  // `to`: empty for everybody
+    enum class State { waiting, sent } state = State::waiting;
+    bool told_waiting = false;                           // the user knows that it waits
+    std::uint32_t tag = 0;                               // of what was sent, on this connection
+    LoginId sent_to{};                                   // in private, like the rest
+    std::optional<Fingerprint> reader{};                 // whose identity it was first sealed for,
+    std::uint64_t run = 0;                               // and which run of their program
+    Clock::time_point until = Clock::time_point::max();  // its reader is waited for
 };
 
 // One connection to the server, from connect() to its loss, and who is there.
@@ -6542,6 +6810,8 @@ struct Link {
     Digest channel_binding{};
     Fingerprint server_key;
     std::optional<LoginKeys> keys;
+    std::uint64_t issued = 0;       // our card
+    std::set<Digest> met_cards;     // each card is met once, for as long as our own is used
     std::map<LoginId, Peer> peers;  // in ascending order, as Fanout wants it
     std::map<std::string, LoginId> by_name;
 
@@ -6801,14 +7071,19 @@ class Login {
     void publish_card() {
         std::uint64_t issued = pins_->next_issued(user_, identity_->public_key().fingerprint());
         pins_->save();
-        link_->keys.emplace(*identity_, user_, issued);
+        link_->keys.emplace(*identity_, user_, issued, first_issued_.value_or(issued));
+        if (!first_issued_) first_issued_ = issued;
+        link_->issued = issued;
+        link_->met_cards.insert(link_->keys->card_hash);
         link_->connection->send(PublishCard{link_->keys->card_bytes});
     }
 
     void meet_everybody() {
         LoggedIn event{user_, server_, link_->server_key, identity_file(), {}, been_online_};
-        for (Message message = next(); message.type != Ready::type; message = next())
-            event.others.push_back(link_->add(from_wire_as<Joined>(message)).user);
+        for (Message message = next(); message.type != Ready::type; message = next()) {
+            auto joined = from_wire_as<Joined>(message);
+            if (joined.user != user_) event.others.push_back(link_->add(joined).user);
+        }
         been_online_ = true;
         mail_.emit(std::move(event));
     }
@@ -6824,6 +7099,7 @@ class Login {
     };
     bool registering_;
     bool been_online_ = false;
+    std::optional<std::uint64_t> first_issued_;  // of this run's first card: the number of the run
     std::optional<Salted> salted_;
     std::optional<RsaPrivateKey> identity_;
     bool identity_saved_ = false;
@@ -6887,18 +7163,15 @@ class Client final : private FileHost {
   private:
     using Peer = detail::Peer;
     using Halt = detail::Halt;
+    using Written = detail::Written;
     static constexpr std::size_t comfortable_outbox = std::size_t{1} << 20;
-    static constexpr std::size_t max_remembered = 256;  // private messages that may come back
+    static constexpr std::size_t max_waiting = 1000;        // messages that wait to be sent
+    static constexpr std::size_t max_identities = 100'000;  // of people who have written to us
     static constexpr int turns_in_a_row = 256;  // for messages, before it is the commands' turn
 
-    struct Job {
-        Command command;
-        bool again = false;  // it came back once already
-    };
-
     template <class What>
-    void emit(What what) {
-        mail_.emit(std::move(what));
+    std::uint64_t emit(What what) {
+        return mail_.emit(std::move(what));
     }
 
     // ---- The engine's life ----------------------------------------------------------------------
@@ -6917,23 +7190,17 @@ class Client final : private FileHost {
             files_.reset();
             workers_.reset();  // joins their threads, which may still be writing
             end_link();
-            tell_unsent();
+            quit_sent_ = false;
+            do {  // what was written and never left is lost, but not without a word
+                jobs_.clear();
+                take_commands();
+                give_up_the_rest();
+            } while (mail_.waiting() > 0);
             emit(end);
         } catch (const std::exception&) {
             // no memory even for the last words
         }
         mail_.end();
-    }
-
-    // What was written and never left is lost, but not without a word.
-    void tell_unsent() {
-        std::size_t unsent = 0;
-        while (std::optional<Command> command = mail_.take_command())
-            if (std::holds_alternative<Say>(*command) || std::holds_alternative<Tell>(*command))
-                ++unsent;
-        if (unsent > 0)
-            emit(Problem{
-                concat(unsent, unsent == 1 ? " message was" : " messages were", " not sent.")});
     }
 
     // Connects, again and again; returns when the user has left.
@@ -6960,27 +7227,34 @@ class Client final : private FileHost {
                 throw Halt(StopReason::cannot_connect,
                            concat("Gave up after ", options_.reconnect_tries, " tries: ", reason));
             emit(ConnectionLost{reason, pause});
-            Clock::time_point next = Clock::now() + pause;
-            while (!mail_.is_stopping() && Clock::now() < next) mail_.wait(next);
-            if (mail_.is_stopping()) return;
+            for (Clock::time_point next = Clock::now() + pause; Clock::now() < next;) {
+                take_commands();
+                if (mail_.is_stopping() || is_time_to_leave()) return;
+                mail_.wait(std::min(next, leave_at_));
+            }
             pause = std::min(2 * pause, options_.longest_pause);
         }
     }
 
     void begin_conversation() {
         last_tag_ = 0;
-        sent_.clear();
         quit_sent_ = false;
         somebody_came_ = true;  // the roster counts, too
+        for (const auto& [user, id] : link_->by_name) absent_.erase(user);
+        regather_until_ = Clock::now() + options_.regather;
         if (!files_) files_.emplace(static_cast<FileHost&>(*this), options_.files);
     }
-    // Forgets the connection. Jobs go back to where they came from.
+    // Forgets the connection, and nothing that was written.
     void end_link() {
         mail_.set_connection(nullptr);
         if (!link_) return;
         link_->connection->abort();
         if (files_) files_->connection_lost();
-        for (; !jobs_.empty(); jobs_.pop_back()) mail_.put_back(std::move(jobs_.back().command));
+        for (const auto& [user, id] : link_->by_name) absent_.insert(user);
+        receipts_due_.clear();  // what has none will come again
+        for (auto& [id, message] : written_)
+            if (message.state == Written::State::sent)
+                wait_again(id, message, "until the connection is back");
         link_.reset();
     }
 
@@ -6992,8 +7266,11 @@ class Client final : private FileHost {
         for (;;) {
             bool more = false;  // is there something to do without waiting?
             if (!handle_messages(more)) return;
-            run_jobs();
             take_commands();
+            run_jobs();
+            send_written();
+            send_receipts();
+            leave_if_done();
             while (std::optional<DiskAnswer> answer = workers_->take_answer())
                 files_->answered(*answer);
             if (Clock::now() >= files_->next_deadline()) files_->tick(Clock::now());
@@ -7002,9 +7279,9 @@ class Client final : private FileHost {
             if (more) link_->connection->flush_full();
             save_pins();
             if (mail_.is_stopping()) return;
-            if (!more && !(may_take_command() && mail_.waiting() > 0))
-                link_->connection->wait(files_->next_deadline(), &mail_.waker,
-                                        mail_.has_room_for_events());
+            if (!more && !(may_take_command() && mail_.waiting() > mail_.unsent))
+                link_->connection->wait(std::min(files_->next_deadline(), next_deadline()),
+                                        &mail_.waker, mail_.has_room_for_events());
             mail_.waker.drain();
         }
     }
@@ -7028,17 +7305,33 @@ class Client final : private FileHost {
         return true;
     }
 
+    // Also while there is no connection: then what is written waits.
     void take_commands() {
         for (int turn = 0; turn < turns_in_a_row && may_take_command(); ++turn) {
             std::optional<Command> command = mail_.take_command();
             if (!command) return;
-            jobs_.push_back({std::move(*command), false});
-            run_jobs();
+            if (const auto* leave = std::get_if<Leave>(&*command))
+                begin_to_leave(*leave);
+            else if (const auto* say = std::get_if<Say>(&*command))
+                write("", say->text);
+            else if (const auto* tell = std::get_if<Tell>(&*command))
+                write(tell->user, tell->text);
+            else
+                jobs_.push_back(std::move(*command));
         }
     }
     bool may_take_command() const {
-        return jobs_.empty() && !quit_sent_ &&
-               !link_->connection->outbox.is_over(comfortable_outbox);
+        return mail_.unsent < max_waiting && jobs_.size() < max_waiting && !quit_sent_ &&
+               !(link_ && link_->connection->outbox.is_over(comfortable_outbox));
+    }
+    // When something has to be looked at, though nothing has come.
+    Clock::time_point next_deadline() const {
+        Clock::time_point next = quit_sent_ ? Clock::time_point::max() : leave_at_;
+        if (mail_.unsent == 0) return next;
+        if (!absent_.empty()) next = std::min(next, regather_until_);
+        for (const auto& [id, message] : written_)
+            if (message.state == Written::State::waiting) next = std::min(next, message.until);
+        return next;
     }
 
     void save_pins() {
@@ -7054,10 +7347,14 @@ class Client final : private FileHost {
     // False after the server's answer to our goodbye.
     bool handle(const Message& message) {
         switch (message.type) {
-            case Joined::type:
-                emit(PersonJoined{link_->add(from_wire<Joined>(message.body)).user});
+            case Joined::type: {
+                auto joined = from_wire<Joined>(message.body);
+                if (joined.user == user_) break;  // nobody: that is us
+                emit(PersonJoined{link_->add(joined).user});
+                absent_.erase(joined.user);
                 somebody_came_ = true;  // perhaps a file waits for them
                 break;
+            }
             case Left::type:
                 remove_peer(from_wire<Left>(message.body).id);
                 break;
@@ -7072,6 +7369,9 @@ class Client final : private FileHost {
                 break;
             case Undelivered::type:
                 came_back(from_wire<Undelivered>(message.body));
+                break;
+            case Taken::type:
+                taken(from_wire<Taken>(message.body).tag);
                 break;
             case Ping::type:  // of a server that asks and does not read: not for ever
                 if (!link_->connection->outbox.is_over(comfortable_outbox))
@@ -7097,8 +7397,14 @@ class Client final : private FileHost {
         Peer* peer = link_->find(id);
         if (peer == nullptr) return;
         std::string user = peer->user;
+        if (peer->held_count > 0)
+            emit(Complaint{user, concat(user, " left: ", peer->held_count,
+                                        " messages that were held back are gone.")});
         link_->remove(id);
         files_->peer_left(id, user);
+        for (auto& [number, message] : written_)
+            if (message.state == Written::State::sent && message.sent_to == id)
+                wait_again(number, message, concat("until ", user, " is back"));
         emit(PersonLeft{user});
     }
 
@@ -7119,9 +7425,12 @@ class Client final : private FileHost {
         somebody_came_ = true;
         try {
             peer.card.emplace(bytes, peer.user);
+            if (!link_->met_cards.insert(peer.card->hash).second)
+                throw ProtocolError(concat("The server showed a key card of ", peer.user,
+                                           " a second time, as another login. It is not used."));
         } catch (const ProtocolError& e) {
             peer.standing = Peer::Standing::refused;
-            emit(Problem{e.what()});
+            complain(peer.user, e.what());
             return;
         }
         switch (login_.pins().judge(*peer.card)) {
@@ -7138,9 +7447,11 @@ class Client final : private FileHost {
                                      peer.card->fingerprint});
                 break;
             case PinStore::Verdict::replayed:
-                peer.standing = Peer::Standing::refused;
-                emit(Problem{concat("The server showed an old key card of ", peer.user,
-                                    ", from an earlier login. It is not used.")});
+                peer.standing = Peer::Standing::changed;
+                emit(Complaint{peer.user,
+                               concat("The server showed an old key card of ", peer.user,
+                                      ", from an earlier login. It is not used, unless you /trust ",
+                                      peer.user, ": perhaps a clock there was wrong.")});
                 break;
         }
     }
@@ -7149,21 +7460,43 @@ class Client final : private FileHost {
 
     void receive(const Delivered& message) {
         Peer* peer = link_->find(message.from);
-        if (peer == nullptr || message.payload.empty()) return;
+        if (peer == nullptr || peer->unheard || message.payload.empty()) return;
+        auto type = static_cast<PayloadType>(message.payload[0]);
         ByteView rest = message.payload.subspan(1);
-        if (message.payload[0] == static_cast<std::uint8_t>(PayloadType::open))
+        if (type == PayloadType::open && message.lane == Lane::interactive)
             receive_open(*peer, rest);
-        else if (message.payload[0] == static_cast<std::uint8_t>(PayloadType::sealed) &&
-                 peer->receiver)
-            receive_sealed(*peer, peer->receiver->open(message.lane, rest));
+        else if (type == PayloadType::sealed && peer->receiver)
+            receive_sealed(*peer, message.lane, peer->receiver->open(message.lane, rest));
         else
             tell_unopenable(*peer);
+    }
+
+    // Of what is wrong with what somebody sends, enough is told and not more: see the essay.
+    void complain(const std::string& user, const std::string& sentence) override {
+        if (user.empty()) {
+            emit(Problem{sentence});
+            return;
+        }
+        constexpr std::size_t most = 10'000;  // a server can invent names without end
+        if (ignored_.contains(user) || (oddities_.size() >= most && !oddities_.contains(user)))
+            return;
+        std::uint64_t times = ++oddities_[user].complaints;
+        if (!is_worth_telling(times)) return;
+        emit(Complaint{user, times < 10 ? sentence
+                                        : concat("So far ", times, " things that ", user,
+                                                 " sent could not be used.")});
+    }
+    static bool is_worth_telling(std::uint64_t times) {
+        if (times <= 5) return true;
+        while (times % 10 == 0) times /= 10;
+        return times == 1;
     }
 
     // It was sealed with keys that never arrived. (Of a peer who was refused we have said enough.)
     void tell_unopenable(const Peer& peer) {
         if (peer.standing != Peer::Standing::refused)
-            emit(Problem{concat("Something arrived from ", peer.user, " that cannot be opened.")});
+            complain(peer.user,
+                     concat("Something arrived from ", peer.user, " that cannot be opened."));
     }
 
     void receive_open(Peer& peer, ByteView body) {
@@ -7175,39 +7508,51 @@ class Client final : private FileHost {
                 throw ProtocolError(
                     concat("Keys came from ", peer.user,
                            " that are not the ones of this login. They are not used."));
+            peer.unheard = true;  // if it does not open: each try costs an RSA operation
             peer.receiver.emplace(*link_->keys, *peer.card, open.encapsulated);
+            peer.unheard = false;
         } catch (const ProtocolError& e) {
-            emit(Problem{e.what()});
+            complain(peer.user, e.what());
         }
     }
 
-    // True if what came is good and its sender is to be shown.
+    // True if what came is good.
     bool check_opened(const Peer& peer, const OpenedPayload& opened) {
         if (opened.state == OpenedPayload::State::damaged)
-            emit(Problem{concat("A message from ", peer.user,
-                                " was changed on its way, and is not shown.")});
+            complain(peer.user, concat("A message from ", peer.user,
+                                       " was changed on its way, and is not shown."));
         if (opened.state == OpenedPayload::State::repeated)
-            emit(Problem{concat("A message from ", peer.user, " came twice; once is shown.")});
+            complain(peer.user,
+                     concat("A message from ", peer.user, " came twice; once is shown."));
         if (opened.state != OpenedPayload::State::good) return false;
-        if (opened.lost > 0) emit(MessagesLost{peer.user, opened.lost});
-        return peer.standing == Peer::Standing::trusted;
+        if (opened.lost > 0 && !ignored_.contains(peer.user)) {
+            Oddities& oddities = oddities_[peer.user];
+            oddities.lost += opened.lost;
+            if (is_worth_telling(++oddities.gaps))
+                emit(MessagesLost{peer.user, std::exchange(oddities.lost, 0)});
+        }
+        return true;
     }
 
-    void receive_sealed(const Peer& peer, OpenedPayload opened) {
+    void receive_sealed(Peer& peer, Lane lane, OpenedPayload opened) {
         if (!check_opened(peer, opened)) return;
-        bool ignored = ignored_.contains(peer.user);
+        if ((opened.kind == Kind::file_chunk) != (lane == Lane::bulk)) return;
+        bool trusted = peer.standing == Peer::Standing::trusted;
         switch (opened.kind) {
             case Kind::text:
-                if (!ignored) emit(PrivateMessage{peer.user, to_string(opened.body), false});
+                if (auto text = Text::decoded(opened.body)) receive_text(peer, false, *text);
+                return;
+            case Kind::receipt:
+                if (trusted) receive_receipt(peer, opened.body);
                 return;
             case Kind::file_offer:
-                if (ignored) return;
+                if (ignored_.contains(peer.user)) return;
                 [[fallthrough]];
             case Kind::file_accept:
             case Kind::file_credit:
             case Kind::file_chunk:
             case Kind::file_over:
-                files_->receive(as_file_peer(peer), std::move(opened));
+                if (trusted) files_->receive(as_file_peer(peer), std::move(opened));
                 return;
             case Kind::room_key:  // belongs into a RoomDelivered
                 return;
@@ -7217,15 +7562,285 @@ class Client final : private FileHost {
 
     void receive_room(const RoomDelivered& message) {
         Peer* peer = link_->find(message.from);
-        if (peer == nullptr) return;
+        if (peer == nullptr || peer->unheard) return;
         if (!peer->receiver) return tell_unopenable(*peer);
         Secret<wrapped_key_bytes> wrapped{ByteView(message.wrapped_key)};
         OpenedPayload opened = peer->receiver->unwrap_key(wrapped, sha256(message.text));
-        if (!check_opened(*peer, opened) || ignored_.contains(peer->user) ||
-            opened.kind != Kind::room_key || opened.body.size() != 32)
+        if (!check_opened(*peer, opened) || opened.kind != Kind::room_key ||
+            opened.body.size() != 32)
             return;
-        if (auto text = open_room_text(message.text, Secret<32>(opened.body)))
-            emit(RoomMessage{peer->user, std::move(*text), false});
+        if (auto plain = open_room_text(message.text, Secret<32>(opened.body)))
+            if (auto text = Text::decoded(as_bytes(*plain))) receive_text(*peer, true, *text);
+    }
+
+    // Shows it, once, and confirms it if it was for us alone.
+    void receive_text(Peer& peer, bool to_room, const Text& text) {
+        if (ignored_.contains(peer.user)) return;
+        if (peer.standing != Peer::Standing::trusted) return hold_back(peer, to_room, text);
+        bool known = shown_.contains(peer.card->fingerprint.digest);
+        if (!known && shown_.size() >= max_identities) return;
+        ShownIds& shown = shown_[peer.card->fingerprint.digest];
+        ShownIds::Verdict verdict = shown.judge(text.id);
+        std::uint64_t event = 0;  // dealt with, if it was shown before
+        if (verdict == ShownIds::Verdict::too_old) return;
+        if (verdict == ShownIds::Verdict::fresh) {
+            shown.add(text.id);
+            event = to_room ? emit(RoomMessage{peer.user, text.words, false, text.id})
+                            : emit(PrivateMessage{peer.user, text.words, false, text.id});
+        }
+        if (!to_room) receipts_due_.push_back({event, peer.id, text.id});
+    }
+    void hold_back(Peer& peer, bool to_room, const Text& text) {
+        if (peer.standing != Peer::Standing::changed) return;
+        if (is_worth_telling(++peer.held_count))
+            emit(Complaint{
+                peer.user,
+                concat(peer.held_count, peer.held_count == 1 ? " message" : " messages", " of ",
+                       peer.user, " held back until you /trust ", peer.user, ".")});
+        peer.held_bytes += text.words.size();
+        if (peer.held_back.size() < 100 && peer.held_bytes < 4 * max_text_bytes)
+            peer.held_back.push_back({to_room, text});
+    }
+
+    // ---- Delivery -------------------------------------------------------------------------------
+
+    struct ReceiptDue {
+        std::uint64_t event = 0;  // the message was shown when the front end has dealt with this
+        LoginId from{};
+        std::uint64_t id = 0;
+    };
+    void send_receipts() {
+        if (receipts_due_.empty()) return;
+        std::uint64_t shown = mail_.dealt_with(receipts_due_.back().event);
+        std::map<LoginId, Bytes> receipts;
+        auto send = [&](LoginId to, Bytes& ids) {
+            Peer* peer = link_->find(to);
+            if (peer != nullptr && open_to(*peer))
+                push(Send{to, Lane::interactive, ++last_tag_,
+                          peer->sender->seal(Lane::interactive, Kind::receipt, ids)});
+            ids.clear();
+        };
+        for (; !receipts_due_.empty() && receipts_due_.front().event <= shown;
+             receipts_due_.pop_front()) {
+            Bytes& ids = receipts[receipts_due_.front().from];
+            append_fields(ids, receipts_due_.front().id);
+            if (ids.size() >= max_text_bytes) send(receipts_due_.front().from, ids);
+        }
+        for (auto& [from, ids] : receipts)
+            if (!ids.empty()) send(from, ids);
+    }
+    void receive_receipt(const Peer& peer, ByteView body) {
+        if (body.size() % sizeof(std::uint64_t) != 0) return;
+        for (Reader ids(body, "a receipt"); !ids.empty();) {
+            std::uint64_t id = 0;
+            ids(id);
+            auto found = written_.find(id);
+            if (found != written_.end() && found->second.to == peer.user &&
+                found->second.reader == peer.card->fingerprint)
+                finish(found, Delivery::delivered, "");
+        }
+    }
+    // Room messages up to this tag are in everybody's queue.
+    void taken(std::uint32_t tag) {
+        for (auto it = written_.begin(); it != written_.end();) {
+            auto here = it++;
+            const Written& message = here->second;
+            if (message.to.empty() && message.state == Written::State::sent && message.tag <= tag)
+                finish(here, Delivery::sent, "");
+        }
+    }
+
+    // The user has written something: from here on it is shown, sent, and not lost in silence.
+    void write(const std::string& to, const std::string& text) {
+        if (to == user_) {
+            emit(Problem{"That is you."});
+            return;
+        }
+        try {
+            require_sendable(text);
+        } catch (const Error& e) {
+            emit(Problem{e.what()});
+            return;
+        }
+        if (link_) last_id_ = std::max(last_id_, link_->issued);
+        written_[++last_id_] = {.to = to, .text = text};
+        ++mail_.unsent;
+        if (to.empty())
+            emit(RoomMessage{user_, text, true, last_id_});
+        else
+            emit(PrivateMessage{to, text, true, last_id_});
+        if (!link_) tell_waiting(last_id_, written_[last_id_], "until the connection is back");
+    }
+    void tell_waiting(std::uint64_t id, Written& message, const std::string& reason) {
+        if (!std::exchange(message.told_waiting, true))
+            emit(DeliveryChanged{id, message.to, message.text, Delivery::waiting, reason});
+    }
+    void wait_again(std::uint64_t id, Written& message, const std::string& reason) {
+        message.state = Written::State::waiting;
+        message.told_waiting = false;
+        message.until = Clock::time_point::max();
+        ++mail_.unsent;
+        tell_waiting(id, message, reason);
+    }
+    void note_sent(Written& message, std::uint32_t tag) {
+        message.state = Written::State::sent;
+        message.tag = tag;
+        message.told_waiting = false;
+        --mail_.unsent;
+    }
+    using WrittenAt = std::map<std::uint64_t, Written>::iterator;
+    void finish(WrittenAt message, Delivery state, const std::string& reason) {
+        if (message->second.state == Written::State::waiting) --mail_.unsent;
+        emit(DeliveryChanged{message->first, message->second.to, message->second.text, state,
+                             reason});
+        written_.erase(message);
+        if (state != Delivery::failed) note_progress();
+    }
+    void give_up_the_rest() {
+        for (auto it = written_.begin(); it != written_.end();) {
+            auto here = it++;
+            finish(here, Delivery::failed,
+                   here->second.state == Written::State::sent
+                       ? (here->second.to.empty() ? "the server did not confirm it"
+                                                  : "did not confirm it before you left")
+                       : (here->second.to.empty() ? "you left before" : "was not there any more"));
+        }
+    }
+
+    // Whatever can go, in the order in which it was written.
+    void send_written() {
+        if (mail_.unsent == 0) return;
+        std::set<std::string> held_up;  // whose earlier messages wait
+        for (auto it = written_.begin(); it != written_.end();) {
+            auto here = it++;
+            Written& message = here->second;
+            if (message.state != Written::State::waiting || held_up.contains(message.to)) continue;
+            if (link_->connection->outbox.is_over(comfortable_outbox)) return;
+            if (message.to.empty() ? send_to_room(here) : send_to_one(here)) continue;
+            if (message.to.empty()) return;  // everybody behind would read in another order
+            held_up.insert(message.to);
+        }
+    }
+
+    // False if it has to wait: for cards, or for those who were here before.
+    bool send_to_room(WrittenAt at) {
+        auto& [id, message] = *at;
+        if (!absent_.empty() && Clock::now() < regather_until_) {
+            tell_waiting(id, message, "until the others are back");
+            return false;
+        }
+        absent_.clear();
+        bool settled = true;  // asks for all missing cards at once
+        for (auto& [login, peer] : link_->peers) settled = is_settled(peer) && settled;
+        if (!settled) return false;
+        SealedRoomText room = seal_room_text(as_text(Text{id, message.text}.encoded()));
+        Digest hash = sha256(room.sealed);
+        const std::size_t room_for_keys = max_message_body - 12 - room.sealed.size();
+        Bytes wrapped_keys;
+        std::uint32_t tag = 0;
+        auto flush = [&] {
+            if (wrapped_keys.empty()) return;
+            push(Fanout{tag = ++last_tag_, room.sealed, wrapped_keys});
+            wrapped_keys.clear();
+        };
+        for (auto& [login, peer] : link_->peers) {
+            const Pin* pin = login_.pins().find(peer.user);
+            if (verified_room_ && (pin == nullptr || !pin->verified)) continue;
+            if (!open_to(peer)) continue;
+            if (wrapped_keys.size() + Fanout::entry_bytes > room_for_keys) flush();
+            append_fields(wrapped_keys, login, peer.sender->wrap_key(room.key, hash));
+        }
+        flush();
+        if (tag != 0) {
+            note_sent(message, tag);
+            return true;
+        }
+        if (link_->peers.empty()) emit(Notice{"Nobody else is here to read it."});
+        finish(at, Delivery::sent, "");
+        return true;
+    }
+
+    // False if it has to wait: for the card, or for a reader who has left and may come back.
+    bool send_to_one(WrittenAt at) {
+        auto& [id, message] = *at;
+        Peer* peer = link_->find(message.to);
+        if (peer == nullptr) {
+            Clock::time_point now = Clock::now();
+            bool expected = message.reader || absent_.contains(message.to);
+            if (message.until == Clock::time_point::max())
+                message.until = expected ? now + options_.return_patience : now;
+            if (now < message.until) {
+                tell_waiting(id, message, concat("until ", message.to, " is back"));
+                return false;
+            }
+            finish(at, Delivery::failed,
+                   message.reader ? "left before it was delivered" : "is not online");
+            return true;
+        }
+        message.until = Clock::time_point::max();
+        if (!is_settled(*peer)) return false;
+        bool other = message.reader && *message.reader != peer->card->fingerprint;
+        if (other || !open_to(*peer)) {
+            finish(at, Delivery::failed, why_not(*peer));
+            return true;
+        }
+        if (message.reader && message.run != peer->card->run) {
+            finish(at, Delivery::failed, "left before it was delivered");
+            return true;
+        }
+        login_.pins().keep(*peer->card);
+        message.reader = peer->card->fingerprint;
+        message.run = peer->card->run;
+        message.sent_to = peer->id;
+        std::uint32_t tag = ++last_tag_;
+        push(Send{
+            peer->id, Lane::interactive, tag,
+            peer->sender->seal(Lane::interactive, Kind::text, Text{id, message.text}.encoded())});
+        note_sent(message, tag);
+        emit(DeliveryChanged{id, message.to, message.text, Delivery::sent});
+        return true;
+    }
+
+    // There was no room in somebody's queue.
+    void came_back(const Undelivered& message) {
+        if (FileTransfers::is_file_tag(message.tag)) return files_->came_back(message.tag);
+        Peer* peer = link_->find(message.to);
+        if (peer == nullptr) return;
+        if (message.tag == 0) {
+            peer->sender.reset();  // our keys did not arrive: open again next time
+            peer->bulk.reset();
+            return;
+        }
+        for (auto it = written_.begin(); it != written_.end(); ++it)
+            if (it->second.state == Written::State::sent && it->second.tag == message.tag) {
+                if (!it->second.to.empty())
+                    return finish(it, Delivery::failed, "cannot keep up at the moment");
+                complain(peer->user, concat("A message to everybody did not reach ", peer->user,
+                                            ", who cannot keep up."));
+                return;
+            }
+    }
+
+    // ---- Leaving --------------------------------------------------------------------------------
+
+    void begin_to_leave(const Leave& leave) {
+        leaving_ = leave;
+        note_progress();
+    }
+    void note_progress() {
+        if (leaving_) leave_at_ = Clock::now() + leaving_->patience;
+    }
+    bool is_time_to_leave() const {
+        if (!leaving_) return false;
+        return Clock::now() >= leave_at_ ||
+               (written_.empty() && jobs_.empty() &&
+                !(leaving_->after_files && files_ && files_->is_busy()));
+    }
+    void leave_if_done() {
+        if (quit_sent_ || !is_time_to_leave()) return;
+        if (leaving_->after_files) files_->tell_unfinished();
+        push_control(Quit{});
+        quit_sent_ = true;
     }
 
     // ---- Jobs: commands being done --------------------------------------------------------------
@@ -7237,10 +7852,10 @@ class Client final : private FileHost {
         }
     }
 
-    // False if it has to wait: for a card, or, to leave, for files.
-    bool attempt(Job& job) {
+    // False if it has to wait for a card.
+    bool attempt(const Command& job) {
         try {
-            return std::visit([&](auto& command) { return perform(command, job); }, job.command);
+            return std::visit([&](const auto& command) { return perform(command); }, job);
         } catch (const ProtocolError&) {
             throw;
         } catch (const NetworkError&) {
@@ -7250,36 +7865,11 @@ class Client final : private FileHost {
             return true;
         }
     }
-
-    bool perform(const Say& say, const Job&) {
-        require_sendable(say.text);
-        for (auto& [id, peer] : link_->peers)
-            is_settled(peer);  // ask for all missing cards at once
-        for (auto& [id, peer] : link_->peers)
-            if (!is_settled(peer)) return false;
-        send_to_room(say.text);
-        emit(RoomMessage{user_, say.text, true});
-        if (link_->peers.empty()) emit(Notice{"Nobody else is here to read it."});
-        return true;
-    }
-
-    void send_to_room(const std::string& text) {
-        SealedRoomText room = seal_room_text(text);
-        Digest hash = sha256(room.sealed);
-        std::uint32_t tag = ++last_tag_;
-        const std::size_t room_for_keys = max_message_body - 12 - room.sealed.size();
-        Bytes wrapped_keys;
-        auto flush = [&] {
-            if (!wrapped_keys.empty()) push(Fanout{tag, room.sealed, wrapped_keys});
-            wrapped_keys.clear();
-        };
-        for (auto& [id, peer] : link_->peers) {
-            if (!open_to(peer)) continue;
-            if (wrapped_keys.size() + Fanout::entry_bytes > room_for_keys) flush();
-            append_fields(wrapped_keys, id, peer.sender->wrap_key(room.key, hash));
-        }
-        flush();
-    }
+    // What take_commands() or Login has dealt with.
+    bool perform(const Say&) { return true; }
+    bool perform(const Tell&) { return true; }
+    bool perform(const Leave&) { return true; }
+    bool perform(const AcceptServerKey&) { return true; }
 
     // Makes sure that we can seal for a peer. False if we must not.
     bool open_to(Peer& peer) {
@@ -7292,20 +7882,16 @@ class Client final : private FileHost {
             return true;
         } catch (const ProtocolError& e) {
             peer.standing = Peer::Standing::refused;
-            emit(Problem{e.what()});
+            complain(peer.user, e.what());
             return false;
         }
     }
 
-    // Throws Error, with what to do, if we must not send to a peer.
-    void require_open(Peer& peer) {
-        if (open_to(peer)) return;
-        throw Error(concat("Nothing is sent to ", peer.user, ": ",
-                           peer.standing == Peer::Standing::changed
-                               ? concat("this is another identity than before. Compare safety "
-                                        "numbers (/verify ",
-                                        peer.user, "), then /trust ", peer.user, ".")
-                               : std::string("the key card is not valid.")));
+    // Why nothing is sent to a peer, who ..., and what to do.
+    static std::string why_not(const Peer& peer) {
+        if (peer.standing == Peer::Standing::refused) return "has shown no valid key card";
+        return concat("has another identity than before: compare safety numbers (/verify ",
+                      peer.user, "), then /trust ", peer.user);
     }
 
     // Queues a message; it is sent before the engine waits. Throws NetworkError where more waits
@@ -7323,61 +7909,15 @@ class Client final : private FileHost {
             throw NetworkError("The server takes nothing any more.");
     }
 
-    bool perform(const Tell& tell, const Job& job) {
-        if (tell.user == user_) throw Error("That is you.");
-        require_sendable(tell.text);
-        Peer* peer = link_->find(tell.user);
-        if (peer == nullptr) {
-            emit(NotDelivered{tell.user, tell.text,
-                              job.again ? "left before it arrived" : "is not online"});
-            return true;
-        }
-        if (!is_settled(*peer)) return false;
-        require_open(*peer);
-        std::uint32_t tag = ++last_tag_;
-        push(Send{peer->id, Lane::interactive, tag,
-                  peer->sender->seal(Lane::interactive, Kind::text, as_bytes(tell.text))});
-        if (!job.again) emit(PrivateMessage{tell.user, tell.text, true});
-        sent_.emplace(tag, job);
-        if (sent_.size() > max_remembered) sent_.erase(sent_.begin());
-        return true;
-    }
-
-    // The server could not deliver. If the person is back already, as a new login, try once more.
-    void came_back(const Undelivered& message) {
-        if (FileTransfers::is_file_tag(message.tag))
-            return files_->came_back(message.tag, message.reason);
-        bool busy = message.reason == UndeliveredReason::busy;
-        auto found = sent_.find(message.tag);
-        if (found == sent_.end()) {
-            Peer* peer = link_->find(message.to);
-            if (!busy || peer == nullptr) return;
-            if (message.tag == 0) {
-                peer->sender.reset();  // our keys did not arrive: open again next time
-                peer->bulk.reset();
-            } else
-                emit(NotDelivered{peer->user, "", "cannot keep up at the moment"});
-            return;
-        }
-        Job job = std::move(found->second);
-        sent_.erase(found);
-        const Tell& tell = std::get<Tell>(job.command);
-        if (busy)
-            emit(NotDelivered{tell.user, tell.text, "cannot keep up at the moment"});
-        else if (job.again || link_->find(tell.user) == nullptr)
-            emit(NotDelivered{tell.user, tell.text, "left before it arrived"});
-        else
-            jobs_.push_back({std::move(job.command), true});
-    }
-
-    bool perform(const ListPeople&, const Job&) {
+    bool perform(const ListPeople&) {
         People event;
         auto add = [&](const std::string& user, bool self, Peer::Standing standing) {
             const Pin* pin = login_.pins().find(user);
             bool met = standing != Peer::Standing::unknown;
-            event.people.push_back({user, self, !self && pin != nullptr && pin->verified,
-                                    !met || standing == Peer::Standing::trusted,
-                                    ignored_.contains(user), met});
+            bool changed = standing == Peer::Standing::changed;
+            event.people.push_back(
+                {user, self, !self && pin != nullptr && pin->verified && !changed,
+                 !met || standing == Peer::Standing::trusted, ignored_.contains(user), met});
         };
         add(user_, true, Peer::Standing::trusted);
         for (const auto& [user, id] : link_->by_name) add(user, false, link_->find(id)->standing);
@@ -7385,7 +7925,7 @@ class Client final : private FileHost {
         return true;
     }
 
-    bool perform(const Verify& verify, const Job&) {
+    bool perform(const Verify& verify) {
         if (verify.user == user_) throw Error("That is you.");
         Peer* peer = link_->find(verify.user);
         if (peer != nullptr && !is_settled(*peer)) return false;
@@ -7393,9 +7933,6 @@ class Client final : private FileHost {
         bool changed = peer != nullptr && peer->standing == Peer::Standing::changed;
         if (pin == nullptr)
             throw Error(concat("You have not met ", verify.user, " yet, who is not online."));
-        if (verify.confirm && changed)
-            throw Error(concat("The identity of ", verify.user, " has changed: /trust ",
-                               verify.user, " first, if it is right."));
         // Of somebody whose identity has changed, the number to compare is the new one's.
         Fingerprint mine = login_.identity().public_key().fingerprint();
         Fingerprint theirs = changed ? peer->card->fingerprint : pin->fingerprint;
@@ -7403,11 +7940,14 @@ class Client final : private FileHost {
             auto told = told_numbers_.find(verify.user);
             bool other = verify.compared               ? *verify.compared != theirs
                          : told != told_numbers_.end() ? told->second != theirs
-                                                       : false;
+                                                       : changed;
             if (other)
                 throw Error(concat("What you compared is not the identity that is known of ",
                                    verify.user, ": /verify ", verify.user, " again."));
+            if (changed) accept_identity(*peer);  // compared and trusted in one act
             login_.pins().mark_verified(verify.user);
+            pin = login_.pins().find(verify.user);
+            changed = false;
         }
         told_numbers_.insert_or_assign(verify.user, theirs);
         emit(SafetyNumber{verify.user, safety_number(user_, mine, verify.user, theirs), mine,
@@ -7415,7 +7955,7 @@ class Client final : private FileHost {
         return true;
     }
 
-    bool perform(const Trust& trust, const Job&) {
+    bool perform(const Trust& trust) {
         Peer* peer = link_->find(trust.user);
         if (peer == nullptr) throw Error(concat(trust.user, " is not online."));
         if (!is_settled(*peer)) return false;
@@ -7424,14 +7964,27 @@ class Client final : private FileHost {
         if (trust.compared && *trust.compared != peer->card->fingerprint)
             throw Error(
                 concat("The identity of ", trust.user, " has changed once more: compare again."));
-        login_.pins().trust(*peer->card);
-        peer->standing = Peer::Standing::trusted;
-        emit(Notice{
-            concat("From now on ", trust.user, " is ", peer->card->fingerprint.text(), ".")});
+        accept_identity(*peer);
         return true;
     }
+    // From now on it is trusted; what was held back is shown.
+    void accept_identity(Peer& peer) {
+        login_.pins().trust(*peer.card);
+        peer.standing = Peer::Standing::trusted;
+        somebody_came_ = true;
+        emit(Notice{concat("From now on ", peer.user, " is ", peer.card->fingerprint.text(), ".")});
+        std::size_t count = std::exchange(peer.held_count, 0);
+        std::vector<Peer::HeldBack> held_back = std::exchange(peer.held_back, {});
+        peer.held_bytes = 0;
+        if (count == 0) return;
+        emit(Notice{concat(
+            "Of ", peer.user, ", ", count, " messages were held back",
+            count == held_back.size() ? "" : concat("; the first ", held_back.size(), " were kept"),
+            ". Here they are:")});
+        for (const Peer::HeldBack& held : held_back) receive_text(peer, held.to_room, held.text);
+    }
 
-    bool perform(const Ignore& ignore, const Job&) {
+    bool perform(const Ignore& ignore) {
         if (ignore.user == user_) throw Error("That is you.");
         bool now = ignored_.insert(ignore.user).second;
         if (!now) ignored_.erase(ignore.user);
@@ -7442,47 +7995,49 @@ class Client final : private FileHost {
         return true;
     }
 
-    bool perform(const AcceptServerKey&, const Job&) { return true; }  // nobody has asked
-
-    bool perform(const SendFile& file, const Job&) {
+    bool perform(const LimitRoom& limit) {
+        verified_room_ = limit.verified_only;
+        emit(Notice{verified_room_ ? "From now on only people whom you have verified can read what "
+                                     "you say to everybody."
+                                   : "From now on everybody here can read what you say to all."});
+        return true;
+    }
+    bool perform(const SendFile& file) {
         if (file.user == user_) throw Error("That is you.");
         Peer* peer = link_->find(file.user);
         if (peer == nullptr)
             throw Error(concat(file.user, " is not online. Files go from hand to hand: both sides ",
                                "have to be there."));
         if (!is_settled(*peer)) return false;
-        require_open(*peer);
+        if (!open_to(*peer))
+            throw Error(concat("Nothing is sent to ", file.user, ", who ", why_not(*peer), "."));
+        login_.pins().keep(*peer->card);
         files_->offer(as_file_peer(*peer), std::make_shared<SourceFile>(file.path));
         return true;
     }
-    bool perform(const AcceptFile& file, const Job&) {
+    bool perform(const AcceptFile& file) {
         files_->accept(file.number, file.name);
         return true;
     }
-    bool perform(const DeclineFile& file, const Job&) {
+    bool perform(const DeclineFile& file) {
         files_->decline(file.number);
         return true;
     }
-    bool perform(const CancelFile& file, const Job&) {
+    bool perform(const CancelFile& file) {
         files_->cancel(file.number);
         return true;
     }
-    bool perform(const ListFiles&, const Job&) {
+    bool perform(const ListFiles&) {
         emit(files_->list());
-        return true;
-    }
-
-    bool perform(const Leave& leave, const Job&) {
-        if (leave.after_files && files_->is_busy()) return false;
-        push_control(Quit{});
-        quit_sent_ = true;
         return true;
     }
 
     // ---- What the transfers of chapter 9 need ---------------------------------------------------
 
-    void tell(FileEvent event) override { emit(std::move(event)); }
-    void complain(const std::string& sentence) override { emit(Problem{sentence}); }
+    void tell(FileEvent event) override {
+        note_progress();
+        emit(std::move(event));
+    }
 
     static FilePeer as_file_peer(const Peer& peer) {
         return {peer.id, peer.user, peer.card->fingerprint};
@@ -7519,12 +8074,24 @@ class Client final : private FileHost {
     // The engine thread's own.
     detail::Login login_;
     std::unique_ptr<detail::Link> link_;
-    std::uint32_t last_tag_ = 0;         // of this connection, like the next two
-    std::map<std::uint32_t, Job> sent_;  // private messages, by tag: the last ones
+    std::uint32_t last_tag_ = 0;  // of this connection
     bool quit_sent_ = false;
     std::set<std::string> ignored_;
     std::map<std::string, Fingerprint> told_numbers_;  // whose key each SafetyNumber was of
-    std::deque<Job> jobs_;
+    std::deque<Command> jobs_;                         // that wait, in their order
+    std::map<std::uint64_t, Written> written_;
+    std::uint64_t last_id_ = 0;           // of what was written
+    std::set<std::string> absent_;        // who was there before the connection was lost
+    Clock::time_point regather_until_{};  // how long the room waits for them
+    std::map<Digest, ShownIds> shown_;    // by identity; for as long as the program runs
+    std::deque<ReceiptDue> receipts_due_;
+    struct Oddities {
+        std::uint64_t complaints = 0, gaps = 0, lost = 0;  // lost: not told yet
+    };
+    std::map<std::string, Oddities> oddities_;  // by who sent them
+    bool verified_room_ = options_.verified_room;
+    std::optional<Leave> leaving_;
+    Clock::time_point leave_at_ = Clock::time_point::max();  // at the latest
     bool save_failed_ = false;
     std::optional<FileTransfers> files_;  // from the first login on
     bool somebody_came_ = false;          // for whom a file may wait
@@ -7713,7 +8280,7 @@ inline void share_one_heap();
 struct CommandHelp {
     std::string_view usage, meaning;
 };
-inline constexpr std::array<CommandHelp, 14> command_help{{
+inline constexpr std::array<CommandHelp, 15> command_help{{
     {"TEXT", "to everybody (begin with // for a text that begins with /)"},
     {"/msg USER TEXT", "to one person"},
     {"/reply TEXT", "to whom you last exchanged private messages with"},
@@ -7721,6 +8288,7 @@ inline constexpr std::array<CommandHelp, 14> command_help{{
     {"/verify USER", "the safety number to compare; \"/verify USER ok\" when it agrees"},
     {"/trust USER", "accept the new identity of somebody whose identity has changed"},
     {"/ignore USER", "hide what somebody writes; again to show it"},
+    {"/room verified", "write to everybody you have verified only; \"/room everyone\" ends that"},
     {"/file USER PATH", "offer a file to somebody"},
     {"/accept [N] [NAME]", "take an offered file, under another name if one is given"},
     {"/decline [N]", "do not take it"},
@@ -7782,6 +8350,12 @@ inline std::optional<Command> parse_command(std::string_view line, std::string_v
     if (command == "/who") return ListPeople{};
     if (command == "/quit") return Leave{};
     if (command == "/files") return ListFiles{};
+    if (command == "/room") {
+        std::string_view who = take_word();
+        need((who == "verified" || who == "everyone") && line.empty(),
+             "/room verified, or /room everyone");
+        return LimitRoom{who == "verified"};
+    }
     if (command == "/file") {
         std::string_view user = take_word();
         need(!user.empty() && !line.empty(), "/file USER PATH");

@@ -35,7 +35,7 @@ enum ExitCode {
     login_refused = 4,
     server_key_bad = 5,  // unknown, changed, or not proved
     wait_timed_out = 6,  // /wait
-    not_all_done = 7,    // left as asked, but a command could not be done or delivered
+    not_all_done = 7,    // left as asked, but something could not be done or delivered
 };
 
 int exit_code(chatsecure::StopReason reason) {
@@ -114,11 +114,35 @@ struct Describe {
             {Tone::warning, concat("* ", e.count, e.count == 1 ? " message" : " messages", " from ",
                                    e.from, e.count == 1 ? " was" : " were", " lost")}};
     }
-    Lines operator()(const chatsecure::NotDelivered& e) const {
-        std::string what = e.text.empty() ? std::string("a message to everybody")
-                                          : concat("\"", visible(e.text.substr(0, 200)), "\"");
+    Lines operator()(const chatsecure::DeliveryChanged& e) const {
+        using enum chatsecure::Delivery;
+        std::string reason = visible(e.reason), text = concat(": \"", beginning(e.text), "\"");
+        switch (e.state) {
+            case waiting:
+                return {{Tone::quiet, concat("* waiting ", reason, text)}};
+            case sent:
+                return {{Tone::quiet, concat("* sent", text)}};
+            case delivered:
+                return {{Tone::quiet, concat("* delivered to ", e.to, text)}};
+            case failed:
+                return {{Tone::warning,
+                         e.to.empty()
+                             ? concat("* not sent to everybody: ", reason, text)
+                             : concat("* not delivered to ", e.to, ", who ", reason, text)}};
+        }
+        return {};
+    }
+    Lines operator()(const chatsecure::Complaint& e) const {
+        return {{Tone::quiet, concat("* ", visible(e.text))}};
+    }
+    Lines operator()(const chatsecure::IdentityReplaced& e) const {
         return {
-            {Tone::warning, concat("* not delivered to ", e.to, ", who ", e.reason, ": ", what)}};
+            {Tone::warning, concat("* YOUR IDENTITY IS A NEW ONE: this account had another one "
+                                   "before. Yours is now ",
+                                   e.now.text())},
+            {Tone::warning,
+             "* Everybody who knew the old one is warned, and reads and sends you nothing until "
+             "they /trust you; tell them this fingerprint by telephone."}};
     }
     Lines operator()(const chatsecure::IdentityPinned& e) const {
         return {{Tone::quiet, concat("* first contact with ", e.user, ": ", e.fingerprint.text())}};
@@ -143,9 +167,10 @@ struct Describe {
     Lines operator()(const chatsecure::People& e) const {
         std::vector<std::string> names;
         for (const chatsecure::Person& person : e.people)
-            names.push_back(concat(
-                person.user, person.self ? " (you)" : "", person.verified ? " (verified)" : "",
-                person.trusted ? "" : " (not trusted)", person.ignored ? " (ignored)" : ""));
+            names.push_back(concat(person.user, person.self ? " (you)" : "",
+                                   person.verified && person.trusted ? " (verified)" : "",
+                                   person.trusted ? "" : " (not trusted)",
+                                   person.ignored ? " (ignored)" : ""));
         return {{Tone::quiet, concat("* online: ", listed(names))}};
     }
     Lines operator()(const chatsecure::FileEvent& e) const {
@@ -198,6 +223,12 @@ struct Describe {
     }
     Lines operator()(const chatsecure::Stopped&) const { return {}; }  // see say_why
 
+    // Enough of a message to know which one is meant: its first 200 characters.
+    static std::string beginning(std::string_view text) {
+        std::string_view rest = text;
+        for (int i = 0; i < 200 && !rest.empty(); ++i) chatsecure::take_code_point(rest);
+        return visible(text.substr(0, text.size() - rest.size()));
+    }
     static std::string title(const chatsecure::FileInfo& file) {
         return concat("file ", file.number, ", ", visible(file.name),
                       file.sending ? " to " : " from ", file.user);
@@ -253,12 +284,41 @@ void say_why(const chatsecure::Stopped& stopped) {
     std::cerr << concat("client: ", text);
 }
 
-// Whatever keeps the user's attention on what was asked: it decides the exit code of a script.
-bool is_failure(const chatsecure::Event& event) {
-    if (const auto* file = std::get_if<chatsecure::FileEvent>(&event.what)) return file->failed;
-    return std::holds_alternative<chatsecure::NotDelivered>(event.what) ||
-           std::holds_alternative<chatsecure::Problem>(event.what);
+// Whether something that our user asked for was not done: it decides the exit code of a script.
+// Never what others do to us, or anybody could make a script fail: not their garbage, and not a
+// file that was taken without being asked for.
+bool is_failure(const chatsecure::Event& event, bool auto_accept) {
+    if (const auto* file = std::get_if<chatsecure::FileEvent>(&event.what))
+        return file->failed && (file->file.sending || !auto_accept);
+    if (const auto* message = std::get_if<chatsecure::DeliveryChanged>(&event.what))
+        return message->state == chatsecure::Delivery::failed;
+    return std::holds_alternative<chatsecure::Problem>(event.what);
 }
+
+// Our messages that wait, and those that have waited: what becomes of them is news.
+class LateMessages {
+  public:
+    // True if the message had been waiting before this.
+    bool note(const chatsecure::DeliveryChanged& e) {
+        using enum chatsecure::Delivery;
+        auto found = waits_.find(e.id);
+        bool late = found != waits_.end();
+        if (e.state == waiting)
+            waits_[e.id] = true;
+        else if (late && e.state == sent && !e.to.empty())
+            found->second = false;
+        else if (late)
+            waits_.erase(found);
+        return late;
+    }
+    std::size_t waiting() const {
+        return static_cast<std::size_t>(std::count_if(
+            waits_.begin(), waits_.end(), [](const auto& entry) { return entry.second; }));
+    }
+
+  private:
+    std::map<std::uint64_t, bool> waits_;  // by id: does it wait now?
+};
 
 // Lets one progress event of each file through every few seconds (and all other events), for front
 // ends that print lines.
@@ -356,15 +416,14 @@ class LineReader {
 
 class Script {
   public:
-    Script(chatsecure::Client& client, std::chrono::seconds wait_limit)
-        : client_(client), wait_limit_(wait_limit) {}
+    Script(chatsecure::Client& client, std::chrono::seconds wait_limit, bool auto_accept)
+        : client_(client), wait_limit_(wait_limit), auto_accept_(auto_accept) {}
 
     int run() {
         for (LineReader input;;) {
             while (std::optional<chatsecure::Event> event = client_.poll_event())
                 if (show(*event)) return finish(std::get<chatsecure::Stopped>(event->what));
-            if (!std::cout.flush() || asked_to_leave)
-                throw chatsecure::Error("Nobody reads the output any more.");
+            flush();
             if (waiting_for_ && find_waited()) waiting_for_.reset();
             if (waiting_for_ && chatsecure::Clock::now() >= deadline_) return give_up();
             if (!waiting_for_) {
@@ -372,8 +431,7 @@ class Script {
                     take(*line);
                     continue;
                 }
-                if (input.ended() && !std::exchange(leaving_, true))
-                    client_.post(chatsecure::Leave{.after_files = true});
+                if (input.ended() && !std::exchange(leaving_, true)) client_.post(farewell());
             }
             if (wait_for_input(!waiting_for_ && input.wants_more(), milliseconds_left()))
                 input.read_more();
@@ -383,17 +441,41 @@ class Script {
   private:
     // True for the last event.
     bool show(const chatsecure::Event& event) {
-        if (!now_and_then_.is_due(event)) return false;
-        for (const Line& line : describe(event)) {
-            std::cout << line.text << '\n';
-            unmatched_.push_back(line.text);
-            if (unmatched_.size() > 100'000) unmatched_.pop_front();
-        }
-        failed_ = failed_ || is_failure(event);
-        if (const auto* message = std::get_if<chatsecure::PrivateMessage>(&event.what))
+        if (is_news(event))
+            for (const Line& line : describe(event)) print(line.text);
+        failed_ = failed_ || is_failure(event, auto_accept_);
+        if (const auto* message = std::get_if<chatsecure::PrivateMessage>(&event.what)) {
             reply_to_ = message->peer;
+            // To ask for the next event is to say that this one was shown: then it is acknowledged
+            // to its sender.
+            if (!message->own) flush();
+        }
         return std::holds_alternative<chatsecure::Stopped>(event.what);
     }
+    // That a message was sent at once is none.
+    bool is_news(const chatsecure::Event& event) {
+        const auto* message = std::get_if<chatsecure::DeliveryChanged>(&event.what);
+        if (message == nullptr) return now_and_then_.is_due(event);
+        return late_.note(*message) || message->state != chatsecure::Delivery::sent;
+    }
+    // Others may write a lot while no /wait looks at it, so what is kept for one has a bound.
+    void print(const std::string& line) {
+        std::cout << line << '\n';
+        unmatched_bytes_ += cost(line);
+        unmatched_.push_back(line);
+        while (unmatched_bytes_ > most_unmatched_bytes) drop_unmatched();
+    }
+    void drop_unmatched() {
+        unmatched_bytes_ -= cost(unmatched_.front());
+        unmatched_.pop_front();
+    }
+    static std::size_t cost(const std::string& line) { return line.size() + 64; }
+
+    static void flush() {
+        if (!std::cout.flush() || asked_to_leave)
+            throw chatsecure::Error("Nobody reads the output any more.");
+    }
+    chatsecure::Leave farewell() const { return {.after_files = true, .patience = wait_limit_}; }
 
     void take(const std::string& line) {
         if (leaving_) return;
@@ -407,7 +489,7 @@ class Script {
             } else if (std::optional<chatsecure::Command> command =
                            chatsecure::parse_command(line, reply_to_)) {
                 leaving_ = std::holds_alternative<chatsecure::Leave>(*command);
-                client_.post(std::move(*command));
+                client_.post(leaving_ ? farewell() : std::move(*command));
             }
         } catch (const chatsecure::Error& e) {
             std::cout << "* " << visible(e.what()) << '\n';
@@ -418,7 +500,7 @@ class Script {
     bool find_waited() {
         while (!unmatched_.empty()) {
             bool found = unmatched_.front().find(*waiting_for_) != std::string::npos;
-            unmatched_.pop_front();
+            drop_unmatched();
             if (found) return true;
         }
         return false;
@@ -444,13 +526,18 @@ class Script {
         return code == fine && (failed_ || waiting_for_) ? not_all_done : code;
     }
 
+    static constexpr std::size_t most_unmatched_bytes = std::size_t{4} << 20;
+
     chatsecure::Client& client_;
     std::chrono::seconds wait_limit_;
+    bool auto_accept_;
     std::deque<std::string> unmatched_;  // event lines that no /wait has looked at yet
+    std::size_t unmatched_bytes_ = 0;
     std::optional<std::string> waiting_for_;
     chatsecure::Clock::time_point deadline_;
     std::string reply_to_;
     NowAndThen now_and_then_;
+    LateMessages late_;
     bool leaving_ = false, failed_ = false;
 };
 
@@ -461,14 +548,18 @@ class Printer {
   public:
     explicit Printer(bool colour) : colour_(colour) {}
 
-    std::string format(const Line& line, std::chrono::system_clock::time_point time) const {
+    // `mark` stands at the end of the line, and keeps out of the way.
+    std::string format(const Line& line, std::chrono::system_clock::time_point time,
+                       std::string mark = "") const {
         std::time_t seconds = std::chrono::system_clock::to_time_t(time);
         std::tm local{};
         localtime_r(&seconds, &local);
         std::array<char, 16> clock{};
         std::strftime(clock.data(), clock.size(), "%H:%M", &local);
-        if (!colour_) return concat(clock.data(), " ", line.text, "\n");
-        return concat("\x1b[2m", clock.data(), "\x1b[0m ", code(line.tone), line.text, "\x1b[0m\n");
+        if (!mark.empty()) mark = concat(colour_ ? "  \x1b[0;2m" : "  ", mark);
+        if (!colour_) return concat(clock.data(), " ", line.text, mark, "\n");
+        return concat("\x1b[2m", clock.data(), "\x1b[0m ", code(line.tone), line.text, mark,
+                      "\x1b[0m\n");
     }
 
   private:
@@ -503,7 +594,7 @@ struct TerminalUser {
 // print, and have libedit draw it again below.
 class Terminal {
   public:
-    static constexpr bool has_status = true;
+    static constexpr bool redraws = true;
 
     explicit Terminal(TerminalUser user) : user_(std::move(user)) {
         editor_ = el_init("client", stdin, stdout, stderr);
@@ -554,18 +645,18 @@ class Terminal {
 
     // Prints above the line that is being typed, and above the status.
     void print(const std::string& text) {
-        const LineInfo* line = el_line(editor_);
-        std::string before(line->buffer, static_cast<std::size_t>(line->cursor - line->buffer));
-        std::size_t up = status_shown_ + (editing_ ? rows_of(prompt_text + before) : 0);
-        if (up > 0) std::cout << concat("\x1b[", up, "A");
-        std::cout << "\r\x1b[J" << text;
-        status_shown_ = 0;
-        if (editing_) {
-            for (const std::string& row : status_) std::cout << fitting(row) << '\n';
-            status_shown_ = status_.size();
-        }
-        std::cout << std::flush;
-        if (editing_) el_set(editor_, EL_REFRESH);
+        print_from(rows_below(), text);
+        if (!text.empty()) last_ = text;
+    }
+    // Prints the line `text` in place of the line `old`, if that was printed last and can still be
+    // reached: what has left the screen above cannot.
+    bool print_again(const std::string& old, const std::string& text) {
+        if (old != last_) return false;
+        std::size_t up = rows_below() + end_of(without_colour(old)).row + 1;
+        if (up >= window().ws_row) return false;
+        print_from(up, text);
+        last_ = text;
+        return true;
     }
     // Rows that stand between the lines above and the line that is being typed.
     void set_status(std::vector<std::string> rows) {
@@ -586,11 +677,31 @@ class Terminal {
         return self;
     }
 
-    static std::size_t columns() {
+    // Rows from where the last line printed ends to the cursor.
+    std::size_t rows_below() const {
+        const LineInfo* line = el_line(editor_);
+        std::string before(line->buffer, static_cast<std::size_t>(line->cursor - line->buffer));
+        return status_shown_ + (editing_ ? rows_of(prompt_text + before) : 0);
+    }
+    // Wipes everything from `up` rows above the cursor on, and draws what belongs there.
+    void print_from(std::size_t up, const std::string& text) {
+        if (up > 0) std::cout << concat("\x1b[", up, "A");
+        std::cout << "\r\x1b[J" << text;
+        status_shown_ = 0;
+        if (editing_) {
+            for (const std::string& row : status_) std::cout << fitting(row) << '\n';
+            status_shown_ = status_.size();
+        }
+        std::cout << std::flush;
+        if (editing_) el_set(editor_, EL_REFRESH);
+    }
+
+    static winsize window() {
         winsize size{};
         bool known = ioctl(STDOUT_FILENO, TIOCGWINSZ, &size) == 0 && size.ws_col > 0;
-        return known ? size.ws_col : 80;
+        return known ? size : winsize{24, 80, 0, 0};
     }
+    static std::size_t columns() { return window().ws_col; }
     // Calls `use` with the bytes of each letter of `text`, and the columns that it takes.
     static void for_each_letter(std::string_view text,
                                 const std::function<void(std::string_view, std::size_t)>& use) {
@@ -604,18 +715,34 @@ class Terminal {
             text.remove_prefix(used);
         }
     }
-    // How many rows below its first the cursor stands after `text`.
-    static std::size_t rows_of(const std::string& text) {
-        const std::size_t width = columns();
+    // Where `text`, which begins in the first column, ends.
+    struct Place {
         std::size_t row = 0, column = 0;
+    };
+    static Place end_of(std::string_view text) {
+        const std::size_t width = columns();
+        Place at;
         for_each_letter(text, [&](std::string_view, std::size_t cells) {
-            if (column + cells > width) {  // a wide one does not fit: it goes below
-                ++row;
-                column = 0;
-            }
-            column += cells;
+            if (at.column + cells > width) at = {at.row + 1, 0};  // it does not fit: it goes below
+            at.column += cells;
         });
-        return row + (column == width ? 1 : 0);
+        return at;
+    }
+    // How many rows below its first libedit puts the cursor after `text`.
+    static std::size_t rows_of(const std::string& text) {
+        Place end = end_of(text);
+        return end.row + (end.column == columns() ? 1 : 0);
+    }
+    // A line of Printer's, as its letters stand on the screen.
+    static std::string without_colour(std::string_view line) {
+        std::string text;
+        for (; !line.empty() && line[0] != '\n'; line.remove_prefix(1)) {
+            if (line[0] == '\x1b')
+                line.remove_prefix(line.find('m'));
+            else
+                text += line[0];
+        }
+        return text;
     }
     // As much of `text` as fits into one row.
     static std::string fitting(const std::string& text) {
@@ -637,7 +764,10 @@ class Terminal {
         for (;;) {
             if (asked_to_leave || !self->user_.show_events()) return 0;
             if (asked_to_suspend) self->suspend();
-            if (window_changed.exchange(false)) el_resize(editor);
+            if (window_changed.exchange(false)) {
+                el_resize(editor);
+                self->last_.clear();  // who knows how the terminal has broken its lines anew
+            }
             if (!wait_for_input(true, -1)) continue;
             char byte = 0;
             ssize_t got = read(STDIN_FILENO, &byte, 1);
@@ -656,6 +786,7 @@ class Terminal {
     // Ctrl-Z: hand the terminal back as we found it, stop, and go on where we were.
     void suspend() {
         asked_to_suspend = false;
+        last_.clear();  // others will print
         el_set(editor_, EL_PREP_TERM, 0);
         std::signal(SIGTSTP, SIG_DFL);
         std::raise(SIGTSTP);
@@ -695,6 +826,7 @@ class Terminal {
     EditLine* editor_ = nullptr;  // given back in the destructor
     History* history_ = nullptr;
     bool editing_ = false;
+    std::string last_;  // what was printed last, if it still stands just above
     std::vector<std::string> status_;
     std::size_t status_shown_ = 0;  // rows of it that are on the screen
 };
@@ -705,7 +837,7 @@ class Terminal {
 // message arrives, but it is not drawn again below it.
 class Terminal {
   public:
-    static constexpr bool has_status = false;
+    static constexpr bool redraws = false;
 
     explicit Terminal(TerminalUser user) : user_(std::move(user)) {
         for (int signal : {SIGINT, SIGTERM, SIGHUP}) catch_signal(signal);
@@ -719,6 +851,7 @@ class Terminal {
         }
     }
     void print(const std::string& text) { std::cout << text << std::flush; }
+    bool print_again(const std::string&, const std::string&) { return false; }
     void set_status(const std::vector<std::string>&) {}
 
   private:
@@ -743,10 +876,12 @@ class Conversation {
         terminal_.print("Type a message, or /help.\n");
         for (;;) {
             std::optional<std::string> line = terminal_.read_line();
-            if (line && !is_command(*line, "/quit"))
+            if (line && !is_command(*line, "/quit")) {
+                warned_ = false;
                 take(*line);
-            else if (stopped_ || asked_to_leave || may_leave())
+            } else if (stopped_ || asked_to_leave || may_leave()) {
                 return leave();
+            }
         }
     }
 
@@ -754,6 +889,8 @@ class Conversation {
     // False when the client has ended.
     bool show_events() {
         while (!stopped_) {
+            // To ask for the next event is to say that the last one was shown: was it?
+            if (!std::cout) client_.stop();
             std::optional<chatsecure::Event> event = client_.poll_event();
             if (!event) return true;
             show(*event);
@@ -764,13 +901,19 @@ class Conversation {
     void show(const chatsecure::Event& event) {
         const auto* file = std::get_if<chatsecure::FileEvent>(&event.what);
         if (file != nullptr) follow_file(*file);
-        if (Terminal::has_status && file != nullptr &&
+        if (Terminal::redraws && file != nullptr &&
             file->phase == chatsecure::FileEvent::Phase::progress)
             return;
         if (!now_and_then_.is_due(event)) return;
+        if (const auto* e = std::get_if<chatsecure::DeliveryChanged>(&event.what))
+            if (!is_news(*e)) return;
         std::string text;
         for (const Line& line : describe(event)) text += printer_.format(line, event.time);
         if (!text.empty()) terminal_.print(text);
+        if (const auto* e = std::get_if<chatsecure::RoomMessage>(&event.what))
+            if (e->own) own_ = {e->id, event, text};
+        if (const auto* e = std::get_if<chatsecure::PrivateMessage>(&event.what))
+            if (e->own) own_ = {e->id, event, text};
         if (const auto* message = std::get_if<chatsecure::PrivateMessage>(&event.what))
             reply_to_ = message->peer;
         if (const auto* e = std::get_if<chatsecure::PersonJoined>(&event.what))
@@ -782,6 +925,39 @@ class Conversation {
         if (std::holds_alternative<chatsecure::LoggedIn>(event.what)) online_ = true;
         if (std::holds_alternative<chatsecure::ConnectionLost>(event.what)) online_ = false;
         if (const auto* e = std::get_if<chatsecure::Stopped>(&event.what)) stopped_ = *e;
+    }
+
+    // Whether it needs a line of its own. Mostly a mark behind the message says all; but when other
+    // lines have come since, what was late and what failed must not go unnoticed.
+    bool is_news(const chatsecure::DeliveryChanged& e) {
+        using enum chatsecure::Delivery;
+        bool late = late_.note(e), marked = e.id != 0 && e.id == own_.id && mark_own(e);
+        if (e.state == failed) return true;
+        if (e.state == waiting) return !Terminal::redraws;
+        bool done = e.state == delivered || e.to.empty();
+        return done && late && !marked;
+    }
+    // Prints the last message of our own again, with what has become of it. False if that cannot be
+    // done.
+    bool mark_own(const chatsecure::DeliveryChanged& e) {
+        std::string text = printer_.format(describe(own_.event).at(0), own_.event.time, mark_of(e));
+        if (!terminal_.print_again(own_.shown, text)) return false;
+        own_.shown = text;
+        return true;
+    }
+    static std::string mark_of(const chatsecure::DeliveryChanged& e) {
+        using enum chatsecure::Delivery;
+        switch (e.state) {
+            case waiting:
+                return concat("\u2026 ", visible(e.reason));
+            case sent:
+                return "\u2713";
+            case delivered:
+                return "\u2713\u2713";
+            case failed:
+                return "!";
+        }
+        return "";
     }
 
     void take(const std::string& line) {
@@ -827,15 +1003,20 @@ class Conversation {
         terminal_.set_status(std::move(rows));
     }
 
-    // True, except the first time while files are on their way.
+    // True, except the first time while something would be lost.
     bool may_leave() {
-        if (moving_.empty() || std::exchange(warned_, true)) return true;
-        terminal_.print(printer_.format(
-            {Tone::warning,
-             concat("* ", moving_.size(), moving_.size() == 1 ? " file is" : " files are",
-                    " on the way. /quit again to leave all the same; it can go on "
-                    "next time.")},
-            std::chrono::system_clock::now()));
+        std::size_t files = moving_.size(), messages = late_.waiting();
+        if (files + messages == 0 || std::exchange(warned_, true)) return true;
+        auto warn = [&](const std::string& text) {
+            terminal_.print(
+                printer_.format({Tone::warning, text}, std::chrono::system_clock::now()));
+        };
+        if (files > 0)
+            warn(concat("* ", files, files == 1 ? " file is" : " files are",
+                        " on the way. /quit again to leave all the same; it can go on next time."));
+        if (messages > 0)
+            warn(concat("* ", messages, messages == 1 ? " message waits" : " messages wait",
+                        " to be sent. /quit again to leave all the same."));
         return false;
     }
 
@@ -879,6 +1060,7 @@ class Conversation {
     }
 
     // Says goodbye if there is somebody to say it to. A second Ctrl-C does not wait for the answer.
+    // What was written and not delivered is named before the end.
     int leave() {
         asked_to_leave = false;
         if (online_)
@@ -901,7 +1083,13 @@ class Conversation {
     std::string reply_to_;
     std::map<unsigned, chatsecure::FileEvent> moving_;
     NowAndThen now_and_then_;
-    bool warned_ = false;  // that files are on their way
+    LateMessages late_;
+    struct {  // the last message of our own
+        std::uint64_t id = 0;
+        chatsecure::Event event;
+        std::string shown;  // as it was printed
+    } own_;
+    bool warned_ = false;  // that something would be lost
     bool online_ = false;
     std::optional<chatsecure::Stopped> stopped_;
 };
@@ -1018,7 +1206,8 @@ cxxopts::Options make_options() {
     add("auto-accept", "accept every file that is offered");
     add("max-size", "the largest file that --auto-accept accepts: 500k, 20M, 1.5G",
         cxxopts::value<std::string>()->default_value("1G"), "SIZE");
-    add("wait-limit", "how long /wait waits, in scripts",
+    add("verified-room", "what you write to everybody goes to people you have verified only");
+    add("wait-limit", "in scripts: how long /wait waits, and leaving for anything to move",
         cxxopts::value<unsigned>()->default_value("30"), "SECONDS");
     add("no-color", "no colour, also if the terminal has some");
     add("version", "print the version and exit");
@@ -1036,6 +1225,7 @@ std::optional<int> chat(const cxxopts::ParseResult& flags, SignIn& sign_in) {
     options.port = server.port;
     options.home = flags["home"].as<std::string>();
     options.accept_new_server = flags.count("accept-new") > 0;
+    options.verified_room = flags.count("verified-room") > 0;
     options.ask_about_server = sign_in.interactive;
     if (flags.count("server-key") > 0)
         options.server_key = chatsecure::fingerprint_from(flags["server-key"].as<std::string>());
@@ -1050,7 +1240,9 @@ std::optional<int> chat(const cxxopts::ParseResult& flags, SignIn& sign_in) {
 
     chatsecure::Client client(std::move(options));
     if (!sign_in.interactive)
-        return Script(client, std::chrono::seconds(flags["wait-limit"].as<unsigned>())).run();
+        return Script(client, std::chrono::seconds(flags["wait-limit"].as<unsigned>()),
+                      flags.count("auto-accept") > 0)
+            .run();
     chatsecure::Event first = wait_for_login(client);
     if (const auto* stopped = std::get_if<chatsecure::Stopped>(&first.what)) {
         say_why(*stopped);

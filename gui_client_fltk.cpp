@@ -319,9 +319,12 @@ struct Entry {
     std::string from{}, text{};
     bool own = false;
     Time time{};
-    bool first = true;      // of a group by one sender
-    unsigned file = 0;      // number of a FileCard
-    int laid_out_for = -1;  // the width that `lines` is for
+    std::uint64_t id = 0;                         // of a message of our own
+    std::optional<chatsecure::Delivery> state{};  // and what has become of it
+    std::string reason{};                         // for what it waits
+    bool first = true;                            // of a group by one sender
+    unsigned file = 0;                            // number of a FileCard
+    int laid_out_for = -1;                        // the width that `lines` is for
     std::vector<Span> lines{};
     int widest = 0;  // of the lines
 };
@@ -331,7 +334,8 @@ struct Conversation {
     static constexpr std::size_t scrollback = 10'000;  // entries: bounds the memory
     std::string name;
     std::deque<Entry> entries;
-    std::size_t dropped = 0;  // entries that are gone: entries[0] has this number
+    std::size_t dropped = 0;                    // entries that are gone: entries[0] has this number
+    std::map<std::uint64_t, std::size_t> open;  // our messages that go on: id, number of the entry
     unsigned unread = 0;
     bool online = false, verified = false, trusted = true, ignored = false;
 
@@ -341,15 +345,45 @@ struct Conversation {
             entry.first = last.kind != entry.kind || last.from != entry.from ||
                           entry.time - last.time > std::chrono::minutes(5);
         }
+        if (entry.id != 0) open.emplace(entry.id, dropped + entries.size());
         entries.push_back(std::move(entry));
         if (entries.size() > scrollback) {
+            open.erase(entries.front().id);
             entries.pop_front();
             ++dropped;
         }
         return entries.back();
     }
+    // Marks a message of our own, if it is still here.
+    void mark(const chatsecure::DeliveryChanged& e) {
+        using enum chatsecure::Delivery;
+        auto found = open.find(e.id);
+        if (found == open.end()) return;
+        Entry& entry = entries[found->second - dropped];
+        entry.state = e.state;
+        entry.reason = e.state == waiting ? visible(e.reason) : "";
+        if (e.state == delivered || e.state == failed || (e.state == sent && name.empty()))
+            open.erase(found);
+    }
     std::string title() const { return name.empty() ? "Everyone" : name; }
 };
+
+// What stands beside a message of our own: nothing for the moment until it is known.
+const char* mark_of(const std::optional<chatsecure::Delivery>& state) {
+    using enum chatsecure::Delivery;
+    if (!state) return "";
+    switch (*state) {
+        case waiting:
+            return "\u2026";
+        case sent:
+            return "\u2713";
+        case delivered:
+            return "\u2713\u2713";
+        case failed:
+            return "!";
+    }
+    return "";
+}
 
 enum class Action { accept, decline, cancel, open_folder };
 const char* label_of(Action action) {
@@ -591,8 +625,20 @@ class ConversationView : public Fl_Group {
         int from = std::max(at, y() - 2 * line_height());
         int to = std::min(bottom, y() + h() + 2 * line_height());
         draw_round(left, from, wide + 2 * padding, to - from, 9, entry.own ? l.own : l.other);
+        if (entry.own && bottom < y() + h() + line_height()) draw_mark(entry, left, bottom);
         use_font(text_size);
         draw_lines(entry, number, left + padding, at + padding / 2, line_height(), l.text);
+    }
+
+    // To the left of the bubble, at its last line; with the reason, if there is room.
+    void draw_mark(const Entry& entry, int right, int bottom) {
+        using enum chatsecure::Delivery;
+        use_font(small_size, entry.state == failed);
+        fl_color((entry.state == failed ? look().warning : look().quiet).color());
+        std::string text = mark_of(entry.state);
+        std::string all = entry.reason.empty() ? text : concat(text, " ", entry.reason);
+        if (width_of(all) < right - x() - 2 * gap) text = all;
+        fl_draw(text.c_str(), right - width_of(text) - 6, bottom - padding / 2 - 5);
     }
 
     void draw_system(const Entry& entry, std::size_t number, int at) {
@@ -1006,7 +1052,7 @@ class PeopleList : public Fl_Widget {
             fl_color(l.on_accent.color());
             fl_draw(number.c_str(), right, at + 9, wide, 20, FL_ALIGN_CENTER, nullptr, 0);
         }
-        if (c.verified) {
+        if (c.verified && c.trusted) {
             use_font(text_size, true);
             right -= 18;
             fl_color((current ? colour : l.online).color());
@@ -1580,14 +1626,13 @@ class MainWindow : public Fl_Double_Window {
         const Look& l = look();
         fl_color(l.line.color());
         fl_line(list_width, 0, list_width, h());
+        int right = send_file_.x() - gap, head = top();  // which measures with a font of its own
         use_font(title_size, true);
         fl_color(l.text.color());
-        int right = send_file_.x() - gap;
-        draw_text(owner_.title(), list_width + 2 * gap, top() + 24, right - list_width - 2 * gap);
+        draw_text(owner_.title(), list_width + 2 * gap, head + 24, right - list_width - 2 * gap);
         use_font(small_size);
         fl_color(l.quiet.color());
-        draw_text(owner_.subtitle(), list_width + 2 * gap, top() + 42,
-                  right - list_width - 2 * gap);
+        draw_text(owner_.subtitle(), list_width + 2 * gap, head + 42, right - list_width - 2 * gap);
         fl_color((l.*state_colour_).color());
         fl_pie(12, h() - 30, 9, 9, 0, 360);
         if (!banner_.get().empty()) draw_banner();
@@ -1949,26 +1994,49 @@ class App {
     }
     void on(const chatsecure::RoomMessage& e) {
         check_trust(e.from);
-        add("", {.from = e.from, .text = shown(e.text), .own = e.own});
+        add("", {.from = e.from, .text = shown(e.text), .own = e.own, .id = e.own ? e.id : 0});
     }
     void on(const chatsecure::PrivateMessage& e) {
         reply_to_ = e.peer;
         check_trust(e.peer);
-        add(e.peer,
-            {.from = e.own ? client_->user() : e.peer, .text = shown(e.text), .own = e.own});
+        bool is_new = e.own && !conversations_.contains(e.peer);
+        add(e.peer, {.from = e.own ? client_->user() : e.peer,
+                     .text = shown(e.text),
+                     .own = e.own,
+                     .id = e.own ? e.id : 0});
+        if (is_new) choose(e.peer);  // perhaps a slip, and nobody is called so: it is seen
     }
     void on(const chatsecure::MessagesLost& e) {
         warn(e.from, concat(e.count, e.count == 1 ? " message" : " messages", " from ", e.from,
                             e.count == 1 ? " was" : " were", " lost on the way."));
     }
-    void on(const chatsecure::NotDelivered& e) {
-        std::string text =
-            concat("Not delivered to ", e.to, ", who ", e.reason, ": ",
-                   e.text.empty() ? std::string("a message to everyone") : shown(e.text));
-        if (e.text.empty() || conversations_.contains(e.to))
-            warn(e.text.empty() ? "" : e.to, text);
+    void on(const chatsecure::DeliveryChanged& e) {
+        using enum chatsecure::Delivery;
+        auto found = conversations_.find(e.to);
+        if (found != conversations_.end()) found->second.mark(e);
+        report(concat("mark ", mark_of(e.state), " ", visible(e.text)));
+        if (!online_ && !over_) show_waiting();
+        if (e.state != failed) return;
+        if (quitting_ && !quiet_loss_) ++lost_;
+        std::string text = concat(
+            e.to.empty() ? "Not sent to everyone: " : concat("Not delivered to ", e.to, ", who "),
+            visible(e.reason), ": ", shown(e.text));
+        if (found != conversations_.end())
+            warn(e.to, text);
         else
             note(text, Entry::Kind::warning);  // perhaps a slip: nobody is called so
+    }
+    // Where it belongs, and no louder: others could fill the list with alarms.
+    void on(const chatsecure::Complaint& e) {
+        add(conversations_.contains(e.user) ? e.user : "",
+            {.kind = Entry::Kind::system, .text = visible(e.text)});
+    }
+    void on(const chatsecure::IdentityReplaced& e) {
+        warn("",
+             concat("YOUR IDENTITY IS A NEW ONE: this account had another one before. Everybody "
+                    "who knew the old one is warned, and reads and sends you nothing until they "
+                    "trust the new one. Tell them its fingerprint by telephone: ",
+                    e.now.text()));
     }
     void on(const chatsecure::IdentityPinned& e) {
         asked_.erase(e.user);
@@ -1980,7 +2048,7 @@ class App {
     }
     void on(const chatsecure::IdentityChanged& e) {
         Conversation& c = person(e.user);
-        c.trusted = false;
+        c.trusted = c.verified = false;
         changed_[e.user] = e;
         numbers_.erase(e.user);  // it was another one's
         asked_.erase(e.user);
@@ -1992,8 +2060,10 @@ class App {
     }
     void on(const chatsecure::SafetyNumber& e) {
         numbers_[e.user] = e;
+        Conversation& c = person(e.user);
+        if (e.verified && changed_.erase(e.user) > 0) c.trusted = true;  // both in one act
         check_trust(e.user);
-        set_verified(person(e.user), e.verified);
+        set_verified(c, e.verified);
         report(concat("safety-number ", e.user, " ", e.digits));
         if (e.user == std::exchange(verifying_, "")) {  // a line asked for it
             choose(e.user);
@@ -2008,14 +2078,15 @@ class App {
             auto found = conversations_.find(p.user);
             if (p.self || found == conversations_.end()) continue;
             Conversation& c = found->second;
-            set_verified(c, p.verified);
             c.ignored = p.ignored;
-            if (!p.met) continue;  // what we knew of them still stands
-            c.trusted = p.trusted;
-            if (p.trusted && changed_.erase(p.user) > 0) {
-                numbers_.erase(p.user);  // it may be that of somebody who is not trusted
-                asked_.erase(p.user);
+            if (p.met) {  // otherwise what we knew of them still stands
+                c.trusted = p.trusted;
+                if (p.trusted && changed_.erase(p.user) > 0) {
+                    numbers_.erase(p.user);  // it may be that of somebody who is not trusted
+                    asked_.erase(p.user);
+                }
             }
+            set_verified(c, p.verified && c.trusted);
         }
         if (std::exchange(who_, false)) note(concat("Online: ", names), Entry::Kind::system);
         people_asked_ = false;
@@ -2073,7 +2144,7 @@ class App {
                  Entry::Kind::system);
     }
     void on(const chatsecure::Stopped& e) {
-        if (quitting_) {
+        if (quitting_ && lost_ == 0) {
             quit_ = true;
         } else if (main_.shown() == 0) {
             sign_in_failed(e);
@@ -2082,7 +2153,10 @@ class App {
             for (auto& [name, c] : conversations_) c.online = false;
             over_ = true;
             set_state("disconnected", &Look::warning);
-            main_.set_banner(shown(e.sentence));
+            main_.set_banner(
+                lost_ == 0 ? shown(e.sentence)
+                           : concat(lost_, lost_ == 1 ? " message was" : " messages were",
+                                    " not delivered: see the marks. Close the window once more."));
             main_.end_input();
         }
     }
@@ -2365,12 +2439,11 @@ class App {
         post(chatsecure::Verify{current_, true, number->second.theirs});
         ask_about_people();
     }
+    // The button wants the tick "I compared the number", so this is more than Trust.
     void trust() {
         auto changed = changed_.find(current_);
         if (changed == changed_.end()) return;
-        if (!post(chatsecure::Trust{current_, changed->second.seen})) return;
-        numbers_.erase(current_);
-        asked_.erase(current_);
+        post(chatsecure::Verify{current_, true, changed->second.seen});
         ask_about_people();
     }
 
@@ -2390,18 +2463,28 @@ class App {
             if (!ask(main_, "Files are on their way. They can go on next time.", "Leave", "Stay"))
                 return report("stays");
         }
-        bool unsent = !online_ && !over_ && client_->waiting() > 0;
-        if (unsent && !quitting_ &&
-            !ask(main_, "What waits to be sent is lost if you leave now.", "Leave", "Stay"))
-            return report("stays");
-        // Asked twice, or nobody is there to say goodbye to.
-        if (std::exchange(quitting_, true) || over_ || !client_->try_post(chatsecure::Leave{})) {
+        bool unsent = !over_ && client_->waiting() > 0;
+        if (unsent && !quitting_) {
+            report("asks-about-messages");
+            if (!ask(main_, "What waits to be sent is lost if you leave now.", "Leave", "Stay"))
+                return report("stays");
+        }
+        // Asked twice, or nobody is there to say goodbye to. Otherwise the engine waits a little
+        // for what is still on its way; what is lost without our having said so keeps the window.
+        if (std::exchange(quitting_, true) || over_ || !online_ ||
+            !client_->try_post(chatsecure::Leave{})) {
             client_->stop();
             quit_ = true;
             return;
         }
+        quiet_loss_ = unsent;
         Fl::add_timeout(
-            3, [](void* self) { static_cast<App*>(self)->quit_ = true; }, this);
+            10,
+            [](void* data) {
+                auto* self = static_cast<App*>(data);
+                if (!self->over_) self->quit_ = true;
+            },
+            this);
     }
 
     // For tests: where to click, whenever that has changed.
@@ -2524,6 +2607,8 @@ class App {
     std::string current_, reply_to_, title_, places_;
     Time time_ = std::chrono::system_clock::now();  // of the event that is being handled
     bool registering_ = false, online_ = false, over_ = false, quitting_ = false, quit_ = false;
+    std::size_t lost_ = 0;     // messages that failed while we were leaving,
+    bool quiet_loss_ = false;  // which the user had not agreed to
     std::int64_t slowest_ms_ = -1;
     chatsecure::Clock::time_point last_tick_;
     SignIn sign_in_{sign_in_owner()};
