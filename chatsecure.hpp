@@ -75,6 +75,7 @@
 #include <filesystem>
 #include <functional>
 #include <iostream>
+#include <limits>
 #include <list>
 #include <locale>
 #include <map>
@@ -2399,6 +2400,7 @@ enum class GoodbyeReason : std::uint8_t {
     server_full = 6,
     broke_protocol = 7,
     server_trouble = 8,  // the server's own problem: a full disk
+    too_many_tries = 9,  // to log in or to register, in the last seconds
 };
 
 // ---- From the server, at any time ---------------------------------------------------------------
@@ -5121,11 +5123,12 @@ class Connection {
 //   - A member that reads too slowly: its outbox is bounded, payloads for it are refused, and when
 //     its socket takes nothing at all for a while the pump drops it. So the memory of all outboxes
 //     is bounded for each member, whatever anybody sends.
+//   - Guesses of passwords, and what keeps the owner of a name out: see "Nobody is too fast".
 //   - A member that talks too fast: the server reads from it more slowly, and TCP makes it wait.
 //   - A member whose machine vanished: silence is answered with a Ping, and further silence with
 //     the end. If the same user logs in again meanwhile, the old connection gets a few seconds to
-//     answer a Ping; so a dead connection locks nobody out, and a live one, also one whose login is
-//     still being completed, is never pushed out (P8).
+//     answer a Ping, or to say anything else; so a dead connection locks nobody out, and a live
+//     one, also one whose login is still being completed, is never pushed out (P8).
 //   - A member that ends the stream while much waits for it: it is off the list at once, and what
 //     waited is thrown away. Only around a goodbye or a refusal is an outbox sent to its end.
 //   - A thousand who come at once: who is here is told in batches, not one by one (see Members).
@@ -5135,7 +5138,7 @@ class Connection {
 // (turn_ before mutex_), an Outbox's or the pump's is taken as well; otherwise one at a time. (And
 // the semaphore handshakes_ lets as many compute as there are processors.)
 //
-//      AuthStore        the accounts        the disk, while an account is written
+//      AuthStore        the accounts        nothing. Who changes one sleeps until that is stored
 //      TokenBuckets     who tries what      nothing
 //      sessions_mutex_  all connections     the log, if a newcomer is refused. run() sleeps on it
 //                                           until a connection has ended
@@ -5192,6 +5195,11 @@ struct Account {
 inline constexpr std::string_view example_salt = "EXAMPLE-PASSWORD";
 
 // The accounts, in memory and on disk. Any thread may call it.
+//
+// Writing takes as long as the disk does, and many may want to write at once. So whoever has a
+// change puts it into a queue. One of them writes all that is queued, in one piece, the others
+// sleep until theirs is done, and what comes meanwhile is for the next piece. Whoever only asks
+// waits for none of them, and gets what is on the disk.
 class AuthStore {
   public:
     // Reads `path`; no file means no accounts yet. Throws Error, with the line number, for a line
@@ -5201,7 +5209,7 @@ class AuthStore {
             path_, max_users_db_bytes, "Correct the line, or put # before it.",
             [&](const std::vector<std::string>& words) {
                 Account account = Account::parse(words);
-                if (!accounts_.emplace(account.user, account).second)
+                if (!accounts_.emplace(account.user, Entry{account, true}).second)
                     throw Error(concat("the name \"", account.user, "\" stands there twice."));
             });
         if (content) on_disk_ = sha256(*content);
@@ -5210,47 +5218,42 @@ class AuthStore {
     std::optional<Account> find(const std::string& user) const {
         std::lock_guard lock(mutex_);
         auto found = accounts_.find(user);
-        if (found == accounts_.end()) return std::nullopt;
-        return found->second;
+        if (found == accounts_.end() || !found->second.stored) return std::nullopt;
+        return found->second.account;
     }
 
-    // Adds an account and has it on disk when it returns. False if the name is taken. Blocks;
-    // throws Error if it cannot be written (then nothing has changed).
+    // Adds an account and has it on disk when it returns. False if the name is taken, be it by one
+    // that is just being written. Blocks; throws Error if it cannot be written (then nothing has
+    // changed).
     bool add(const Account& account) {
-        std::lock_guard lock(mutex_);
+        Change change{account};
+        std::unique_lock lock(mutex_);
         if (accounts_.contains(account.user)) return false;
-        std::string content = read_unchanged();
-        if (!content.empty() && content.back() != '\n') content += '\n';
-        write(content + account.line() + "\n");
-        accounts_.emplace(account.user, account);
+        pending_.reserve(pending_.size() + 1);  // nothing may fail once the name is in the list
+        accounts_.emplace(account.user, Entry{account, false});
+        write_in_turn(change, lock);
         return true;
     }
 
     // Records the identity key of a user; as add().
     void set_identity(const std::string& user, ByteView identity) {
-        std::lock_guard lock(mutex_);
+        std::unique_lock lock(mutex_);
         auto found = accounts_.find(user);
-        if (found == accounts_.end()) throw Error(concat("There is no account \"", user, "\"."));
-        Account changed = found->second;
-        changed.identity = to_bytes(identity);
-        std::string content;
-        std::istringstream in{read_unchanged()};
-        for (std::string line; std::getline(in, line);) {
-            std::vector<std::string> words = split_words(line);
-            bool own = !words.empty() && words[0] == user;
-            content += (own ? changed.line() : line) + "\n";
-        }
-        write(content);
-        found->second = std::move(changed);
+        if (found == accounts_.end() || !found->second.stored)
+            throw Error(concat("There is no account \"", user, "\"."));
+        Change change{found->second.account};
+        change.account.identity = to_bytes(identity);
+        write_in_turn(change, lock);
     }
 
     std::vector<std::string> users_with_example_password() const {
         std::lock_guard lock(mutex_);
         std::vector<std::string> users;
-        for (const auto& [user, account] : accounts_)
-            if (as_text(account.verifier.salt) == example_salt) users.push_back(user);
+        for (const auto& [user, entry] : accounts_)
+            if (as_text(entry.account.verifier.salt) == example_salt) users.push_back(user);
         return users;
     }
+    // With those that are just being written, so that a limit holds for them too.
     std::size_t size() const {
         std::lock_guard lock(mutex_);
         return accounts_.size();
@@ -5259,9 +5262,83 @@ class AuthStore {
   private:
     static constexpr std::size_t max_users_db_bytes = 1U << 30;
 
+    struct Entry {
+        Account account;
+        bool stored;  // not yet: the name is taken, but there is no such account
+    };
+    struct Change {  // it lives in the function of whoever waits for it
+        Account account;
+        bool done = false;
+        std::exception_ptr failure{};
+    };
+
+    // Queues a change and returns when it is on the disk. Throws what has prevented that.
+    void write_in_turn(Change& change, std::unique_lock<std::mutex>& lock) {
+        pending_.push_back(&change);
+        while (!change.done) {
+            if (writing_)
+                written_.wait(lock);
+            else
+                write_pending(lock);
+        }
+        if (change.failure) std::rethrow_exception(change.failure);
+    }
+    void write_pending(std::unique_lock<std::mutex>& lock) {
+        std::vector<Change*> batch = std::exchange(pending_, {});
+        writing_ = true;
+        lock.unlock();
+        std::exception_ptr failure;
+        try {
+            write(batch);
+        } catch (...) {
+            failure = std::current_exception();
+        }
+        lock.lock();
+        for (Change* change : batch) {  // none of it can fail: the file is written
+            auto entry = accounts_.find(change->account.user);
+            if (!failure)
+                entry->second = {std::move(change->account), true};
+            else if (!entry->second.stored)
+                accounts_.erase(entry);
+            change->failure = failure;
+            change->done = true;
+        }
+        writing_ = false;
+        written_.notify_all();
+    }
+
+    // The disk's part, without the mutex: one thread at a time, see writing_.
+    void write(const std::vector<Change*>& batch) {
+        std::map<std::string_view, const Account*> changed;  // of two for one user, the later
+        for (const Change* change : batch) changed[change->account.user] = &change->account;
+        std::optional<SecretBytes> old = read_unchanged();
+        std::string content;
+        if (old) content.reserve(old->size() + 1024 * batch.size());
+        for (std::string_view left = old ? as_text(*old) : ""; !left.empty();) {
+            std::string_view line = left.substr(0, left.find('\n'));
+            left.remove_prefix(std::min(left.size(), line.size() + 1));
+            auto own = changed.find(first_word(line));
+            if (own == changed.end()) {
+                content.append(line).append("\n");
+            } else {
+                content.append(own->second->line()).append("\n");
+                changed.erase(own);
+            }
+        }
+        for (const Change* change : batch)  // those that had no line are new
+            if (changed.erase(change->account.user) != 0)
+                content.append(change->account.line()).append("\n");
+        write_file(path_, as_bytes(content), FileMode::owner_only);
+        on_disk_ = sha256(as_bytes(content));
+    }
+    static std::string_view first_word(std::string_view line) {
+        constexpr std::string_view blank = " \t\r";
+        line.remove_prefix(std::min(line.find_first_not_of(blank), line.size()));
+        return line.substr(0, line.find_first_of(blank));
+    }
     // The file, comments and all. Somebody may have edited it while we run: then it is not what we
     // know, and writing our accounts over it would lose the edit. Throws Error.
-    std::string read_unchanged() const {
+    std::optional<SecretBytes> read_unchanged() const {
         std::optional<SecretBytes> content = read_file(path_, max_users_db_bytes);
         std::optional<Digest> found;
         if (content) found = sha256(*content);
@@ -5269,59 +5346,105 @@ class AuthStore {
             throw Error(concat(path_.string(),
                                " was changed by another program while the server "
                                "runs, so the server does not write it. Restart the server."));
-        return content ? to_string(*content) : "";
-    }
-    void write(std::string_view content) {
-        write_file(path_, as_bytes(content), FileMode::owner_only);
-        on_disk_ = sha256(as_bytes(content));
+        return content;
     }
 
-    mutable std::mutex mutex_;  // guards everything below
-    std::filesystem::path path_;
-    std::map<std::string, Account> accounts_;
-    std::optional<Digest> on_disk_;  // of the file as we last read or wrote it
+    const std::filesystem::path path_;
+    std::optional<Digest> on_disk_;  // of the file as we last read or wrote it: who writes, owns it
+    mutable std::mutex mutex_;       // guards everything below
+    std::condition_variable written_;  // some changes are done
+    std::map<std::string, Entry> accounts_;
+    std::vector<Change*> pending_;  // in the order in which they came
+    bool writing_ = false;          // a thread is in write()
 };
 
 // ---- Nobody is too fast -------------------------------------------------------------------------
+//
+// Guessing a password must be slow, for whoever knows a name and has a botnet, and the user whom
+// the name belongs to must get in all the same.
+//
+// A try counts when it begins. If only a failure counted, a hundred guesses that begin together
+// would all find the bucket full. So each takes its token first, and a right password gives it
+// back. When there are no tokens left it is a queue: the first waits 4 s, the next one 8 s; whoever
+// would have to wait longer is told so at once (too_many_tries), and costs nothing: no token, and
+// no thread that waits. There is a bucket for each account (three tries are free: people mistype)
+// and one for each address (150: a thousand people behind one router log in again when the server
+// restarts, and nobody's right password uses one up).
+//
+// A ticket gets its owner in. With the account's queue full, its user would be refused like the
+// guessers: whoever knows a name could keep its owner out for ever. But a client that was logged in
+// once can show that (OWASP calls it a device cookie). LoginDone brings it
+//
+//      ticket = HMAC-SHA-256(secret, "ticket " user || StoredKey)
+//
+// with a secret that only the server can make from its private key. The next time the client sends
+// the ticket with client-first, the server computes it again, so it stores nothing; another
+// password is another StoredKey and makes it invalid. A try with a valid ticket takes its token
+// from a bucket that only holders of it share, and from no other. It is no password: without one
+// it only lets its owner wait with fewer. A ticket that is not valid counts as none.
 
 // How fast somebody may go on: a bucket of tokens that refills at a steady rate. What they do takes
-// some out; when it is empty, they wait until it is not, but never for longer than 4 seconds, so
-// that nobody who shares the bucket with an attacker is locked out. One thread uses it.
+// some out; when it is empty, they wait until it is not. One thread uses it.
 class TokenBucket {
   public:
     TokenBucket(double per_second, double burst)
         : rate_(per_second), burst_(burst), tokens_(burst) {}
 
-    // Takes `cost` tokens and says how long to wait before going on.
+    // Takes `cost` tokens and says how long to wait before going on: at most longest_pause.
     Milliseconds take(double cost, Clock::time_point now) {
-        tokens_ = std::max(at(now) - cost, -rate_ * longest_wait);
+        tokens_ = std::max(at(now) - cost, -rate_ * longest_pause.count());
         last_ = now;
-        return Milliseconds(static_cast<std::int64_t>(tokens_ < 0 ? -tokens_ / rate_ * 1000 : 0));
+        return wait();
     }
-    bool is_full(Clock::time_point now) const { return at(now) >= burst_; }
+    // Takes one token, and a place in the queue of those who wait. Nothing, and no token is taken,
+    // if that would be longer than `patience`.
+    std::optional<Milliseconds> queue(Clock::time_point now, std::chrono::seconds patience) {
+        double left = at(now) - 1;
+        if (-left > rate_ * static_cast<double>(patience.count())) return std::nullopt;
+        tokens_ = left;
+        last_ = now;
+        return wait();
+    }
+    void give_back_one() { ++tokens_; }
+    double missing(Clock::time_point now) const { return burst_ - at(now); }
+
+    static constexpr std::chrono::duration<double> longest_pause{4};
 
   private:
     double at(Clock::time_point now) const {
         std::chrono::duration<double> passed = now - last_;
         return std::min(burst_, tokens_ + passed.count() * rate_);
     }
-    static constexpr double longest_wait = 4;  // seconds
+    Milliseconds wait() const {
+        return Milliseconds(static_cast<std::int64_t>(tokens_ < 0 ? -tokens_ / rate_ * 1000 : 0));
+    }
     double rate_, burst_, tokens_;
     Clock::time_point last_{};
 };
 
-// Such buckets for what strangers do, one for each account and for each address. Bounded, so that
-// nobody fills our memory with names. Any thread may call it.
+// Such buckets for what strangers do, one for each account or address. Bounded, so that nobody
+// fills our memory with names. Any thread may call it.
 class TokenBuckets {
   public:
-    TokenBuckets(double per_second, double burst) : fresh_(per_second, burst) {}
+    TokenBuckets(double per_second, double burst,
+                 std::chrono::seconds patience = std::chrono::seconds(8))
+        : fresh_(per_second, burst), patience_(patience) {}
 
-    Milliseconds take(const std::string& key, double cost, Clock::time_point now) {
+    // A try begins: how long it has to wait for its turn. Nothing if that would be too long.
+    std::optional<Milliseconds> take(const std::string& key, Clock::time_point now) {
         std::lock_guard lock(mutex_);
-        if (buckets_.size() > max_buckets)
-            std::erase_if(buckets_, [&](const auto& entry) { return entry.second.is_full(now); });
-        if (buckets_.size() > max_buckets) buckets_.clear();
-        return buckets_.try_emplace(key, fresh_).first->second.take(cost, now);
+        // Whoever is missed the least goes first: names by the thousand do not free who is guessing
+        for (double missing : {0.0, 1.0, std::numeric_limits<double>::infinity()})
+            if (buckets_.size() > max_buckets)
+                std::erase_if(buckets_, [&](const auto& entry) {
+                    return entry.second.missing(now) <= missing;
+                });
+        return buckets_.try_emplace(key, fresh_).first->second.queue(now, patience_);
+    }
+    // A try was none: its token, and no more.
+    void give_back(const std::string& key) {
+        std::lock_guard lock(mutex_);
+        if (auto found = buckets_.find(key); found != buckets_.end()) found->second.give_back_one();
     }
     void refill(const std::string& key) {
         std::lock_guard lock(mutex_);
@@ -5331,6 +5454,7 @@ class TokenBuckets {
   private:
     static constexpr std::size_t max_buckets = 20'000;
     const TokenBucket fresh_;
+    const std::chrono::seconds patience_;
     std::mutex mutex_;  // guards buckets_
     std::map<std::string, TokenBucket> buckets_;
 };
@@ -5355,10 +5479,11 @@ struct ServerOptions {
     double messages_per_second = 2000;  // from one member, in the long run
     double message_burst = 20'000;      // and in one go
     Milliseconds handshake_timeout{10'000};
-    Milliseconds login_timeout{60'000};     // the client's slow hash is part of it
-    Milliseconds ping_after{30'000};        // of silence
-    Milliseconds announce_every{10};        // Joined and Left, gathered
-    Milliseconds takeover_patience{3'000};  // for a Pong, when the same user logs in again
+    Milliseconds login_timeout{60'000};  // the client's slow hash is part of it
+    Milliseconds ping_after{30'000};     // of silence
+    Milliseconds announce_every{10};     // Joined and Left, gathered
+    // For a sign of life, when the same user logs in again: longer than TokenBucket::longest_pause.
+    Milliseconds takeover_patience{5'000};
     Milliseconds write_timeout{20'000};
     std::function<void(LogLevel, const std::string&)> log = [](LogLevel, const std::string&) {};
 };
@@ -5388,11 +5513,12 @@ struct Session : std::enable_shared_from_this<Session> {
     // Guarded by Members.
     enum class Stage { stranger, logging_in, member, left, refused };
     std::atomic<Stage> stage = Stage::stranger;
-    std::string user;         // empty for a stranger
-    LoginId id{};             // likewise
-    Bytes card;               // a member's
-    std::size_t told = 0;     // see Members
-    std::uint64_t pongs = 0;  // how many have come
+    std::string user;      // empty for a stranger
+    LoginId id{};          // likewise
+    Bytes card;            // a member's
+    std::size_t told = 0;  // see Members
+
+    std::atomic<std::uint64_t> handled = 0;  // messages of a member: whoever sends some is alive
 
     // Its thread's: in whose outboxes it has put something that is not flushed yet, and how much.
     std::vector<std::shared_ptr<Session>> touched;
@@ -5428,19 +5554,20 @@ class Members {
     // Makes a session the one login of its user, and numbers it. Throws Refusal. If there is
     // another login, the live one stays (P8): one that is still being completed is alive (its
     // client may be making a key, and answers nothing meanwhile; login_timeout bounds that), a
-    // member is if it answers a ping, for which this waits up to takeover_patience. Returns what
+    // member is if anything that it has sent is handled after a ping: its Pong, or, if it floods,
+    // some of the megabytes before that. This waits for it up to takeover_patience. Returns what
     // there is to log.
     std::string claim(const SessionPtr& session, const std::string& user) {
         std::unique_lock lock = to_change();
         std::string line;
         SessionPtr other = of(user);
         if (other && other->stage == Session::Stage::member) {
-            std::uint64_t before = other->pongs;
+            std::uint64_t before = other->handled;
             other->connection.send(Ping{});
             changed_.wait_for(lock, options_.takeover_patience, [&] {
-                return other->pongs != before || other->stage != Session::Stage::member;
+                return other->handled != before || other->stage != Session::Stage::member;
             });
-            if (other->pongs == before) {
+            if (other->handled == before) {
                 other->connection.abort();
                 line =
                     remove_locked(*other, "its connection was dead when the user logged in again");
@@ -5460,9 +5587,9 @@ class Members {
         session->stage = Session::Stage::logging_in;
         return line;
     }
-    void note_pong(Session& s) {
+    // A Pong has come, and is counted in Session::handled.
+    void note_pong(Session&) {
         std::unique_lock lock = to_change();
-        ++s.pongs;
         changed_.notify_all();
     }
 
@@ -5716,7 +5843,8 @@ class Server {
           lock_(lock_data_directory(options_.data_directory)),
           accounts_(options_.data_directory / "users.db"),
           key_(load_or_make_key()),
-          fake_salt_secret_(key_.derived_secret("chatsecure salts of unknown users")) {
+          fake_salt_secret_(key_.derived_secret("chatsecure salts of unknown users")),
+          ticket_secret_(key_.derived_secret("chatsecure tickets of known devices")) {
         for (const std::string& address : listener_.addresses())
             info(concat("listening on ", address));
         info(concat("server key ", fingerprint().text()));
@@ -5962,7 +6090,7 @@ class Server {
             register_account(s, from_wire<RegisterAccount>(message.body));
             message = s.connection.expect(deadline);
         }
-        check_login(session, from_wire_as<Scram>(message).text, deadline);
+        check_login(session, from_wire_as<Scram>(message), deadline);
         publish(s, from_wire_as<PublishCard>(s.connection.expect(deadline)).card);
     }
 
@@ -5979,7 +6107,7 @@ class Server {
             throw Refusal(GoodbyeReason::bad_account, e.what());
         }
         // Each account costs a rewrite of users.db: whoever makes hundreds is made to wait.
-        s.connection.pause(registrations_.take(s.host, 1, Clock::now()));
+        wait_for_turn(s, registrations_.take(s.host, Clock::now()));
         bool added = false;
         try {
             if (accounts_.size() >= options_.max_accounts)
@@ -6001,27 +6129,49 @@ class Server {
         s.connection.send(Registered{});
     }
 
-    void check_login(const SessionPtr& session, const std::string& client_first,
-                     Clock::time_point deadline) {
+    void check_login(const SessionPtr& session, const Scram& first, Clock::time_point deadline) {
         Session& s = *session;
-        ScramServer scram(client_first, s.channel_binding);
+        ScramServer scram(first.text, s.channel_binding);
         std::optional<Account> account = accounts_.find(scram.user());
-        const std::string account_key = "user " + scram.user(), address_key = "from " + s.host;
-        s.connection.pause(std::max(failures_.take(account_key, 0, Clock::now()),
-                                    failures_.take(address_key, 0, Clock::now())));
         ScramVerifier verifier = account ? account->verifier : unknown_user(scram.user());
+        const Secret<32> ticket = ticket_for(scram.user(), verifier);
+        const bool known = equal_in_constant_time(first.ticket, ticket.view());
+        const std::string account_key = (known ? "ticket " : "user ") + scram.user();
+        begin_try(s, account_key, known);
         s.connection.send(Scram{scram.challenge(std::move(verifier))});
 
         std::optional<std::string> server_final =
             scram.check(from_wire_as<Scram>(s.connection.expect(deadline)).text);
-        if (!server_final || !account) {
-            for (const std::string& key : {account_key, address_key})
-                failures_.take(key, 1, Clock::now());
+        if (!server_final || !account)
             throw Refusal(GoodbyeReason::bad_login, "The name or the password is wrong.");
-        }
-        failures_.refill(account_key);  // not the address: an attacker has an account of his own
+        account_tries_.refill(account_key);
+        // Of the address only what this try has taken: an attacker has an account of his own.
+        if (!known) address_tries_.give_back(s.host);
         info(members_.claim(session, scram.user()));
-        s.connection.send(LoginDone{*server_final, s.id});
+        Bytes identity;
+        if (!account->identity.empty()) identity = to_bytes(sha256(account->identity));
+        s.connection.send(LoginDone{*server_final, s.id, identity, to_bytes(ticket.view())});
+    }
+
+    // Takes the tokens of a try to log in, and waits for its turn. Throws Refusal.
+    void begin_try(Session& s, const std::string& account_key, bool known) {
+        Clock::time_point now = Clock::now();
+        std::optional<Milliseconds> of_address =
+            known ? Milliseconds(0) : address_tries_.take(s.host, now);
+        if (!of_address) wait_for_turn(s, of_address);
+        std::optional<Milliseconds> of_account = account_tries_.take(account_key, now);
+        if (!of_account && !known) address_tries_.give_back(s.host);
+        wait_for_turn(s, of_account ? std::max(of_address, of_account) : of_account);
+    }
+    void wait_for_turn(Session& s, std::optional<Milliseconds> wait) {
+        if (!wait)
+            throw Refusal(GoodbyeReason::too_many_tries,
+                          "There were too many tries. Wait a minute, then try again.");
+        s.connection.pause(*wait);
+    }
+    Secret<32> ticket_for(const std::string& user, const ScramVerifier& verifier) const {
+        return hmac_sha256(ticket_secret_.view(),
+                           as_bytes(concat("ticket ", user, as_text(verifier.stored_key))));
     }
 
     // What an unknown user's entry would look like: the same each time, and no password fits. (Who
@@ -6047,6 +6197,8 @@ class Server {
         if (!account->identity.empty())
             warn(concat("\"", s.user, "\" comes with another identity key than before: now ",
                         checked.fingerprint.text()));
+        // Who comes with another one at each login would have users.db rewritten each time.
+        if (!new_identities_.take(s.user, Clock::now())) return;
         try {
             accounts_.set_identity(s.user, checked.identity.der());
         } catch (const Error& e) {
@@ -6067,6 +6219,7 @@ class Server {
         for (;;) {
             while (std::optional<Message> message = s.connection.next()) {
                 if (message->type == Quit::type) return "said goodbye";
+                ++s.handled;
                 handle(s, *message);
                 if (s.unflushed > max_unflushed) flush_touched(s);
             }
@@ -6233,9 +6386,10 @@ class Server {
     DirectoryLock lock_;
     AuthStore accounts_;
     RsaPrivateKey key_;
-    Secret<32> fake_salt_secret_;
-    TokenBuckets failures_{0.25, 2};  // three tries are free (people mistype); then each takes 4 s
+    Secret<32> fake_salt_secret_, ticket_secret_;
+    TokenBuckets account_tries_{0.25, 3}, address_tries_{0.25, 150};
     TokenBuckets registrations_{0.25, 100};
+    TokenBuckets new_identities_{1.0 / 60, 3, std::chrono::seconds(0)};
     std::counting_semaphore<> handshakes_{
         static_cast<std::ptrdiff_t>(std::max(1U, std::thread::hardware_concurrency()))};
     Waker waker_;
@@ -6986,7 +7140,8 @@ class Login {
         if (message.type != Goodbye::type) return message;
         Goodbye goodbye = from_wire<Goodbye>(message.body);
         bool passing = goodbye.reason == GoodbyeReason::already_online ||
-                       goodbye.reason == GoodbyeReason::server_full;
+                       goodbye.reason == GoodbyeReason::server_full ||
+                       goodbye.reason == GoodbyeReason::too_many_tries;
         if (goodbye.reason == GoodbyeReason::none || (passing && been_online_))
             throw NetworkError(goodbye.sentence);
         throw Halt(StopReason::login_refused, goodbye.sentence);
