@@ -66,6 +66,7 @@
 #include <charconv>
 #include <chrono>
 #include <condition_variable>
+#include <csignal>
 #include <cstddef>
 #include <cstdint>
 #include <cstdlib>
@@ -120,6 +121,7 @@
 #include <netinet/in.h>
 #include <netinet/tcp.h>
 #include <poll.h>
+#include <pwd.h>
 #include <sys/file.h>
 #include <sys/resource.h>
 #include <sys/socket.h>
@@ -563,12 +565,16 @@ inline std::optional<std::size_t> utf8_length(std::string_view text) {
 }
 
 // User names: [a-z0-9][a-z0-9_.-]{0,31}. Few characters on purpose: no name can look like another
-// (no Cyrillic "a"), break a line of users.db, or climb out of a directory.
+// (no Cyrillic "a"), break a line of users.db, or climb out of a directory. And nobody has a name
+// that front ends use themselves, as in "you -> bob: text".
 inline constexpr std::size_t max_name_bytes = 32;
+inline bool is_reserved_name(std::string_view name) {
+    return name == "you" || name == "everyone" || name == "everybody";
+}
 inline bool is_valid_name(std::string_view name) {
     auto letter_or_digit = [](char c) { return (c >= 'a' && c <= 'z') || (c >= '0' && c <= '9'); };
     return !name.empty() && name.size() <= max_name_bytes && letter_or_digit(name[0]) &&
-           std::all_of(name.begin(), name.end(), [&](char c) {
+           !is_reserved_name(name) && std::all_of(name.begin(), name.end(), [&](char c) {
                return letter_or_digit(c) || c == '_' || c == '.' || c == '-';
            });
 }
@@ -578,6 +584,9 @@ inline std::string fold_name(std::string_view name) {
     std::string folded(name);
     for (char& c : folded)
         if (c >= 'A' && c <= 'Z') c = static_cast<char>(c - 'A' + 'a');
+    if (is_reserved_name(folded))
+        throw Error(concat("Nobody can be called \"", folded,
+                           "\": it would look as if the program said it. Choose another name."));
     if (!is_valid_name(folded))
         throw Error(concat("\"", visible(name.substr(0, 64)),
                            "\" cannot be a user name. A name has 1 to 32 characters: letters a-z, "
@@ -751,8 +760,8 @@ inline void make_private_directory(const std::filesystem::path& path) {
 // the process ends.
 class DirectoryLock {
   public:
-    // Throws Error if `directory` does not exist. If another process holds it: waits when `wait`
-    // is true, else throws Error with the sentence `busy`.
+    // Throws Error if `directory` does not exist. If another process holds it: throws Error with the
+    // sentence `busy`, when `wait` is true not before it was held for five seconds.
     DirectoryLock(const std::filesystem::path& directory, bool wait, std::string_view busy)
         : lock_(detail::lock_directory(directory, wait, busy)) {}
     ~DirectoryLock() { detail::unlock_directory(lock_); }
@@ -2118,6 +2127,10 @@ class RecordCipher {
 // An unknown name gets a salt too, computed from a secret of the server, always the same for the
 // same name; the login then fails like one with a wrong password. Nobody learns from it which
 // accounts exist. (Registering tells which names are taken. It has to.)
+//
+// The client remembers how many iterations it was asked for. A server that has only begun to be
+// hostile, or somebody who has stolen its key, could otherwise ask for 4,096 with a salt of its own
+// and get a proof that can be searched a hundred times faster than the account's own entry.
 //
 // What it does not protect against: a password that is easy to guess. A stolen users.db can be
 // searched offline, at the price of 600,000 hashes for each try. Passwords are used as the bytes of
@@ -5468,6 +5481,7 @@ struct ServerOptions {
     std::string bind = "127.0.0.1";              // an address of this machine; "::" means all
     std::uint16_t port = 5000;                   // 0: let the system choose
     int rsa_bits = default_rsa_bits;             // of a key that is made at first start
+    bool new_key = false;  // make one also if this directory had one that is missing now
     bool registration_open = true;
     bool log_relayed = false;                  // a line for each payload
     std::size_t max_clients = 1000;            // members, and as many who are logging in
@@ -5929,6 +5943,11 @@ class Server {
         std::filesystem::path public_path = options_.data_directory / "server_public.pem";
         std::optional<RsaPrivateKey> key = RsaPrivateKey::load(private_path, {});
         if (!key) {
+            if (!options_.new_key && std::filesystem::exists(public_path))
+                throw Error(concat("The server's key ", private_path.string(), " is missing, but ",
+                                   public_path.string(),
+                                   " is there: this server had one, and with another its clients "
+                                   "will refuse it. Restore the file, or give --new-key."));
             info(concat("making a new server key of ", options_.rsa_bits,
                         " bits: ", private_path.string()));
             key = RsaPrivateKey::generate(options_.rsa_bits);
@@ -6463,6 +6482,7 @@ class Server {
 //      known_servers                        HOST:PORT SHA256:<fingerprint>     one line a server
 //      servers/<server>/<user>/identity.pem the user's identity key, encrypted with the password
 //      servers/<server>/<user>/known_users  the pins of chapter 8
+//      servers/<server>/<user>/login        iterations and ticket of the last login (chapter 11)
 //
 // <server> is the beginning of the server key's fingerprint, in hexadecimal: the same server under
 // two addresses is one server, and two servers that have the same address in turn are two.
@@ -6655,7 +6675,10 @@ class KnownServers {
     // Pins a server, or replaces its pin.
     void pin(const std::string& server, const Fingerprint& fingerprint) const {
         make_private_directory(home_);
-        DirectoryLock lock(home_, true, "");
+        DirectoryLock lock(
+            home_, true,
+            concat("Another program uses the directory ", home_.string(),
+                   " and does not let go of it. Stop it, or choose another with --home."));
         std::map<std::string, Fingerprint> pins = read();
         pins[server] = fingerprint;
         std::string content;
@@ -6677,7 +6700,8 @@ class KnownServers {
     std::filesystem::path home_, path_;
 };
 
-// The user's data directory, as the system has it: chapter 14.
+// The user's data directory, as the system has it: chapter 14. Empty if there is none (never one
+// below the current directory: the identity would then depend on where a program is started).
 inline std::filesystem::path default_home();
 
 struct ClientOptions {
@@ -7027,8 +7051,11 @@ class Login {
             if (!shake_hands()) throw NetworkError("The server shows another key each time.");
         }
         if (registering_) register_account();
-        log_in();
+        Bytes recorded = log_in();
         prepare_identity();
+        Fingerprint own = identity_->public_key().fingerprint();
+        if (!recorded.empty() && recorded != to_bytes(own.digest))
+            mail_.emit(IdentityReplaced{own});
         publish_card();
         meet_everybody();
         link_->connection->set_patience(options_.ping_after);
@@ -7078,18 +7105,23 @@ class Login {
                        "Nothing was sent. (",
                        e.what(), ")"));
         }
+        KnownServers known(options_.home);
+        if (known.find(server_) != link_->server_key) known.pin(server_, link_->server_key);
         return true;
     }
 
     // Returns if `seen` is the key that we trust (false if only since the user was asked), and
-    // throws Halt if it is not. Nothing but our hello was sent before.
+    // throws Halt if it is not. Nothing but our hello was sent before. Anybody can show a key: it
+    // is pinned only when it has proved itself, for a man in the middle who fails must leave no pin
+    // behind that would make us refuse the true server.
     bool check_server_key(const Fingerprint& seen) {
         KnownServers known(options_.home);
         std::optional<Fingerprint> pinned =
             options_.server_key ? options_.server_key : known.find(server_);
+        if (!pinned) pinned = accepted_key_;
         if (!pinned) {
             if (!options_.accept_new_server) ask_about_server(seen);
-            known.pin(server_, seen);
+            if (!options_.accept_new_server) accepted_key_ = seen;
             return options_.accept_new_server;
         }
         if (*pinned != seen)
@@ -7108,7 +7140,6 @@ class Login {
                        "way, which fingerprint is right. If it is the new one, give it once "
                        "with --server-key SHA256:... (or remove the line of ",
                        server_, " from ", known.path().string(), ")."));
-        if (options_.server_key) known.pin(server_, seen);
         return true;
     }
 
@@ -7151,17 +7182,67 @@ class Login {
         return from_wire_as<T>(next());
     }
 
-    void log_in() {
+    // Returns the fingerprint of the identity that the account had so far, or nothing.
+    Bytes log_in() {
+        Remembered before = remembered();
         ScramClient scram(user_, link_->channel_binding);
-        link_->connection->send(Scram{scram.first()});
+        link_->connection->send(Scram{scram.first(), before.ticket});
         std::string server_first = expect<Scram>().text;
+        LoginDone done;
+        Remembered now;
         try {
             auto [salt, iterations] = scram.receive_challenge(server_first);
+            if (iterations < before.iterations)
+                throw ProtocolError(concat(
+                    "The server asks for ", iterations,
+                    " iterations, and for this account it "
+                    "asked for ",
+                    before.iterations,
+                    " before: the password would be easier to "
+                    "guess. Nothing was sent. If its operator says that this is right, remove ",
+                    login_file().string(), "."));
+            now.iterations = iterations;
             link_->connection->send(Scram{scram.final(salted_password(salt, iterations))});
-            scram.verify_server(expect<LoginDone>().server_final);
+            done = expect<LoginDone>();
+            scram.verify_server(done.server_final);
         } catch (const ProtocolError& e) {
             throw Halt(StopReason::server_distrusted, e.what());
         }
+        now.ticket = done.ticket;
+        if (now.iterations != before.iterations || now.ticket != before.ticket) remember(now);
+        return done.identity;
+    }
+
+    // What a login leaves for the next one, in the file `login`: one line, the iterations and the
+    // ticket (base64, or -).
+    struct Remembered {
+        std::uint32_t iterations = 0;
+        Bytes ticket{};
+    };
+    std::filesystem::path login_file() const {
+        return account_directory(link_->server_key) / "login";
+    }
+    Remembered remembered() const {
+        Remembered found;
+        try {
+            read_lines(login_file(), 4096, "Remove the file.",
+                       [&](const std::vector<std::string>& words) {
+                           if (words.size() != 2) throw Error("it is damaged.");
+                           auto iterations = parse_number<std::uint32_t>(words[0]);
+                           if (!iterations) throw Error("its number is damaged.");
+                           found.iterations = *iterations;
+                           if (words[1] != "-") found.ticket = from_base64(words[1]);
+                       });
+        } catch (const Error& e) {
+            throw Halt(StopReason::local_trouble, e.what());
+        }
+        return found;
+    }
+    void remember(const Remembered& login) const {
+        make_private_directory(login_file().parent_path());
+        std::string ticket = login.ticket.empty() ? "-" : to_base64(login.ticket);
+        write_file(login_file(), as_bytes(concat(login.iterations, " ", ticket, "\n")),
+                   FileMode::owner_only);
     }
 
     void register_account() {
@@ -7254,6 +7335,7 @@ class Login {
     };
     bool registering_;
     bool been_online_ = false;
+    std::optional<Fingerprint> accepted_key_;    // by the user, and not proved yet
     std::optional<std::uint64_t> first_issued_;  // of this run's first card: the number of the run
     std::optional<Salted> salted_;
     std::optional<RsaPrivateKey> identity_;
@@ -7275,9 +7357,9 @@ inline void require_sendable(std::string_view text) {
 class Client final : private FileHost {
   public:
     // Starts the engine, which connects and logs in; everything else is told in events. Throws
-    // Error for a user name that cannot be one.
+    // Error for a user name that cannot be one, and where there is no home directory.
     explicit Client(ClientOptions options)
-        : options_(std::move(options)),
+        : options_(with_home(std::move(options))),
           user_(fold_name(options_.user)),
           server_(concat(options_.host.find(':') == std::string::npos
                              ? options_.host
@@ -7316,6 +7398,11 @@ class Client final : private FileHost {
     const std::string& user() const { return user_; }
 
   private:
+    static ClientOptions with_home(ClientOptions options) {
+        if (options.home.empty())
+            throw Error("There is no home directory: HOME is not set. Give --home DIR.");
+        return options;
+    }
     using Peer = detail::Peer;
     using Halt = detail::Halt;
     using Written = detail::Written;
@@ -8430,6 +8517,10 @@ inline std::size_t raise_descriptor_limit();  // chapter 14
 // no other can use.
 inline void share_one_heap();
 
+// For a program, when it starts: writing what cannot be written (to a pipe that nobody reads, over a
+// limit on the size of files) is an error like any other, not a signal that kills.
+inline void make_write_errors_errors();
+
 // ---- Lines of input, for every front end alike --------------------------------------------------
 
 struct CommandHelp {
@@ -8574,11 +8665,12 @@ inline void sync_directory(const std::filesystem::path&) {}  // NTFS logs the re
 inline std::intptr_t lock_directory(const std::filesystem::path& directory, bool wait,
                                     std::string_view busy) {
     std::filesystem::path file = directory / ".lock";
+    const auto until = std::chrono::steady_clock::now() + std::chrono::seconds(5);
     for (;;) {
         HANDLE lock = ::CreateFileW(file.c_str(), GENERIC_WRITE, 0, nullptr, OPEN_ALWAYS,
                                     FILE_FLAG_DELETE_ON_CLOSE, nullptr);
         if (lock != INVALID_HANDLE_VALUE) return reinterpret_cast<std::intptr_t>(lock);
-        if (!wait) throw Error(std::string(busy));
+        if (!wait || std::chrono::steady_clock::now() >= until) throw Error(std::string(busy));
         ::Sleep(10);
     }
 }
@@ -8700,6 +8792,7 @@ inline void read_keys(std::string_view prompt, const std::function<bool(int key)
 inline std::size_t raise_descriptor_limit() { return 16384; }
 inline void share_one_heap() {}
 
+inline void make_write_errors_errors() {}
 inline std::filesystem::path default_home() {
     const char* data = std::getenv("APPDATA");
     return std::filesystem::path(data != nullptr ? data : "") / "ChatSecure";
@@ -8741,10 +8834,14 @@ inline std::intptr_t lock_directory(const std::filesystem::path& directory, bool
     if (lock < 0)
         throw Error(
             concat("Cannot open the directory ", directory.string(), ": ", system_reason(), "."));
-    int result;
-    do result = ::flock(lock, wait ? LOCK_EX : LOCK_EX | LOCK_NB);
-    while (result != 0 && errno == EINTR);
-    if (result == 0) return lock;
+    const auto until = std::chrono::steady_clock::now() + std::chrono::seconds(5);
+    for (;;) {  // flock() knows no time limit, so we look now and then
+        if (::flock(lock, LOCK_EX | LOCK_NB) == 0) return lock;
+        bool held = errno == EWOULDBLOCK || errno == EINTR;
+        if (!held || !wait || std::chrono::steady_clock::now() >= until) break;
+        ::poll(nullptr, 0, 10);
+        errno = EWOULDBLOCK;
+    }
     std::string reason =
         errno == EWOULDBLOCK
             ? std::string(busy)
@@ -8912,16 +9009,29 @@ inline void share_one_heap() {
 #endif
 }
 
+inline void make_write_errors_errors() {
+    std::signal(SIGPIPE, SIG_IGN);
+    std::signal(SIGXFSZ, SIG_IGN);
+}
 inline std::filesystem::path default_home() {
     auto variable = [](const char* name) {
         const char* value = std::getenv(name);
         return std::filesystem::path(value != nullptr ? value : "");
     };
+    std::filesystem::path home = variable("HOME");
+    if (!home.is_absolute()) {  // a service: whose account is it?
+        std::array<char, 16'384> buffer;
+        passwd entry{}, *found = nullptr;
+        if (::getpwuid_r(::geteuid(), &entry, buffer.data(), buffer.size(), &found) == 0 &&
+            found != nullptr)
+            home = entry.pw_dir;
+    }
 #ifdef __APPLE__
-    return variable("HOME") / "Library" / "Application Support" / "ChatSecure";
+    return home / "Library" / "Application Support" / "ChatSecure";
 #else
     std::filesystem::path data = variable("XDG_DATA_HOME");
-    return (data.is_absolute() ? data : variable("HOME") / ".local" / "share") / "chatsecure";
+    if (data.is_absolute()) return data / "chatsecure";
+    return home.is_absolute() ? home / ".local" / "share" / "chatsecure" : std::filesystem::path();
 #endif
 }
 

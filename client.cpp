@@ -1256,7 +1256,7 @@ int run(const cxxopts::ParseResult& flags) {
     chatsecure::Waker waker;
     main_waker = &waker;
     chatsecure::detail::AtExit forget_waker([] { main_waker = nullptr; });
-    std::signal(SIGPIPE, SIG_IGN);
+    chatsecure::make_write_errors_errors();
     SignIn sign_in{flags["user"].as<std::string>(), flags.count("register") > 0,
                    flags["password-file"].as<std::string>(), isatty(STDIN_FILENO) == 1};
     bool asks = sign_in.interactive && sign_in.password_file.empty() &&

@@ -2678,7 +2678,7 @@ int main(int argc, char** argv) {
         return 2;
     }
 #ifndef _WIN32
-    std::signal(SIGPIPE, SIG_IGN);
+    chatsecure::make_write_errors_errors();
 #endif
     Fl::lock();  // several threads: Fl::awake works
     Fl::set_boxtype(field_box, draw_field_box, 6, 7, 12, 13);

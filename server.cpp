@@ -22,7 +22,6 @@ void stop_on_signals() {
     std::signal(SIGTERM, on_signal);
 #ifndef _WIN32
     std::signal(SIGHUP, on_signal);
-    std::signal(SIGPIPE, SIG_IGN);  // a log that nobody reads any more
 #endif
 }
 
@@ -43,6 +42,7 @@ cxxopts::Options make_options() {
         cxxopts::value<std::string>(), "NAME");
     add("rsa-bits", "size of the key that is made at first start",
         cxxopts::value<int>()->default_value(std::to_string(chatsecure::default_rsa_bits)), "BITS");
+    add("new-key", "make a new key although this directory had one that is missing");
     add("v,verbose", "log each relayed payload: who, to whom, how many bytes");
     add("version", "print the version and exit");
     add("help", "print this and exit");
@@ -73,6 +73,7 @@ int serve(const cxxopts::ParseResult& flags) {
     options.port = flags["port"].as<std::uint16_t>();
     options.max_clients = flags["max-clients"].as<std::size_t>();
     options.rsa_bits = flags["rsa-bits"].as<int>();
+    options.new_key = flags.count("new-key") > 0;
     options.registration_open = flags.count("no-register") == 0;
     options.log_relayed = flags.count("verbose") > 0;
     options.log = [](chatsecure::LogLevel level, const std::string& line) {
@@ -81,6 +82,7 @@ int serve(const cxxopts::ParseResult& flags) {
                                         level == chatsecure::LogLevel::warning ? "WARNING: " : "",
                                         chatsecure::visible(line), "\n");
     };
+    chatsecure::make_write_errors_errors();
     chatsecure::raise_descriptor_limit();
     chatsecure::share_one_heap();
     chatsecure::Server server(std::move(options));
