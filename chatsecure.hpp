@@ -760,8 +760,8 @@ inline void make_private_directory(const std::filesystem::path& path) {
 // the process ends.
 class DirectoryLock {
   public:
-    // Throws Error if `directory` does not exist. If another process holds it: throws Error with the
-    // sentence `busy`, when `wait` is true not before it was held for five seconds.
+    // Throws Error if `directory` does not exist; and if another process holds it, with the
+    // sentence `busy`, at once or, when `wait` is true, after five seconds.
     DirectoryLock(const std::filesystem::path& directory, bool wait, std::string_view busy)
         : lock_(detail::lock_directory(directory, wait, busy)) {}
     ~DirectoryLock() { detail::unlock_directory(lock_); }
@@ -2684,10 +2684,11 @@ inline Message take_message(Reader& record) {
 //     were shown, and again for one that comes a second time. What came too late to be remembered
 //     (see ShownIds) is neither shown nor confirmed.
 //   - What has no receipt when B's login is gone is sealed again, with the same id, for B's next
-//     login of the same identity in the same run. Another run of B's program does not know what
-//     the one before has shown: so what was sent to that, and not confirmed, is named to the user
-//     as not delivered, for otherwise it might be shown twice. A room message is sent again with the same id if the connection
-//     broke before the server's Taken came. Whoever has shown an id does not show it again.
+//     login of the same identity in the same run. Another run of B's program does not know what the
+//     one before has shown: so what was sent to that, and not confirmed, is named to the user as
+//     not delivered, for otherwise it might be shown twice.
+//   - A room message is sent again with the same id if the connection broke before the server's
+//     Taken came. Whoever has shown an id does not show it again.
 //
 // So a server that lies about who is here or what was delivered can cause a second transmission,
 // and never a second showing. And a card is met ONCE: for as long as our own card is used, a card
@@ -5131,6 +5132,11 @@ class Connection {
 //
 //   - Strangers that connect and say nothing, or one byte a second: a deadline for the handshake,
 //     one for the login, and a bound on how many may be in that state from one address.
+//   - Strangers from thousands of addresses: they compete for slots of their own, and members are
+//     not touched. When the slots are used up, the oldest stranger goes, first those that have not
+//     finished the handshake. If the newcomer went instead, whoever has filled the slots once would
+//     keep everybody out; so an attacker has to fill them again and again, faster than a client
+//     needs for its handshake.
 //   - A connection storm: each handshake costs an RSA operation, so only as many as there are
 //     processors run at once. The threads that serve the chat get their share.
 //   - A member that reads too slowly: its outbox is bounded, payloads for it are refused, and when
@@ -5282,7 +5288,7 @@ class AuthStore {
     struct Change {  // it lives in the function of whoever waits for it
         Account account;
         bool done = false;
-        std::exception_ptr failure{};
+        std::string failure{};  // what has prevented it
     };
 
     // Queues a change and returns when it is on the disk. Throws what has prevented that.
@@ -5294,22 +5300,22 @@ class AuthStore {
             else
                 write_pending(lock);
         }
-        if (change.failure) std::rethrow_exception(change.failure);
+        if (!change.failure.empty()) throw Error(change.failure);
     }
     void write_pending(std::unique_lock<std::mutex>& lock) {
         std::vector<Change*> batch = std::exchange(pending_, {});
         writing_ = true;
         lock.unlock();
-        std::exception_ptr failure;
+        std::string failure;
         try {
             write(batch);
-        } catch (...) {
-            failure = std::current_exception();
+        } catch (const std::exception& e) {
+            failure = e.what();
         }
         lock.lock();
         for (Change* change : batch) {  // none of it can fail: the file is written
             auto entry = accounts_.find(change->account.user);
-            if (!failure)
+            if (failure.empty())
                 entry->second = {std::move(change->account), true};
             else if (!entry->second.stored)
                 accounts_.erase(entry);
@@ -5484,8 +5490,9 @@ struct ServerOptions {
     bool new_key = false;  // make one also if this directory had one that is missing now
     bool registration_open = true;
     bool log_relayed = false;                  // a line for each payload
-    std::size_t max_clients = 1000;            // members, and as many who are logging in
-    std::size_t max_logins_per_address = 128;  // connections that are not logged in yet
+    std::size_t max_clients = 1000;            // who are logged in
+    std::size_t max_strangers = 1000;          // connections that are not logged in yet
+    std::size_t max_logins_per_address = 128;  // of those
     std::size_t max_accounts = 100'000;
     std::size_t queue_bound = std::size_t{8} << 20;  // bytes of chat that may wait for one member
     // And of file data: 4 MiB of credit, twice, as an attempt that broke off has left some behind.
@@ -5525,8 +5532,11 @@ struct Session : std::enable_shared_from_this<Session> {
     const std::string host, address;  // "127.0.0.1", "127.0.0.1:41234"
 
     // Guarded by Members.
-    enum class Stage { stranger, logging_in, member, left, refused };
-    std::atomic<Stage> stage = Stage::stranger;
+    //   connecting --> stranger --> logging_in --> member --> left        and from the first three
+    //    handshake      password        card                              it goes on to refused
+    // (Its own thread takes the first step, without that lock: nobody else changes a stranger.)
+    enum class Stage { connecting, stranger, logging_in, member, left, refused };
+    std::atomic<Stage> stage = Stage::connecting;
     std::string user;      // empty for a stranger
     LoginId id{};          // likewise
     Bytes card;            // a member's
@@ -5539,6 +5549,7 @@ struct Session : std::enable_shared_from_this<Session> {
     std::size_t unflushed = 0;
     std::optional<std::uint32_t> taken;  // its last room message, until that is acknowledged
 
+    bool dropped = false;                // guarded by Server: its slot is somebody else's now
     std::thread login_thread;            // joined by `thread`, or by Server::run
     std::thread thread;                  // joined by Server::run
     std::atomic<bool> finished = false;  // there is nothing more to do
@@ -5700,8 +5711,8 @@ class Members {
         using enum Session::Stage;
         Session::Stage stage = s.stage;
         if (stage == left || stage == refused) return "";
+        if (is_online(s)) --online_;
         s.stage = stage == member ? left : refused;
-        if (stage != stranger) --online_;
         changed_.notify_all();
         if (stage != member)
             return concat("refused ", s.address,
@@ -5967,12 +5978,7 @@ class Server {
             std::make_shared<Session>(std::move(newcomer.socket), newcomer.from, options_);
         session->connection.on_full = [this, s = session.get()] { pump_.take_over(*s); };
         std::lock_guard lock(sessions_mutex_);
-        auto strangers = std::count_if(sessions_.begin(), sessions_.end(), [&](const auto& other) {
-            return other->stage != Stage::member && other->stage != Stage::left &&
-                   other->host == session->host;
-        });
-        if (static_cast<std::size_t>(strangers) >= options_.max_logins_per_address ||
-            sessions_.size() >= 2 * options_.max_clients) {
+        if (!make_room_for(*session)) {
             warn(concat("refused ", session->address, ": too many connections"));
             return;
         }
@@ -5983,6 +5989,32 @@ class Server {
             warn(concat("refused ", session->address, ": no thread for it: ", e.what()));
             sessions_.pop_back();
         }
+    }
+
+    // Sees to it that there is a slot for another stranger. False if there is none for this one.
+    // Under sessions_mutex_.
+    bool make_room_for(const Session& newcomer) {
+        std::size_t strangers = 0, from_there = 0;
+        SessionPtr first, first_connecting;  // sessions_ begins with the oldest
+        for (const SessionPtr& other : sessions_) {
+            Stage stage = other->stage;
+            if (stage == Stage::member || stage == Stage::left) continue;
+            if (other->host == newcomer.host) ++from_there;
+            if (other->dropped || other->finished) continue;
+            ++strangers;
+            if (!first && stage != Stage::logging_in) first = other;
+            if (!first_connecting && stage == Stage::connecting) first_connecting = other;
+        }
+        // Those that were dropped have a thread until it has noticed, so there is a bound for all.
+        if (from_there >= options_.max_logins_per_address ||
+            sessions_.size() >= 2 * (options_.max_clients + options_.max_strangers))
+            return false;
+        if (strangers < options_.max_strangers) return true;
+        const SessionPtr& oldest = first_connecting ? first_connecting : first;
+        if (!oldest) return false;
+        oldest->dropped = true;
+        oldest->connection.abort();
+        return true;
     }
 
     void join_finished() {
@@ -6089,6 +6121,7 @@ class Server {
         HopKeys keys = finish_handshake(handshake, s.connection.receive_frame(deadline));
         s.connection.secure(std::move(keys.client_to_server), std::move(keys.server_to_client));
         s.channel_binding = keys.channel_binding;
+        s.stage = Stage::stranger;
         s.connection.send(Welcome{std::string(version),
                                   options_.registration_open ? std::uint8_t{1} : std::uint8_t{0}});
     }
@@ -6475,7 +6508,8 @@ class Server {
 // this one are held while an Outbox's is taken; the others are taken alone.
 //
 // When the connection is lost, the engine connects again, with growing pauses, until it succeeds or
-// is told to stop; what is written meanwhile waits. A server that comes back with another key ends it.
+// is told to stop; what is written meanwhile waits. A server that comes back with another key ends
+// it.
 //
 // What it keeps on disk, below the directory `home` (mode 0700):
 //
@@ -6532,8 +6566,9 @@ struct ListFiles {};             // answered by FileList
 struct LimitRoom {               // who reads what is said to everybody:
     bool verified_only = false;  // only people whose safety number was compared
 };
-// Say goodbye when everything before it was taken and delivered; what is still open when nothing
-// has moved for `patience` is named (DeliveryChanged) and given up. A second one replaces the first.
+// Say goodbye when everything before it was taken and delivered. What is still open when nothing
+// has moved for `patience` is named (DeliveryChanged) and given up. A second one replaces the
+// first.
 struct Leave {
     bool after_files = false;  // wait for every file that is on its way, too
     Milliseconds patience{3'000};
@@ -8517,8 +8552,8 @@ inline std::size_t raise_descriptor_limit();  // chapter 14
 // no other can use.
 inline void share_one_heap();
 
-// For a program, when it starts: writing what cannot be written (to a pipe that nobody reads, over a
-// limit on the size of files) is an error like any other, not a signal that kills.
+// For a program, when it starts: writing what cannot be written (to a pipe that nobody reads, over
+// a limit on the size of files) is an error like any other, not a signal that kills.
 inline void make_write_errors_errors();
 
 // ---- Lines of input, for every front end alike --------------------------------------------------
