@@ -647,6 +647,7 @@ inline void sync_directory(const std::filesystem::path& directory);
 inline std::intptr_t lock_directory(const std::filesystem::path& directory, bool wait,
                                     std::string_view busy);
 inline void unlock_directory(std::intptr_t lock);
+inline constexpr std::chrono::seconds lock_patience{5};
 inline bool may_write_into(const std::filesystem::path& directory);
 
 // Runs a function when the scope is left, however it is left.
@@ -5612,8 +5613,8 @@ class Members {
         session->stage = Session::Stage::logging_in;
         return line;
     }
-    // A Pong has come, and is counted in Session::handled.
-    void note_pong(Session&) {
+    // A Pong has come, and is counted in Session::handled: claim() may be waiting for it.
+    void note_pong() {
         std::unique_lock lock = to_change();
         changed_.notify_all();
     }
@@ -6316,7 +6317,7 @@ class Server {
                 s.connection.send(Pong{from_wire<Ping>(message.body).number});
                 break;
             case Pong::type:
-                members_.note_pong(s);
+                members_.note_pong();
                 break;
             default:
                 throw ProtocolError(concat("Received a message of the unknown type ",
@@ -6837,7 +6838,7 @@ class Mailbox {
 
     std::atomic<std::size_t> unsent = 0;  // messages that the engine has taken, and that wait
 
-    // Returns the event's number, for wait_for_front_end.
+    // Returns the event's number, for dealt_with().
     template <class What>
     std::uint64_t emit(What what) {
         std::uint64_t number = 0;
@@ -8021,9 +8022,7 @@ class Client final : private FileHost {
             wrapped_keys.clear();
         };
         for (auto& [login, peer] : link_->peers) {
-            const Pin* pin = login_.pins().find(peer.user);
-            if (verified_room_ && (pin == nullptr || !pin->verified)) continue;
-            if (!open_to(peer)) continue;
+            if ((verified_room_ && !is_verified(peer)) || !open_to(peer)) continue;
             if (wrapped_keys.size() + Fanout::entry_bytes > room_for_keys) flush();
             append_fields(wrapped_keys, login, peer.sender->wrap_key(room.key, hash));
         }
@@ -8035,6 +8034,11 @@ class Client final : private FileHost {
         if (link_->peers.empty()) emit(Notice{"Nobody else is here to read it."});
         finish(at, Delivery::sent, "");
         return true;
+    }
+
+    bool is_verified(const Peer& peer) {
+        const Pin* pin = login_.pins().find(peer.user);
+        return pin != nullptr && pin->verified;
     }
 
     // False if it has to wait: for the card, or for a reader who has left and may come back.
@@ -8191,10 +8195,9 @@ class Client final : private FileHost {
         auto add = [&](const std::string& user, bool self, Peer::Standing standing) {
             const Pin* pin = login_.pins().find(user);
             bool met = standing != Peer::Standing::unknown;
-            bool changed = standing == Peer::Standing::changed;
-            event.people.push_back(
-                {user, self, !self && pin != nullptr && pin->verified && !changed,
-                 !met || standing == Peer::Standing::trusted, ignored_.contains(user), met});
+            bool trusted = !met || standing == Peer::Standing::trusted;
+            bool verified = !self && pin != nullptr && pin->verified && trusted;
+            event.people.push_back({user, self, verified, trusted, ignored_.contains(user), met});
         };
         add(user_, true, Peer::Standing::trusted);
         for (const auto& [user, id] : link_->by_name) add(user, false, link_->find(id)->standing);
@@ -8446,7 +8449,22 @@ inline SecretBytes ask_password(std::string_view prompt) {
     return password;
 }
 
-// ---- Sizes and times ----------------------------------------------------------------------------
+// ---- Marks, sizes and times ---------------------------------------------------------------------
+
+// What stands beside a message that one has written.
+inline const char* delivery_mark(Delivery state) {
+    switch (state) {
+        case Delivery::waiting:
+            return "\u2026";  // three dots
+        case Delivery::sent:
+            return "\u2713";  // a tick
+        case Delivery::delivered:
+            return "\u2713\u2713";
+        case Delivery::failed:
+            return "!";
+    }
+    return "";
+}
 
 // A number of bytes as people read it: "612 bytes", "4.10 kB", "1.25 GB" (powers of 1000, like a
 // disk's label).
@@ -8700,7 +8718,7 @@ inline void sync_directory(const std::filesystem::path&) {}  // NTFS logs the re
 inline std::intptr_t lock_directory(const std::filesystem::path& directory, bool wait,
                                     std::string_view busy) {
     std::filesystem::path file = directory / ".lock";
-    const auto until = std::chrono::steady_clock::now() + std::chrono::seconds(5);
+    const auto until = std::chrono::steady_clock::now() + lock_patience;
     for (;;) {
         HANDLE lock = ::CreateFileW(file.c_str(), GENERIC_WRITE, 0, nullptr, OPEN_ALWAYS,
                                     FILE_FLAG_DELETE_ON_CLOSE, nullptr);
@@ -8869,7 +8887,7 @@ inline std::intptr_t lock_directory(const std::filesystem::path& directory, bool
     if (lock < 0)
         throw Error(
             concat("Cannot open the directory ", directory.string(), ": ", system_reason(), "."));
-    const auto until = std::chrono::steady_clock::now() + std::chrono::seconds(5);
+    const auto until = std::chrono::steady_clock::now() + lock_patience;
     for (;;) {  // flock() knows no time limit, so we look now and then
         if (::flock(lock, LOCK_EX | LOCK_NB) == 0) return lock;
         bool held = errno == EWOULDBLOCK || errno == EINTR;

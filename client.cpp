@@ -167,10 +167,9 @@ struct Describe {
     Lines operator()(const chatsecure::People& e) const {
         std::vector<std::string> names;
         for (const chatsecure::Person& person : e.people)
-            names.push_back(concat(person.user, person.self ? " (you)" : "",
-                                   person.verified && person.trusted ? " (verified)" : "",
-                                   person.trusted ? "" : " (not trusted)",
-                                   person.ignored ? " (ignored)" : ""));
+            names.push_back(concat(
+                person.user, person.self ? " (you)" : "", person.verified ? " (verified)" : "",
+                person.trusted ? "" : " (not trusted)", person.ignored ? " (ignored)" : ""));
         return {{Tone::quiet, concat("* online: ", listed(names))}};
     }
     Lines operator()(const chatsecure::FileEvent& e) const {
@@ -946,18 +945,9 @@ class Conversation {
         return true;
     }
     static std::string mark_of(const chatsecure::DeliveryChanged& e) {
-        using enum chatsecure::Delivery;
-        switch (e.state) {
-            case waiting:
-                return concat("\u2026 ", visible(e.reason));
-            case sent:
-                return "\u2713";
-            case delivered:
-                return "\u2713\u2713";
-            case failed:
-                return "!";
-        }
-        return "";
+        std::string mark = chatsecure::delivery_mark(e.state);
+        return e.state == chatsecure::Delivery::waiting ? concat(mark, " ", visible(e.reason))
+                                                        : mark;
     }
 
     void take(const std::string& line) {

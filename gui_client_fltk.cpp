@@ -370,19 +370,7 @@ struct Conversation {
 
 // What stands beside a message of our own: nothing for the moment until it is known.
 const char* mark_of(const std::optional<chatsecure::Delivery>& state) {
-    using enum chatsecure::Delivery;
-    if (!state) return "";
-    switch (*state) {
-        case waiting:
-            return "\u2026";
-        case sent:
-            return "\u2713";
-        case delivered:
-            return "\u2713\u2713";
-        case failed:
-            return "!";
-    }
-    return "";
+    return state ? chatsecure::delivery_mark(*state) : "";
 }
 
 enum class Action { accept, decline, cancel, open_folder };
