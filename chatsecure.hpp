@@ -2679,8 +2679,8 @@ inline Message take_message(Reader& record) {
 //      text     = id (u64) || UTF-8          what is sealed, in private and for the room
 //      receipt  = id (u64) || id || ...      private messages that the sender of this has shown
 //
-//   - The id is the sender's: it grows, and no two messages of one identity have the same. It
-//     begins at the time on the sender's card, which is later in each login than in the one before.
+//   - The id is the sender's: it grows, and no two messages of one user with one identity have the
+//     same. It begins at the time on the sender's card, which is later in each login than before.
 //   - B answers private messages with receipts, one for many where many came at once, when they
 //     were shown, and again for one that comes a second time. What came too late to be remembered
 //     (see ShownIds) is neither shown nor confirmed.
@@ -3005,7 +3005,7 @@ struct Text {
     }
 };
 
-// Which messages of one identity were shown: the newest ids, and everything below them.
+// Which messages of one user with one identity were shown: the newest ids, and everything below.
 class ShownIds {
   public:
     enum class Verdict { fresh, shown, too_old };
@@ -7244,13 +7244,14 @@ class Login {
         } catch (const ProtocolError& e) {
             throw Halt(StopReason::server_distrusted, e.what());
         }
-        now.ticket = done.ticket;
+        if (done.ticket.size() <= max_ticket_bytes) now.ticket = done.ticket;
         if (now.iterations != before.iterations || now.ticket != before.ticket) remember(now);
         return done.identity;
     }
 
     // What a login leaves for the next one, in the file `login`: one line, the iterations and the
     // ticket (base64, or -).
+    static constexpr std::size_t max_ticket_bytes = 1024;  // a larger one is not kept
     struct Remembered {
         std::uint32_t iterations = 0;
         Bytes ticket{};
@@ -7449,7 +7450,7 @@ class Client final : private FileHost {
 
     template <class What>
     std::uint64_t emit(What what) {
-        return mail_.emit(std::move(what));
+        return last_event_ = mail_.emit(std::move(what));
     }
 
     // ---- The engine's life ----------------------------------------------------------------------
@@ -7855,11 +7856,12 @@ class Client final : private FileHost {
     void receive_text(Peer& peer, bool to_room, const Text& text) {
         if (ignored_.contains(peer.user)) return;
         if (peer.standing != Peer::Standing::trusted) return hold_back(peer, to_room, text);
-        bool known = shown_.contains(peer.card->fingerprint.digest);
-        if (!known && shown_.size() >= max_identities) return;
-        ShownIds& shown = shown_[peer.card->fingerprint.digest];
+        // The name belongs to it: one person may have two accounts with one identity.
+        const std::pair sender(peer.user, peer.card->fingerprint.digest);
+        if (shown_.size() >= max_identities && !shown_.contains(sender)) return;
+        ShownIds& shown = shown_[sender];
         ShownIds::Verdict verdict = shown.judge(text.id);
-        std::uint64_t event = 0;  // dealt with, if it was shown before
+        std::uint64_t event = last_event_;  // if it came before, its event is among those until now
         if (verdict == ShownIds::Verdict::too_old) return;
         if (verdict == ShownIds::Verdict::fresh) {
             shown.add(text.id);
@@ -8363,8 +8365,9 @@ class Client final : private FileHost {
     std::uint64_t last_id_ = 0;           // of what was written
     std::set<std::string> absent_;        // who was there before the connection was lost
     Clock::time_point regather_until_{};  // how long the room waits for them
-    std::map<Digest, ShownIds> shown_;    // by identity; for as long as the program runs
+    std::map<std::pair<std::string, Digest>, ShownIds> shown_;  // while the program runs
     std::deque<ReceiptDue> receipts_due_;
+    std::uint64_t last_event_ = 0;  // the number of the newest one
     struct Oddities {
         std::uint64_t complaints = 0, gaps = 0, lost = 0;  // lost: not told yet
     };
