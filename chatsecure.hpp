@@ -5388,8 +5388,9 @@ class AuthStore {
 // back. When there are no tokens left it is a queue: the first waits 4 s, the next one 8 s; whoever
 // would have to wait longer is told so at once (too_many_tries), and costs nothing: no token, and
 // no thread that waits. There is a bucket for each account (three tries are free: people mistype)
-// and one for each address (150: a thousand people behind one router log in again when the server
-// restarts, and nobody's right password uses one up).
+// and one for each address (150, a few more than may be under way from there at once: a thousand
+// people behind one router log in again when the server restarts, and nobody's right password uses
+// one up).
 //
 // A ticket gets its owner in. With the account's queue full, its user would be refused like the
 // guessers: whoever knows a name could keep its owner out for ever. But a client that was logged in
@@ -6440,7 +6441,9 @@ class Server {
     AuthStore accounts_;
     RsaPrivateKey key_;
     Secret<32> fake_salt_secret_, ticket_secret_;
-    TokenBuckets account_tries_{0.25, 3}, address_tries_{0.25, 150};
+    TokenBuckets account_tries_{0.25, 3};
+    // More than may be under way at once: so no right password from there is refused for others.
+    TokenBuckets address_tries_{0.25, static_cast<double>(options_.max_logins_per_address + 22)};
     TokenBuckets registrations_{0.25, 100};
     TokenBuckets new_identities_{1.0 / 60, 3, std::chrono::seconds(0)};
     std::counting_semaphore<> handshakes_{
