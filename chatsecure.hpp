@@ -8455,7 +8455,7 @@ inline SecretBytes ask_password(std::string_view prompt) {
     return password;
 }
 
-// ---- Marks, sizes and times ---------------------------------------------------------------------
+// ---- Marks, colours, sizes and times ------------------------------------------------------------
 
 // What stands beside a message that one has written.
 inline const char* delivery_mark(Delivery state) {
@@ -8470,6 +8470,12 @@ inline const char* delivery_mark(Delivery state) {
             return "!";
     }
     return "";
+}
+
+// Everybody has a colour, the same one in every program: the number of one of `colours`.
+inline std::size_t person_colour(std::string_view user, std::size_t colours) {
+    Digest digest = sha256(as_bytes(user));
+    return (std::size_t{digest[0]} << 8 | digest[1]) % colours;
 }
 
 // A number of bytes as people read it: "612 bytes", "4.10 kB", "1.25 GB" (powers of 1000, like a

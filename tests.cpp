@@ -4469,6 +4469,17 @@ TEST_CASE("chapter 11: names by the thousand do not fill the memory, nor free wh
 
 // ---- Chapter 13. For the programs ---------------------------------------------------------------
 
+TEST_CASE("chapter 13: everybody has a colour of their own, as far as there are colours") {
+    CHECK(person_colour("alice", 12) == person_colour("alice", 12));
+    std::set<std::size_t> seen;
+    for (int i = 0; i < 200; ++i) {
+        std::size_t colour = person_colour(concat("user", i), 12);
+        REQUIRE(colour < 12);
+        seen.insert(colour);
+    }
+    CHECK(seen.size() == 12);
+}
+
 TEST_CASE("chapter 13: a password comes from the first line of a file, or from the environment") {
     TempDir dir;
     for (std::string_view content :
