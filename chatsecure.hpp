@@ -642,7 +642,7 @@ inline int close_file(int file);
 inline int sync_file(int file);  // returns when the bytes are on the disk itself
 inline std::ptrdiff_t read_some(int file, ByteSpan into);    // 0: the end of the file
 inline std::ptrdiff_t write_some(int file, ByteView bytes);  // how many, perhaps not all
-inline void sync_directory(const std::filesystem::path& directory);
+inline bool sync_directory(const std::filesystem::path& directory);
 // Throws Error; with the sentence `busy` if another process holds the directory and not `wait`.
 inline std::intptr_t lock_directory(const std::filesystem::path& directory, bool wait,
                                     std::string_view busy);
@@ -721,7 +721,8 @@ inline void write_file(const std::filesystem::path& path, ByteView content, File
         errno = failure.value();
         fail("rename");
     }
-    detail::sync_directory(detail::directory_of(path));
+    // If this fails, the new file is there all the same, and nobody can do more about it.
+    (void)detail::sync_directory(detail::directory_of(path));
 }
 
 // Gives the words of each line of a file to `handle`, which throws Error for what it cannot accept;
@@ -3621,9 +3622,17 @@ class PartFile {
             target.replace_filename(numbered_name(name, number));
             if (detail::rename_to_free(path_, target) == 0) {
                 published_ = true;
-                detail::sync_directory(detail::directory_of(target));
+                if (!detail::sync_directory(detail::directory_of(target)))
+                    throw FileError(concat(target.string(), " is complete, but may not survive a ",
+                                           "crash: its folder cannot be synced to the disk: ",
+                                           system_reason(), "."),
+                                    cannot_write_there);
                 return target;
             }
+            if (errno == ENOENT)
+                throw FileError(concat(path_.string(), " is gone: it was removed or moved while ",
+                                       "it was received."),
+                                cannot_write_there);
             if (errno != EEXIST) throw cannot_write(target);
         }
         throw too_many(name, path_.parent_path());
@@ -6552,9 +6561,9 @@ struct Ignore {  // hide what `user` writes, or show it again
 struct AcceptServerKey {  // the answer to ServerKeyUnknown
     bool accept = false;
 };
-struct SendFile {  // offer it; chapter 9 has the events that follow
+struct SendFile {  // offer them, all or none; chapter 9 has the events that follow
     std::string user;
-    std::filesystem::path path;
+    std::vector<std::filesystem::path> paths;
 };
 struct AcceptFile {
     unsigned number = 0;  // 0: the only one that waits
@@ -8296,8 +8305,16 @@ class Client final : private FileHost {
         if (!is_settled(*peer)) return false;
         if (!open_to(*peer))
             throw Error(concat("Nothing is sent to ", file.user, ", who ", why_not(*peer), "."));
+        std::vector<std::shared_ptr<const SourceFile>> sources;
+        try {
+            for (const std::filesystem::path& path : file.paths)
+                sources.push_back(std::make_shared<SourceFile>(path));
+        } catch (const Error& e) {
+            if (file.paths.size() == 1) throw;
+            throw Error(concat(e.what(), " None of the ", file.paths.size(), " is offered."));
+        }
         login_.pins().keep(*peer->card);
-        files_->offer(as_file_peer(*peer), std::make_shared<SourceFile>(file.path));
+        for (auto& source : sources) files_->offer(as_file_peer(*peer), std::move(source));
         return true;
     }
     bool perform(const AcceptFile& file) {
@@ -8600,7 +8617,7 @@ inline constexpr std::array<CommandHelp, 15> command_help{{
     {"/trust USER", "accept the new identity of somebody whose identity has changed"},
     {"/ignore USER", "hide what somebody writes; again to show it"},
     {"/room verified", "write to everybody you have verified only; \"/room everyone\" ends that"},
-    {"/file USER PATH", "offer a file to somebody"},
+    {"/file USER PATH...", "offer files to somebody; quote a path that has blanks"},
     {"/accept [N] [NAME]", "take an offered file, under another name if one is given"},
     {"/decline [N]", "do not take it"},
     {"/cancel [N]", "withdraw an offer, or stop a file that is on its way"},
@@ -8609,15 +8626,69 @@ inline constexpr std::array<CommandHelp, 15> command_help{{
     {"/quit", "leave"},
 }};
 
-// A path as people type it, or drop it on a terminal: perhaps in quotes, perhaps with ~ for home.
+// A path as people type it, or as a desktop copies it: perhaps with ~ for home, perhaps
+// "file:///tmp/a%20b" (RFC 8089).
 inline std::filesystem::path path_from(std::string_view text) {
-    while (text.ends_with(' ')) text.remove_suffix(1);
-    if (text.size() >= 2 && (text[0] == '"' || text[0] == '\'') && text.back() == text[0])
-        return text.substr(1, text.size() - 2);
     const char* home = std::getenv("HOME");
     if (text.starts_with("~/") && home != nullptr)
         return std::filesystem::path(home) / text.substr(2);
-    return text;
+    std::string_view rest = text;
+    for (std::string_view prefix : {"file://localhost", "file://"})
+        if (rest.starts_with(prefix)) rest.remove_prefix(prefix.size());
+    if (!rest.starts_with('/') || rest.size() == text.size()) return text;
+    std::string decoded;
+    for (; !rest.empty(); rest.remove_prefix(1)) {
+        unsigned byte = 0;
+        if (rest[0] == '%' && rest.size() > 2 &&
+            std::from_chars(rest.data() + 1, rest.data() + 3, byte, 16).ptr == rest.data() + 3 &&
+            byte != 0) {
+            decoded += static_cast<char>(byte);
+            rest.remove_prefix(2);
+        } else {
+            decoded += rest[0];
+        }
+    }
+    return decoded;
+}
+
+// Several paths, as people type them, or as a terminal pastes files that are dropped on it: with
+// blanks between them, and blanks in a name quoted or behind a backslash. What as a whole is the
+// name of something, blanks and all, is that one path; so is what begins with no such name.
+inline std::vector<std::filesystem::path> paths_from(std::string_view text) {
+    while (text.ends_with(' ')) text.remove_suffix(1);
+    auto exists = [](const std::filesystem::path& path) {
+        std::error_code failure;
+        return std::filesystem::exists(path, failure);
+    };
+    std::filesystem::path whole = path_from(text);
+    if (exists(whole)) return {whole};
+    constexpr bool has_escapes = std::filesystem::path::preferred_separator != '\\';
+    std::vector<std::filesystem::path> paths;
+    std::string word;
+    char quote = 0;
+    bool in_word = false;
+    auto end_word = [&] {
+        if (std::exchange(in_word, false)) paths.push_back(path_from(std::exchange(word, {})));
+    };
+    for (std::size_t i = 0; i < text.size(); ++i) {
+        char c = text[i];
+        if (c == ' ' && quote == 0) {
+            end_word();
+            continue;
+        }
+        in_word = true;
+        if (c == quote)
+            quote = 0;
+        else if (quote == 0 && (c == '"' || c == '\''))
+            quote = c;
+        else if (quote == 0 && c == '\\' && has_escapes && i + 1 < text.size())
+            word += text[++i];
+        else
+            word += c;
+    }
+    end_word();
+    bool is_whole = quote != 0 || (paths.size() > 1 && !exists(paths.front()));
+    return is_whole ? std::vector{whole} : paths;
 }
 
 // True for "/help", and for "/help " as completion leaves it.
@@ -8669,8 +8740,8 @@ inline std::optional<Command> parse_command(std::string_view line, std::string_v
     }
     if (command == "/file") {
         std::string_view user = take_word();
-        need(!user.empty() && !line.empty(), "/file USER PATH");
-        return SendFile{fold_name(user), path_from(line)};
+        need(!user.empty() && !line.empty(), "/file USER PATH...");
+        return SendFile{fold_name(user), paths_from(line)};
     }
     if (command == "/accept" || command == "/decline" || command == "/cancel") {
         std::string_view rest = line, word = take_word();
@@ -8724,7 +8795,7 @@ inline std::ptrdiff_t read_some(int file, ByteSpan into) {
 inline std::ptrdiff_t write_some(int file, ByteView bytes) {
     return ::_write(file, bytes.data(), static_cast<unsigned>(bytes.size()));
 }
-inline void sync_directory(const std::filesystem::path&) {}  // NTFS logs the rename itself
+inline bool sync_directory(const std::filesystem::path&) { return true; }  // NTFS logs renames
 
 // Directories cannot be locked: a file in it, which goes away with the process, stands for it.
 inline std::intptr_t lock_directory(const std::filesystem::path& directory, bool wait,
@@ -8886,11 +8957,15 @@ inline std::ptrdiff_t read_some(int file, ByteSpan into) {
 inline std::ptrdiff_t write_some(int file, ByteView bytes) {
     return ::write(file, bytes.data(), bytes.size());
 }
-inline void sync_directory(const std::filesystem::path& directory) {
+inline bool sync_directory(const std::filesystem::path& directory) {
     int handle = ::open(directory.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC);
-    if (handle < 0) return;  // an unreadable directory: the rename is done, only not yet durable
-    ::fsync(handle);
+    if (handle < 0) return true;  // an unreadable directory: one cannot ask for more
+    bool synced =
+        ::fsync(handle) == 0 || errno == EINVAL;  // or the file system knows no such thing
+    int reason = errno;
     ::close(handle);
+    errno = reason;
+    return synced;
 }
 
 inline std::intptr_t lock_directory(const std::filesystem::path& directory, bool wait,
@@ -8964,7 +9039,13 @@ inline void set_modified(int file, std::uint64_t nanoseconds) {
 }
 // rename() would overwrite what has that name; link() does not, and looks and acts in one step.
 inline int rename_to_free(const std::filesystem::path& from, const std::filesystem::path& to) {
-    if (::link(from.c_str(), to.c_str()) == 0) return ::unlink(from.c_str());
+    if (::link(from.c_str(), to.c_str()) == 0) {
+        if (::unlink(from.c_str()) == 0) return 0;
+        int reason = errno;
+        ::unlink(to.c_str());  // one file with two names: a new attempt at one would spoil both
+        errno = reason;
+        return -1;
+    }
     if (errno == EEXIST) return -1;
     struct stat there {};  // a file system without links (a memory card): look, then act
     if (::lstat(to.c_str(), &there) == 0) {

@@ -2352,7 +2352,7 @@ class App {
         if (current_.empty())
             note("Files go to one person: choose one on the left.", Entry::Kind::warning);
         else
-            post(chatsecure::SendFile{current_, path});
+            post(chatsecure::SendFile{current_, {path}});
         refresh();
     }
     void send_file() {

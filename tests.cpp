@@ -12,28 +12,164 @@
 // Nothing here waits by sleeping, and no port is fixed. Keys are small (2048 bits) and passwords
 // are hashed a few times only: what is tested is that they are used, not that they are slow.
 
-#include "chatsecure.hpp"
+#include <cerrno>
+#include <cmath>
+#include <csignal>
+#include <cstdio>
+#include <filesystem>
+#include <fstream>
+#include <functional>
+#include <future>
+#include <iterator>
+#include <map>
+#include <mutex>
+#include <random>
+#include <string>
+#include <typeinfo>
+#include <vector>
+
+#include <fcntl.h>
+#include <openssl/param_build.h>
+#include <openssl/pem.h>
+#include <spawn.h>
+#include <sys/resource.h>
+#include <sys/ioctl.h>
+#include <sys/stat.h>
+#include <sys/wait.h>
+#include <unistd.h>
+#ifdef __linux__
+#include <sys/epoll.h>
+#endif
 
 #define DOCTEST_CONFIG_IMPLEMENT
 #include <doctest/doctest.h>
 
-#include <cmath>
-#include <csignal>
-#include <cstdio>
-#include <fstream>
-#include <future>
-#include <iterator>
-#include <random>
-#include <typeinfo>
+// ---- A disk that fails --------------------------------------------------------------------------
+//
+// What transfers ask of the disk passes through here, so that a test can let any of it fail. For
+// that the names of the system's functions are replaced before the header is read, where a bracket
+// follows. (open stays so: ciphers have a function of that name.)
 
-#include <openssl/param_build.h>
-#include <spawn.h>
-#include <sys/resource.h>
-#include <sys/ioctl.h>
-#include <sys/wait.h>
-#ifdef __linux__
-#include <sys/epoll.h>
-#endif
+namespace {
+
+class FaultyDisk {
+  public:
+    enum class Fault { none, no_space, io_error, too_large, no_access, cut_short, gone };
+
+    // From now on requests about what lies below `folder` are counted, and number `which` (from 0)
+    // suffers the fault.
+    void arm(const std::filesystem::path& folder, std::size_t which, Fault fault) {
+        std::lock_guard lock(mutex_);
+        folder_ = folder.string();
+        which_ = which;
+        fault_ = fault;
+        requests_.clear();
+    }
+    void disarm() { arm({}, 0, Fault::none); }
+    // What was asked for since, by name.
+    std::vector<std::string> requests() {
+        std::lock_guard lock(mutex_);
+        return requests_;
+    }
+
+    // To be called before a request. False if it must fail, and errno says why; `size` may become
+    // smaller.
+    bool pass(const char* request, const std::string& path, std::size_t* size = nullptr) {
+        std::lock_guard lock(mutex_);
+        if (folder_.empty() || !path.starts_with(folder_)) return true;
+        requests_.push_back(request);
+        if (requests_.size() != which_ + 1) return true;
+        std::error_code ignored;
+        switch (fault_) {
+            case Fault::none:
+                return true;
+            case Fault::cut_short:
+                if (size != nullptr && *size > 1) *size /= 2;
+                return true;
+            case Fault::gone:
+                if (!std::filesystem::is_directory(path, ignored))
+                    std::filesystem::remove(path, ignored);
+                return true;
+            case Fault::no_space:
+                errno = ENOSPC;
+                return false;
+            case Fault::io_error:
+                errno = EIO;
+                return false;
+            case Fault::too_large:
+                errno = EFBIG;
+                return false;
+            case Fault::no_access:
+                errno = EACCES;
+                return false;
+        }
+        return true;
+    }
+    bool pass(const char* request, int file, std::size_t* size = nullptr) {
+        std::unique_lock lock(mutex_);
+        auto found = opened_.find(file);
+        std::string path = found == opened_.end() ? "" : found->second;
+        lock.unlock();
+        return pass(request, path, size);
+    }
+    int note_opened(int file, const std::string& path) {
+        std::lock_guard lock(mutex_);
+        if (file >= 0) opened_[file] = path;
+        return file;
+    }
+
+  private:
+    std::mutex mutex_;  // guards all below
+    std::string folder_;
+    std::size_t which_ = 0;
+    Fault fault_ = Fault::none;
+    std::vector<std::string> requests_;
+    std::map<int, std::string> opened_;  // what each descriptor was opened for last
+};
+FaultyDisk faulty_disk;
+
+int disk_open(const char* path, int flags, mode_t mode = 0) {
+    if (!faulty_disk.pass("open", std::string(path))) return -1;
+    return faulty_disk.note_opened(::open(path, flags, mode), path);
+}
+int disk_fstat(int file, struct stat* into) {
+    return faulty_disk.pass("fstat", file) ? ::fstat(file, into) : -1;
+}
+ssize_t disk_pread(int file, void* into, std::size_t size, off_t offset) {
+    return faulty_disk.pass("pread", file, &size) ? ::pread(file, into, size, offset) : -1;
+}
+ssize_t disk_pwrite(int file, const void* bytes, std::size_t size, off_t offset) {
+    return faulty_disk.pass("pwrite", file, &size) ? ::pwrite(file, bytes, size, offset) : -1;
+}
+int disk_ftruncate(int file, off_t size) {
+    return faulty_disk.pass("ftruncate", file) ? ::ftruncate(file, size) : -1;
+}
+int disk_fsync(int file) { return faulty_disk.pass("fsync", file) ? ::fsync(file) : -1; }
+int disk_link(const char* from, const char* to) {
+    return faulty_disk.pass("link", std::string(from)) ? ::link(from, to) : -1;
+}
+int disk_unlink(const char* path) {
+    return faulty_disk.pass("unlink", std::string(path)) ? ::unlink(path) : -1;
+}
+
+}  // namespace
+
+#define open(...) disk_open(__VA_ARGS__)
+#define fstat(...) disk_fstat(__VA_ARGS__)
+#define pread(...) disk_pread(__VA_ARGS__)
+#define pwrite(...) disk_pwrite(__VA_ARGS__)
+#define ftruncate(...) disk_ftruncate(__VA_ARGS__)
+#define fsync(...) disk_fsync(__VA_ARGS__)
+#define link(...) disk_link(__VA_ARGS__)
+#define unlink(...) disk_unlink(__VA_ARGS__)
+#include "chatsecure.hpp"
+#undef fstat
+#undef pread
+#undef pwrite
+#undef ftruncate
+#undef fsync
+#undef link
+#undef unlink
 
 using namespace chatsecure;
 
@@ -4627,6 +4763,39 @@ TEST_CASE("chapter 13: a colon behind a bracket wants a port, as behind a name")
     CHECK(throws<Error>([] { parse_host_port("[::1]:", 5000); }));
 }
 
+TEST_CASE("chapter 13: paths are understood as people type them and terminals paste them") {
+    TempDir dir;
+    std::string d = dir.path.string() + "/";
+    for (std::string name : {"a.txt", "b c.txt", "it's one", "100%.txt", "d"})
+        write_text(dir.path / name, name);
+    auto paths = [](const std::string& text) {
+        std::string all;
+        for (const std::filesystem::path& path : paths_from(text)) all += path.string() + "|";
+        return all;
+    };
+    CHECK(paths(d + "a.txt") == d + "a.txt|");
+    CHECK(paths(d + "a.txt  ") == d + "a.txt|");
+    CHECK(paths(d + "b c.txt") == d + "b c.txt|");
+    CHECK(paths(d + "b\\ c.txt") == d + "b c.txt|");
+    CHECK(paths("\"" + d + "b c.txt\"") == d + "b c.txt|");
+    CHECK(paths("'" + d + "b c.txt'  ") == d + "b c.txt|");
+    CHECK(paths(d + "it's one") == d + "it's one|");
+    CHECK(paths(d + "it\\'s\\ one") == d + "it's one|");
+    CHECK(paths("file://" + d + "b%20c.txt") == d + "b c.txt|");
+    CHECK(paths("file://localhost" + d + "a.txt") == d + "a.txt|");
+    CHECK(paths("file://" + d + "100%.txt") == d + "100%.txt|");
+    CHECK(paths(d + "a%20b") == d + "a%20b|");             // no address
+    CHECK(paths("file:///a%00b%zz%2") == "/a%00b%zz%2|");  // no such characters
+    CHECK(paths(d + "a.txt " + d + "d") == d + "a.txt|" + d + "d|");
+    CHECK(paths(d + "a.txt '" + d + "b c.txt'  file://" + d + "d") ==
+          d + "a.txt|" + d + "b c.txt|" + d + "d|");
+    CHECK(paths(d + "a.txt " + d + "missing") == d + "a.txt|" + d + "missing|");
+    CHECK(paths(d + "no such name") == d + "no such name|");  // one that is misspelt
+    CHECK(paths(d + "no such's name") == d + "no such's name|");
+    const char* home = std::getenv("HOME");
+    if (home != nullptr) CHECK(paths("~/x") == concat(home, "/x|"));
+}
+
 TEST_CASE("chapter 13: lines become commands, or a sentence that helps") {
     auto say = [](std::string_view line) { return std::get<Say>(*parse_command(line, "")).text; };
     CHECK(say("hello") == "hello");
@@ -4650,12 +4819,13 @@ TEST_CASE("chapter 13: lines become commands, or a sentence that helps") {
     CHECK(accept("/accept 2x") == "0|2x");
     CHECK(accept("/accept 2x 3") == "0|2x 3");
     CHECK(accept("/accept -2") == "0|-2");
+    CHECK(std::get<SendFile>(*parse_command("/file Bob x.txt ", "")).user == "bob");
     CHECK(std::holds_alternative<Leave>(*parse_command("/quit", "")));
     CHECK(std::get<LimitRoom>(*parse_command("/room verified", "")).verified_only);
     CHECK_FALSE(std::get<LimitRoom>(*parse_command("/room everyone ", "")).verified_only);
     for (std::string_view wrong :
          {"/msg", "/msg bob", "/msg b!b hi", "/reply", "/verify", "/verify bob no", "/trust a b",
-          "/room", "/room verified bob", "/room bob", "/nonsense", "/"})
+          "/room", "/room verified bob", "/room bob", "/file", "/file bob", "/nonsense", "/"})
         CHECK_THROWS_AS(parse_command(wrong, "x"), Error);
     CHECK_THROWS_AS(parse_command("/reply yes", ""), Error);
     CHECK_NOTHROW(parse_command(std::string(max_text_bytes, 'x'), ""));
@@ -6765,7 +6935,7 @@ struct FilePerson {
     // Writes a file and offers it.
     std::filesystem::path offer(const std::string& to, const std::string& name, ByteView content) {
         write_bytes(outbox / name, content);
-        chat->post(SendFile{to, outbox / name});
+        chat->post(SendFile{to, {outbox / name}});
         return outbox / name;
     }
     // Accepts the next offer.
@@ -6783,6 +6953,8 @@ struct FilePerson {
         return names;
     }
 };
+
+void auto_accept(ClientOptions& options) { options.files.auto_accept = true; }
 
 bool same_content(const std::filesystem::path& a, const std::filesystem::path& b) {
     return read_text(a) == read_text(b);
@@ -7411,7 +7583,7 @@ TEST_CASE(
     }
     desk.from(honest, FileChunk{1, 600, noise(400)});
     desk.host.tend_until(desk.files, [&] { return !desk.host.stopped.empty(); });
-    CHECK(contains(desk.host.stopped[0].sentence, "Cannot write "));
+    CHECK(contains(desk.host.stopped[0].sentence, "is gone: it was removed or moved"));
     CHECK_FALSE(contains(desk.host.stopped[0].sentence, "kept"));  // it is not
     CHECK(desk.host.stopped[0].failed);
     REQUIRE(desk.host.all_sent<FileOver>().size() == 1);
@@ -8397,7 +8569,7 @@ TEST_CASE("files: every size around the edges of a chunk arrives, with its time"
         write_bytes(alice.outbox / name, noise(size));
         auto time = std::filesystem::file_time_type::clock::now() - std::chrono::hours(100);
         std::filesystem::last_write_time(alice.outbox / name, time);
-        alice.chat->post(SendFile{"bob", alice.outbox / name});
+        alice.chat->post(SendFile{"bob", {alice.outbox / name}});
         FileEvent offered = bob.accept_next();
         CHECK(offered.file.user == "alice");
         CHECK(offered.file.name == name);
@@ -8413,6 +8585,110 @@ TEST_CASE("files: every size around the edges of a chunk arrives, with its time"
     }
     CHECK(bob.received() == expected);  // and no .part
     CHECK(alice.chat.problems + bob.chat.problems == "");
+}
+
+TEST_CASE("files: several in one command are several offers, more than places too") {
+    Room room({"alice", "bob"});
+    FilePerson alice(room, "alice"), bob(room, "bob", std::uint16_t{0}, auto_accept);
+    alice.chat.meet("bob");
+    SendFile files{"bob", {}};
+    for (unsigned i = 0; i < 20; ++i) {
+        files.paths.push_back(alice.outbox / concat("file ", i));
+        write_bytes(files.paths.back(), noise(1000, i));
+    }
+    alice.chat->post(files);
+    for (unsigned i = 0; i < 20; ++i) {
+        bob.chat.next_file(Phase::finished);
+        alice.chat.next_file(Phase::finished);
+    }
+    for (unsigned i = 0; i < 20; ++i)
+        CHECK(same_content(files.paths[i], bob.downloads / concat("file ", i)));
+    CHECK(bob.received().size() == 20);
+}
+
+TEST_CASE("P11: whichever request the disk refuses, both sides end with a sentence and go on") {
+    Room room({"alice", "bob"});
+    FilePerson alice(room, "alice"), bob(room, "bob", std::uint16_t{0}, auto_accept);
+    alice.chat.meet("bob");
+    const std::string content = to_string(noise(2 * file_chunk_bytes + 1));
+    write_text(alice.outbox / "file", content);
+    auto send = [&] { alice.chat->post(SendFile{"bob", {alice.outbox / "file"}}); };
+    auto end_of = [](Chatter& chat) {  // of a transfer
+        for (;;)
+            if (FileEvent event = chat.next<FileEvent>();
+                event.phase == Phase::finished || event.phase == Phase::stopped)
+                return event;
+    };
+    bool here_fails = false;  // at the sender
+    SUBCASE("at the sender") { here_fails = true; }
+    SUBCASE("at the receiver") {}
+    const std::filesystem::path& folder = here_fails ? alice.outbox : bob.downloads;
+    using Fault = FaultyDisk::Fault;
+    detail::AtExit disarm([] { faulty_disk.disarm(); });
+    std::size_t stopped = 0;
+    faulty_disk.arm(folder, 0, Fault::none);
+    send();
+    REQUIRE(end_of(bob.chat).phase == Phase::finished);
+    REQUIRE(end_of(alice.chat).phase == Phase::finished);
+    std::size_t requests = faulty_disk.requests().size();
+    for (std::size_t which = 0; which < requests; ++which)
+        for (Fault fault : {Fault::no_space, Fault::io_error, Fault::too_large, Fault::no_access,
+                            Fault::cut_short, Fault::gone}) {
+            std::filesystem::remove_all(bob.downloads);
+            write_text(alice.outbox / "file", content);
+            faulty_disk.arm(folder, which, fault);
+            send();
+            auto opened = [&] {  // or our own user hears that it cannot be
+                for (;;) {
+                    Event event = alice.chat.pull();
+                    if (std::holds_alternative<Problem>(event.what)) return false;
+                    if (std::holds_alternative<FileEvent>(event.what)) return true;
+                }
+            };
+            bool offered = opened();
+            FileEvent at_alice, at_bob;
+            if (offered) {
+                at_bob = end_of(bob.chat);
+                at_alice = end_of(alice.chat);
+            }
+            std::vector<std::string> asked = faulty_disk.requests();
+            faulty_disk.disarm();
+            std::string request = which < asked.size() ? asked[which] : "none";
+            CAPTURE(request);
+            CAPTURE(which);
+            CAPTURE(static_cast<int>(fault));
+            CAPTURE(at_alice.sentence);
+            CAPTURE(at_bob.sentence);
+            if (!offered) {
+                CHECK(here_fails);
+                CHECK((request == "open" || request == "fstat"));
+            } else if (at_bob.phase == Phase::finished) {
+                CHECK(at_alice.phase == Phase::finished);
+                CHECK(read_text(at_bob.path) == content);
+                CHECK(bob.received() == Names{"file"});
+            } else {
+                ++stopped;
+                CHECK(at_alice.phase == Phase::stopped);
+                CHECK(at_alice.failed);
+                CHECK(at_bob.failed);
+                CHECK(at_alice.sentence != "");
+                CHECK(at_bob.sentence != "");
+                for (const std::string& name : bob.received()) {  // nothing stays in silence
+                    std::error_code gone;  // an empty part is removed by its worker, later
+                    if (std::filesystem::file_size(bob.downloads / name, gone) > 0 && !gone)
+                        CHECK(contains(at_bob.sentence, (bob.downloads / name).string()));
+                }
+            }
+            write_text(alice.outbox / "file", content);
+            send();
+            at_bob = end_of(bob.chat);
+            REQUIRE(at_bob.phase == Phase::finished);
+            CHECK(end_of(alice.chat).phase == Phase::finished);
+            CHECK(read_text(at_bob.path) == content);
+            for (const std::string& name : bob.received()) CHECK_FALSE(contains(name, ".part"));
+        }
+    CHECK(stopped > 12);
+    CHECK(bob.chat.problems == "");
 }
 
 TEST_CASE("P9: no byte of a file moves, and no file is made, before its recipient says yes") {
@@ -8646,7 +8922,7 @@ TEST_CASE(
     std::filesystem::create_directories(alice.outbox / "folder");
     write_text(alice.outbox / "file", "x");
     auto says = [&](const std::string& user, const std::filesystem::path& path) {
-        alice.chat->post(SendFile{user, path});
+        alice.chat->post(SendFile{user, {path}});
         return alice.chat.next<Problem>().text;
     };
     CHECK(contains(says("bob", alice.outbox / "file"), "bob is not online"));
@@ -8660,7 +8936,9 @@ TEST_CASE(
         CHECK(contains(says("bob", alice.outbox / "missing"), "No such file"));
         ::mkfifo((alice.outbox / "pipe").c_str(), 0600);
         CHECK(contains(says("bob", alice.outbox / "pipe"), "is a device or a pipe"));
-        alice.chat->post(SendFile{"bob", alice.outbox / "file"});  // and now one that can
+        alice.chat->post(SendFile{"bob", {alice.outbox / "file", alice.outbox / "missing"}});
+        CHECK(contains(alice.chat.next<Problem>().text, "None of the 2 is offered."));
+        alice.chat->post(SendFile{"bob", {alice.outbox / "file"}});  // and now one that can
         bob.accept_next();
         bob.chat.next_file(Phase::finished);
         bob.chat.leave();
@@ -8672,7 +8950,7 @@ TEST_CASE(
     alice.chat.meet("bob");
     CHECK(contains(says("bob", alice.outbox / "file"), "another identity than before"));
     alice.chat->post(Trust{"bob"});
-    alice.chat->post(SendFile{"bob", alice.outbox / "file"});
+    alice.chat->post(SendFile{"bob", {alice.outbox / "file"}});
     impostor.accept_next();
     impostor.chat.next_file(Phase::finished);
 }
@@ -8751,7 +9029,7 @@ TEST_CASE("files: a folder that cannot be written, and one that is full, are sai
             CHECK(
                 contains(alice.chat.next_file(Phase::stopped).sentence, "the disk there is full"));
             std::filesystem::remove(disk.path / "other");
-            alice.chat->post(SendFile{"bob", alice.outbox / "file"});
+            alice.chat->post(SendFile{"bob", {alice.outbox / "file"}});
             bob.accept_next();
             bob.chat.next_file(Phase::finished);
             CHECK(same_content(alice.outbox / "file", downloads / "file"));
