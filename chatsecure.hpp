@@ -3648,6 +3648,14 @@ class PartFile {
         if (!file_.is_open() || !detail::attributes_of(file_.handle(), there) || !there.regular ||
             there.size > size || !detail::lock_file(file_.handle()))
             return false;
+        // Whole, and it has another name, too: a crash has interrupted publish(). This one is left
+        // over.
+        std::error_code unknown;
+        if (there.size == size && size > 0 &&
+            std::filesystem::hard_link_count(path_, unknown) == 2) {
+            std::filesystem::remove(path_, unknown);
+            return false;
+        }
         size_ = there.size;
         // At least one byte is always sent, so that its sender can say that it is the right one.
         if (size_ == size && size > 0) detail::truncate_file(file_.handle(), --size_);

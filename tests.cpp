@@ -3573,6 +3573,24 @@ TEST_CASE("chapter 9: of a part that is whole one byte is asked for, so that its
     CHECK(read_text(part.publish("a", 0)) == "0123456789");
 }
 
+TEST_CASE("P11: a part that a crash left with two names is not written into") {
+    TempDir dir;
+    std::filesystem::path whole;
+    {
+        PartFile part(dir.path, "file", 5);
+        part.append(as_bytes("whole"));
+        std::filesystem::path old_name = part.path();
+        whole = part.publish("file", 0);
+        std::filesystem::create_hard_link(whole, old_name);  // as if the last step had not come
+    }
+    PartFile again(dir.path, "file", 5);
+    CHECK(again.size() == 0);
+    CHECK(read_text(whole) == "whole");
+    again.append(as_bytes("other"));
+    CHECK(read_text(whole) == "whole");
+    CHECK(again.publish("file", 0).filename() == "file (1)");
+}
+
 TEST_CASE("chapter 9: a part that was of another file begins anew") {
     TempDir dir;
     write_text(dir.path / "a.part", "something else");
@@ -9824,6 +9842,11 @@ TEST_CASE("programs: on a terminal, Ctrl-C and a closed window leave cleanly") {
 namespace {
 
 // An Installation in which alice sends files to bob, with a wire tap at each of them.
+unsigned from_environment(const char* name, unsigned otherwise) {
+    const char* value = std::getenv(name);
+    return value == nullptr ? otherwise : parse_number<unsigned>(value).value();
+}
+
 struct FileInstallation : Installation {
     std::filesystem::path outbox = homes.path / "outbox", downloads = homes.path / "downloads";
     Proxy alices_line{port_number()}, bobs_line{port_number()};
@@ -9929,6 +9952,80 @@ TEST_CASE("programs: P11: whoever is killed in mid-file, it goes on from what is
           size - before + credit_total + 500'000);
     CHECK(here.alice->end() == 0);
     CHECK(here.bob->end() == 0);
+}
+
+// FILE_KILLS=100 SEED=7 ./tests -tc='*at whatever instant*' for more rounds, each of 200 MB.
+TEST_CASE("programs: P11: whoever is killed at whatever instant of a transfer, it becomes whole") {
+    const unsigned rounds = from_environment("FILE_KILLS", 3);
+    const unsigned seed = from_environment("SEED", std::random_device()() % 1'000'000);
+    const bool many = std::getenv("FILE_KILLS") != nullptr;
+    const std::size_t size = many ? 200'000'000 : 20'000'000;
+    const Bytes content = noise(size);
+    std::mt19937 random(seed);
+    std::size_t most_again = 0, sum_again = 0, twice = 0;
+    for (unsigned round = 0; round < rounds; ++round) {
+        FileInstallation here;
+        here.bob->end();
+        here.start_bob({"--auto-accept"});
+        write_bytes(here.outbox / "long.bin", content);
+        std::string offer = concat("/file bob ", here.file("long.bin"), "\n");
+        here.alice->write(offer);
+        // The instant: when so much of it is on bob's disk.
+        std::size_t instant = random() % (size + size / 50);
+        auto there = [&] {
+            std::size_t most = 0;
+            std::error_code gone;
+            if (std::filesystem::exists(here.downloads))
+                for (const auto& entry : std::filesystem::directory_iterator(here.downloads, gone))
+                    if (auto bytes = entry.file_size(gone); !gone)
+                        most = std::max<std::size_t>(most, bytes);
+            return most;
+        };
+        while (there() < std::min(instant, size)) std::this_thread::yield();
+        const char* who = "the receiver";
+        if (std::size_t victim = random() % 3; victim == 0) {
+            here.bob->signal(SIGKILL);
+            here.bob->end();
+            here.start_bob({"--auto-accept"});
+        } else if (victim == 1) {
+            who = "the sender";
+            here.alice->signal(SIGKILL);
+            here.alice->end();
+            here.start_alice();
+            if (names_in(here.downloads) != "long.bin") here.alice->write(offer);
+        } else {
+            who = "the server";
+            here.server->signal(SIGKILL);
+            here.server->end();
+            here.start();
+        }
+        CAPTURE(seed);
+        CAPTURE(round);
+        CAPTURE(who);
+        CAPTURE(instant);
+        bool knows =
+            std::string_view(who) != "the sender" || names_in(here.downloads) != "long.bin";
+        if (knows) here.alice->wait_for("has arrived");
+        CHECK(here.alice->end() == 0);
+        CHECK(here.bob->end() == 0);
+        std::size_t copies = 0;
+        for (const auto& entry : std::filesystem::directory_iterator(here.downloads)) {
+            CHECK(read_text(entry.path()) == as_text(content));  // no part, and nothing else
+            ++copies;
+        }
+        // If the blow came between "it is on the disk" and its being heard, it comes once more.
+        CHECK((copies == 1 || copies == 2));
+        twice += copies - 1;
+        std::size_t sent = here.alices_line.recorded(true).size();
+        std::size_t again = sent - std::min(sent, copies * size);
+        CHECK(again < credit_total + size / 100 + 500'000);
+        most_again = std::max(most_again, again);
+        sum_again += again;
+    }
+    if (many)
+        std::cout << "SEED=" << seed << ": " << rounds << " rounds; sent besides the file: at most "
+                  << readable_size(most_again) << ", on average "
+                  << readable_size(sum_again / rounds) << "; " << twice << " came twice\n";
 }
 
 TEST_CASE(
@@ -10503,11 +10600,6 @@ class Catastrophes {
     What what_{};
     TalkOfThree talk_;
 };
-
-unsigned from_environment(const char* name, unsigned otherwise) {
-    const char* value = std::getenv(name);
-    return value == nullptr ? otherwise : parse_number<unsigned>(value).value();
-}
 
 // For a person who has asked for many rounds.
 std::string summary(const Transcripts& people) {
