@@ -2390,6 +2390,10 @@ class ScramServer {
 //      Quit                            -->
 //                                      <--   Goodbye           everything before it was handled
 //
+// "Handled" means: it is in the queues of those it is for. There, Left overtakes what waits on the
+// bulk lane, as all interactive messages do: of a file that one leaves in the middle, the receiver
+// may lose the last chunks, which the next attempt sends again (chapter 9).
+//
 // Anything the server will not do it answers with Goodbye, a reason and a sentence, and closes.
 //
 // A login gets a number (LoginId) that is never used again while the server runs. Members are
