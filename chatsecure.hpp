@@ -640,8 +640,9 @@ inline int open_file(const std::filesystem::path& path, bool create, FileMode mo
 inline void give_back_free_memory();  // what was freed and is kept for the next time
 inline int close_file(int file);
 inline int sync_file(int file);  // returns when the bytes are on the disk itself
-inline std::ptrdiff_t read_some(int file, ByteSpan into);    // 0: the end of the file
-inline std::ptrdiff_t write_some(int file, ByteView bytes);  // how many, perhaps not all
+inline std::ptrdiff_t read_some(int file, ByteSpan into);  // how many bytes; 0: the end of the file
+inline std::ptrdiff_t write_some_at(int file, ByteView bytes, std::uint64_t offset);  // likewise
+inline int rename_over(const std::filesystem::path& from, const std::filesystem::path& to);
 inline bool sync_directory(const std::filesystem::path& directory);
 // Throws Error; with the sentence `busy` if another process holds the directory and not `wait`.
 inline std::intptr_t lock_directory(const std::filesystem::path& directory, bool wait,
@@ -707,20 +708,15 @@ inline void write_file(const std::filesystem::path& path, ByteView content, File
     if (file < 0) fail("create");
     {
         detail::AtExit close([&] { detail::close_file(file); });
-        for (ByteView left = content; !left.empty();) {
-            std::ptrdiff_t wrote = detail::write_some(file, left);
+        for (std::size_t done = 0; done < content.size();) {
+            std::ptrdiff_t wrote = detail::write_some_at(file, content.subspan(done), done);
             if (wrote < 0 && errno == EINTR) continue;
             if (wrote < 0) fail("write");
-            left = left.subspan(static_cast<std::size_t>(wrote));
+            done += static_cast<std::size_t>(wrote);
         }
         if (detail::sync_file(file) != 0) fail("fsync");
     }
-    std::error_code failure;
-    std::filesystem::rename(fresh, path, failure);
-    if (failure) {
-        errno = failure.value();
-        fail("rename");
-    }
+    if (detail::rename_over(fresh, path) != 0) fail("rename");
     // If this fails, the new file is there all the same, and nobody can do more about it.
     (void)detail::sync_directory(detail::directory_of(path));
 }
@@ -3446,7 +3442,6 @@ inline int open_to_send(const std::filesystem::path& path);
 inline int open_part(const std::filesystem::path& path, bool create);  // true: must not exist
 inline bool attributes_of(int file, FileAttributes& attributes);
 inline std::ptrdiff_t read_some_at(int file, ByteSpan into, std::uint64_t offset);
-inline std::ptrdiff_t write_some_at(int file, ByteView bytes, std::uint64_t offset);
 inline bool truncate_file(int file, std::uint64_t size);
 inline bool lock_file(int file);  // false only if somebody else has it
 inline void set_modified(int file, std::uint64_t nanoseconds);
@@ -8804,8 +8799,10 @@ inline int sync_file(int file) { return ::_commit(file); }
 inline std::ptrdiff_t read_some(int file, ByteSpan into) {
     return ::_read(file, into.data(), static_cast<unsigned>(into.size()));
 }
-inline std::ptrdiff_t write_some(int file, ByteView bytes) {
-    return ::_write(file, bytes.data(), static_cast<unsigned>(bytes.size()));
+inline int rename_over(const std::filesystem::path& from, const std::filesystem::path& to) {
+    if (::MoveFileExW(from.c_str(), to.c_str(), MOVEFILE_REPLACE_EXISTING) != 0) return 0;
+    errno = EACCES;
+    return -1;
 }
 inline bool sync_directory(const std::filesystem::path&) { return true; }  // NTFS logs renames
 
@@ -8846,7 +8843,7 @@ inline std::ptrdiff_t read_some_at(int file, ByteSpan into, std::uint64_t offset
 }
 inline std::ptrdiff_t write_some_at(int file, ByteView bytes, std::uint64_t offset) {
     if (::_lseeki64(file, static_cast<std::int64_t>(offset), SEEK_SET) < 0) return -1;
-    return write_some(file, bytes);
+    return ::_write(file, bytes.data(), static_cast<unsigned>(bytes.size()));
 }
 inline bool truncate_file(int file, std::uint64_t size) {
     return ::_chsize_s(file, static_cast<std::int64_t>(size)) == 0;
@@ -8966,8 +8963,8 @@ inline int sync_file(int file) { return ::fsync(file); }
 inline std::ptrdiff_t read_some(int file, ByteSpan into) {
     return ::read(file, into.data(), into.size());
 }
-inline std::ptrdiff_t write_some(int file, ByteView bytes) {
-    return ::write(file, bytes.data(), bytes.size());
+inline int rename_over(const std::filesystem::path& from, const std::filesystem::path& to) {
+    return ::rename(from.c_str(), to.c_str());
 }
 inline bool sync_directory(const std::filesystem::path& directory) {
     int handle = ::open(directory.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC);

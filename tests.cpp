@@ -44,17 +44,19 @@
 #define DOCTEST_CONFIG_IMPLEMENT
 #include <doctest/doctest.h>
 
-// ---- A disk that fails --------------------------------------------------------------------------
+// ---- A disk that fails, and one that forgets ----------------------------------------------------
 //
-// What transfers ask of the disk passes through here, so that a test can let any of it fail. For
-// that the names of the system's functions are replaced before the header is read, where a bracket
-// follows. (open stays so: ciphers have a function of that name.)
+// What the header asks of the disk passes through here, so that a test can let any of it fail, or
+// can ask afterwards what would have been there if the power had gone in between. For that the
+// names of the system's functions are replaced before the header is read, where a bracket follows.
+// (open stays so: ciphers have a function of that name.)
 
 namespace {
 
-class FaultyDisk {
+class TestDisk {
   public:
     enum class Fault { none, no_space, io_error, too_large, no_access, cut_short, gone };
+    using Files = std::map<std::string, std::string>;  // names and contents
 
     // From now on requests about what lies below `folder` are counted, and number `which` (from 0)
     // suffers the fault.
@@ -65,18 +67,65 @@ class FaultyDisk {
         fault_ = fault;
         requests_.clear();
     }
-    void disarm() { arm({}, 0, Fault::none); }
+    void disarm() {
+        arm({}, 0, Fault::none);
+        cuts_.clear();
+    }
+    // From now on this disk forgets: see cuts().
+    void forget_in(const std::filesystem::path& folder) {
+        arm(folder, 0, Fault::none);
+        std::lock_guard lock(mutex_);
+        cuts_.clear();
+        durable_content_.clear();
+        durable_names_ = names_now();
+        for (const auto& [name, file] : durable_names_) durable_content_[file] = content_of(name);
+        note_cut();
+    }
+    // What is there after a power cut behind each request: only what was synced, names (by a sync
+    // of the folder) and contents; and, as other file systems do it, all names, but of the
+    // contents only what was synced.
+    std::vector<Files> cuts() {
+        std::lock_guard lock(mutex_);
+        return cuts_;
+    }
     // What was asked for since, by name.
     std::vector<std::string> requests() {
         std::lock_guard lock(mutex_);
         return requests_;
     }
 
-    // To be called before a request. False if it must fail, and errno says why; `size` may become
-    // smaller.
-    bool pass(const char* request, const std::string& path, std::size_t* size = nullptr) {
+    // Lets a request happen, or fail. `size` is how much is to be read or written.
+    template <class Action>
+    auto ask(const char* request, const std::string& path, const Action& action,
+             std::size_t* size = nullptr) -> decltype(action()) {
+        if (!pass(request, path, size)) return -1;
+        auto result = action();
+        note(request, path, result >= 0);
+        return result;
+    }
+    template <class Action>
+    auto ask(const char* request, int file, const Action& action, std::size_t* size = nullptr)
+        -> decltype(action()) {
+        std::unique_lock lock(mutex_);
+        auto found = opened_.find(file);
+        std::string path = found == opened_.end() ? "" : found->second;
+        lock.unlock();
+        return ask(request, path, action, size);
+    }
+    int note_opened(int file, const std::string& path) {
         std::lock_guard lock(mutex_);
-        if (folder_.empty() || !path.starts_with(folder_)) return true;
+        if (file >= 0) opened_[file] = path;
+        return file;
+    }
+
+  private:
+    bool is_ours(const std::string& path) const {
+        return !folder_.empty() && path.starts_with(folder_);
+    }
+    // False if it must fail, and errno says why.
+    bool pass(const char* request, const std::string& path, std::size_t* size) {
+        std::lock_guard lock(mutex_);
+        if (!is_ours(path)) return true;
         requests_.push_back(request);
         if (requests_.size() != which_ + 1) return true;
         std::error_code ignored;
@@ -105,55 +154,85 @@ class FaultyDisk {
         }
         return true;
     }
-    bool pass(const char* request, int file, std::size_t* size = nullptr) {
-        std::unique_lock lock(mutex_);
-        auto found = opened_.find(file);
-        std::string path = found == opened_.end() ? "" : found->second;
-        lock.unlock();
-        return pass(request, path, size);
-    }
-    int note_opened(int file, const std::string& path) {
+    void note(std::string_view request, const std::string& path, bool good) {
+        int reason = errno;
         std::lock_guard lock(mutex_);
-        if (file >= 0) opened_[file] = path;
-        return file;
+        if (!cuts_.empty() && is_ours(path)) {
+            if (request == "fsync" && good && path == folder_) durable_names_ = names_now();
+            if (request == "fsync" && good && path != folder_)
+                durable_content_[file_number(path)] = content_of(path);
+            note_cut();
+        }
+        errno = reason;
+    }
+    static ino_t file_number(const std::filesystem::path& path) {
+        struct stat raw {};
+        return ::lstat(path.c_str(), &raw) == 0 ? raw.st_ino : 0;
+    }
+    static std::string content_of(const std::filesystem::path& path) {
+        std::ifstream in(path, std::ios::binary);
+        return {std::istreambuf_iterator<char>(in), {}};
+    }
+    std::map<std::string, ino_t> names_now() const {
+        std::map<std::string, ino_t> names;
+        for (const auto& entry : std::filesystem::directory_iterator(folder_))
+            names[entry.path().string()] = file_number(entry.path());
+        return names;
+    }
+    void note_cut() {
+        for (const auto& names : {durable_names_, names_now()}) {
+            Files files;
+            for (const auto& [name, file] : names) files[name] = durable_content_[file];
+            cuts_.push_back(std::move(files));
+        }
     }
 
-  private:
     std::mutex mutex_;  // guards all below
     std::string folder_;
     std::size_t which_ = 0;
     Fault fault_ = Fault::none;
     std::vector<std::string> requests_;
     std::map<int, std::string> opened_;  // what each descriptor was opened for last
+    std::map<std::string, ino_t> durable_names_;
+    std::map<ino_t, std::string> durable_content_;
+    std::vector<Files> cuts_;  // not empty: it forgets
 };
-FaultyDisk faulty_disk;
+TestDisk test_disk;
 
 int disk_open(const char* path, int flags, mode_t mode = 0) {
-    if (!faulty_disk.pass("open", std::string(path))) return -1;
-    return faulty_disk.note_opened(::open(path, flags, mode), path);
+    auto action = [&] { return ::open(path, flags, mode); };
+    return test_disk.note_opened(test_disk.ask("open", std::string(path), action), path);
 }
 int disk_fstat(int file, struct stat* into) {
-    return faulty_disk.pass("fstat", file) ? ::fstat(file, into) : -1;
+    return test_disk.ask("fstat", file, [&] { return ::fstat(file, into); });
 }
 ssize_t disk_pread(int file, void* into, std::size_t size, off_t offset) {
-    return faulty_disk.pass("pread", file, &size) ? ::pread(file, into, size, offset) : -1;
+    auto action = [&] { return ::pread(file, into, size, offset); };
+    return test_disk.ask("pread", file, action, &size);
 }
 ssize_t disk_pwrite(int file, const void* bytes, std::size_t size, off_t offset) {
-    return faulty_disk.pass("pwrite", file, &size) ? ::pwrite(file, bytes, size, offset) : -1;
+    auto action = [&] { return ::pwrite(file, bytes, size, offset); };
+    return test_disk.ask("pwrite", file, action, &size);
 }
 int disk_ftruncate(int file, off_t size) {
-    return faulty_disk.pass("ftruncate", file) ? ::ftruncate(file, size) : -1;
+    return test_disk.ask("ftruncate", file, [&] { return ::ftruncate(file, size); });
 }
-int disk_fsync(int file) { return faulty_disk.pass("fsync", file) ? ::fsync(file) : -1; }
+int disk_fsync(int file) {
+    return test_disk.ask("fsync", file, [&] { return ::fsync(file); });
+}
 int disk_link(const char* from, const char* to) {
-    return faulty_disk.pass("link", std::string(from)) ? ::link(from, to) : -1;
+    return test_disk.ask("link", std::string(from), [&] { return ::link(from, to); });
+}
+int disk_rename(const char* from, const char* to) {
+    return test_disk.ask("rename", std::string(from), [&] { return std::rename(from, to); });
 }
 int disk_unlink(const char* path) {
-    return faulty_disk.pass("unlink", std::string(path)) ? ::unlink(path) : -1;
+    return test_disk.ask("unlink", std::string(path), [&] { return ::unlink(path); });
 }
 
 }  // namespace
 
+#define rename(...) disk_rename(__VA_ARGS__)
 #define open(...) disk_open(__VA_ARGS__)
 #define fstat(...) disk_fstat(__VA_ARGS__)
 #define pread(...) disk_pread(__VA_ARGS__)
@@ -169,6 +248,7 @@ int disk_unlink(const char* path) {
 #undef ftruncate
 #undef fsync
 #undef link
+#undef rename
 #undef unlink
 
 using namespace chatsecure;
@@ -8624,6 +8704,67 @@ TEST_CASE("files: several in one command are several offers, more than places to
     CHECK(bob.received().size() == 20);
 }
 
+TEST_CASE(
+    "P11: the power goes at whatever instant: the old state or the new one, and what is said "
+    "stays") {
+    TempDir dir;
+    std::filesystem::path path;
+    std::string before, after;
+    std::function<void()> change;
+    SUBCASE("a file is replaced") {
+        path = dir.path / "file";
+        write_file(path, as_bytes("the old content"), FileMode::owner_only);
+        change = [&] { write_file(path, as_bytes("new"), FileMode::owner_only); };
+    }
+    SUBCASE("an account is added") {
+        path = dir.path / "users.db";
+        add_account(dir.path, "alice");
+        change = [&] { add_account(dir.path, "bob"); };
+    }
+    SUBCASE("somebody is pinned") {
+        path = dir.path / "known_users";
+        LoginKeys bob(test_key(1), "bob", 1000), carol(test_key(2), "carol", 1000);
+        PinStore first(path);
+        first.judge(CheckedCard(bob.card_bytes, "bob"));
+        first.save();
+        change = [&, card = carol.card_bytes] {
+            PinStore pins(path);
+            pins.judge(CheckedCard(card, "carol"));
+            pins.save();
+        };
+    }
+    SUBCASE("an identity is made") {
+        path = dir.path / "identity.pem";
+        change = [&] { test_key(1).save(path, as_bytes(password), few_iterations); };
+    }
+    SUBCASE("a file was received") {
+        path = dir.path / "file";
+        change = [&] {
+            PartFile part(dir.path, "file.12345678", 10);
+            part.append(as_bytes("01234"));
+            part.append(as_bytes("56789"));
+            CHECK(part.publish("file", 0) == path);
+        };
+    }
+    before = std::filesystem::exists(path) ? read_text(path) : "not there";
+    test_disk.forget_in(dir.path);
+    detail::AtExit disarm([] { test_disk.disarm(); });
+    change();
+    std::vector<TestDisk::Files> cuts = test_disk.cuts();
+    after = read_text(path);
+    REQUIRE(after != before);
+    CHECK(cuts.size() >= 10);
+    for (const TestDisk::Files& files : cuts) {
+        auto found = files.find(path.string());
+        std::string there = found == files.end() ? "not there" : found->second;
+        CHECK((there == before || there == after));
+    }
+    for (const TestDisk::Files& files : {cuts.back(), cuts[cuts.size() - 2]}) {
+        REQUIRE(files.contains(path.string()));
+        CHECK(files.at(path.string()) == after);
+    }
+}
+
 TEST_CASE("P11: whichever request the disk refuses, both sides end with a sentence and go on") {
     Room room({"alice", "bob"});
     FilePerson alice(room, "alice"), bob(room, "bob", std::uint16_t{0}, auto_accept);
@@ -8641,20 +8782,20 @@ TEST_CASE("P11: whichever request the disk refuses, both sides end with a senten
     SUBCASE("at the sender") { here_fails = true; }
     SUBCASE("at the receiver") {}
     const std::filesystem::path& folder = here_fails ? alice.outbox : bob.downloads;
-    using Fault = FaultyDisk::Fault;
-    detail::AtExit disarm([] { faulty_disk.disarm(); });
+    using Fault = TestDisk::Fault;
+    detail::AtExit disarm([] { test_disk.disarm(); });
     std::size_t stopped = 0;
-    faulty_disk.arm(folder, 0, Fault::none);
+    test_disk.arm(folder, 0, Fault::none);
     send();
     REQUIRE(end_of(bob.chat).phase == Phase::finished);
     REQUIRE(end_of(alice.chat).phase == Phase::finished);
-    std::size_t requests = faulty_disk.requests().size();
+    std::size_t requests = test_disk.requests().size();
     for (std::size_t which = 0; which < requests; ++which)
         for (Fault fault : {Fault::no_space, Fault::io_error, Fault::too_large, Fault::no_access,
                             Fault::cut_short, Fault::gone}) {
             std::filesystem::remove_all(bob.downloads);
             write_text(alice.outbox / "file", content);
-            faulty_disk.arm(folder, which, fault);
+            test_disk.arm(folder, which, fault);
             send();
             auto opened = [&] {  // or our own user hears that it cannot be
                 for (;;) {
@@ -8669,8 +8810,8 @@ TEST_CASE("P11: whichever request the disk refuses, both sides end with a senten
                 at_bob = end_of(bob.chat);
                 at_alice = end_of(alice.chat);
             }
-            std::vector<std::string> asked = faulty_disk.requests();
-            faulty_disk.disarm();
+            std::vector<std::string> asked = test_disk.requests();
+            test_disk.disarm();
             std::string request = which < asked.size() ? asked[which] : "none";
             CAPTURE(request);
             CAPTURE(which);
