@@ -71,7 +71,8 @@ else
 
 # ---- Everything else ----------------------------------------------------------------------------
 
-.PHONY: all test demo bench bench-hostile bench-gui check-gui run-gui clean install help no-window
+.PHONY: all test demo bench bench-hostile bench-gui check-gui run-gui sabotage clean install help \
+        no-window
 all: $(O)/server $(O)/client
 
 # The window client, where FLTK is.
@@ -144,6 +145,12 @@ bench-gui: $(O)/tests $(O)/server $(O)/client $(O)/gui_client_fltk
 check-gui: $(O)/tests $(O)/server $(O)/client $(O)/gui_client_fltk
 	$(O)/tests --check-gui
 
+# Breaks the header in many small ways, and sees whether the tests notice. clang++ is much quicker.
+sabotage: $(O)/tests
+	@SABOTAGE_COMPILE='$(or $(shell command -v clang++),$(CXX)) -std=c++20 -O0 -pthread \
+	    $(CPPFLAGS) $(CRYPTO_CFLAGS)' SABOTAGE_LIBS='$(LDFLAGS) $(CRYPTO_LIBS)' \
+	    $(O)/tests --sabotage $(ONLY)
+
 # A window on the server of this machine; if none runs, on one that lives as long as the window.
 run-gui: $(O)/server $(O)/gui_client_fltk
 	@: >run-gui.log; $(O)/server --data run-gui-data 2>>run-gui.log & server=$$!; \
@@ -174,6 +181,7 @@ help:
 	@echo "make run-gui   starts a server, if none runs, and opens a window"
 	@echo "make check-gui drives that window, in a display that nobody sees"
 	@echo "make bench-gui measures it under a flood of messages"
+	@echo "make sabotage  breaks the header in many small ways: the tests must notice each"
 	@echo "make install   into PREFIX ($(PREFIX)), below DESTDIR; the header too"
 	@echo "make clean     removes what was built"
 	@echo "Variables: CXX, CXXFLAGS, O (where to build):"

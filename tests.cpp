@@ -8,6 +8,7 @@
 //      ./tests --bench-hostile measures what a hostile member can do to one victim
 //      ./tests --bench-gui     measures the window client under a flood of messages
 //      ./tests --check-gui     drives the window client in a display of its own
+//      ./tests --sabotage      breaks the header in many ways: do the tests notice? (make sabotage)
 //
 // Nothing here waits by sleeping, and no port is fixed. Keys are small (2048 bits) and passwords
 // are hashed a few times only: what is tested is that they are used, not that they are slow.
@@ -933,6 +934,16 @@ TEST_CASE("chapter 2: bytes go through a connection both ways, and its end is se
     CHECK(read_some(b, block) == 0);
     write_all(b, as_bytes("still open"));  // the other direction
     CHECK(receive_text(a, 10) == "still open");
+}
+
+TEST_CASE("chapter 2: a connection for a chat sends small packets at once, on both sides") {
+    auto [a, b] = socket_pair();
+    for (const Socket* socket : {&a, &b}) {
+        int value = 0;
+        socklen_t size = sizeof value;
+        REQUIRE(::getsockopt(socket->handle(), IPPROTO_TCP, TCP_NODELAY, &value, &size) == 0);
+        CHECK(value != 0);
+    }
 }
 
 TEST_CASE("chapter 2: a listener tells who came") {
@@ -5239,6 +5250,27 @@ TEST_CASE("chapter 12: three people talk, in public and in private") {
     CHECK(alice.problems.empty());
 }
 
+TEST_CASE("chapter 12: a server whose key was accepted is known the next time") {
+    Room room({"alice"});
+    ClientOptions options = room.options("alice");
+    options.accept_new_server = false;
+    {
+        Chatter stranger(options);
+        CHECK(stranger.next<Stopped>().reason == StopReason::server_key_unknown);
+    }
+    options.ask_about_server = true;
+    {
+        Chatter asked(options);
+        asked.next<ServerKeyUnknown>();
+        asked->post(AcceptServerKey{true});
+        asked.next<LoggedIn>();
+        asked.leave();
+    }
+    options.ask_about_server = false;
+    Chatter again(options);
+    again.next<LoggedIn>();
+}
+
 TEST_CASE("chapter 12: a newcomer registers, and comes back with the same identity") {
     Room room({});
     TempDir home;
@@ -6680,6 +6712,32 @@ TEST_CASE("P6: a room member who knows a text's key cannot make others read anot
     REQUIRE(open_room_text(forged, honest.key) == "I owe mallory a lot!!");
     CHECK(unwrapped(at_bob, wrapped_key, sha256(forged)) == OpenedPayload::State::damaged);
     CHECK(unwrapped(at_bob, wrapped_key, sha256(honest.sealed)) == OpenedPayload::State::good);
+}
+
+TEST_CASE("P6: what was sealed as something else is no key of a room message") {
+    HostileServer server;
+    TempDir home;
+    Chatter alice(options_for_hostile(server, home));
+    server.let_in({{2, "mallory"}});
+    alice.next<LoggedIn>();
+    CheckedCard alice_card(server.alice_card(), "alice");
+    LoginKeys mallory(test_key(2), "mallory", 1000);
+    Secret<32> secret = random_secret<32>();
+    auto lanes =
+        detail::pair_lanes<SealingLane>(mallory.card_hash, alice_card.hash, secret,
+                                        mallory.ephemeral.shared_secret(alice_card.ephemeral));
+    Bytes open;
+    append_fields(open, PayloadType::open, mallory.card_bytes,
+                  alice_card.identity.encrypt(secret, join(mallory.card_hash, alice_card.hash)));
+    server.send(Delivered{LoginId{2}, Lane::interactive, open});
+    for (Kind kind : {Kind::text, Kind::receipt, Kind::file_offer, Kind::room_key}) {
+        SealedRoomText text = seal_room_text(as_text(
+            Text{static_cast<std::uint64_t>(kind), concat("sealed as ", int(kind))}.encoded()));
+        Bytes wrapped;
+        lanes[0].seal_to(wrapped, kind, text.key.view(), sha256(text.sealed));
+        server.send(RoomDelivered{LoginId{2}, text.sealed, to_fixed<wrapped_key_bytes>(wrapped)});
+    }
+    CHECK(alice.next_room().text == "sealed as 2");
 }
 
 TEST_CASE("P7: users.db lets nobody log in") {
@@ -8848,6 +8906,28 @@ TEST_CASE("P11: whichever request the disk refuses, both sides end with a senten
         }
     CHECK(stopped > 12);
     CHECK(bob.chat.problems == "");
+}
+
+TEST_CASE("P13: a message is confirmed when its reader asks for what comes behind it, not before") {
+    Room room({"alice", "bob"});
+    FilePerson alice(room, "alice"), bob(room, "bob", std::uint16_t{0}, auto_accept);
+    alice.chat.meet("bob");
+    bob.chat.meet("alice");
+    alice.chat->post(Tell{"bob", "hello"});
+    while (alice.chat.next<DeliveryChanged>().state != Delivery::sent) {
+    }
+    // Bob's engine has dealt with everything before a file that it takes by itself; whoever sits
+    // in front of it has asked for nothing.
+    alice.offer("bob", "file", noise(10));
+    for (bool arrived = false; !arrived;) {
+        Event event = alice.chat.pull();
+        CHECK_FALSE(std::holds_alternative<DeliveryChanged>(event.what));
+        const auto* file = std::get_if<FileEvent>(&event.what);
+        arrived = file != nullptr && file->phase == Phase::finished;
+    }
+    CHECK(bob.chat.next_private().text == "hello");
+    bob.chat.poll();
+    CHECK(alice.chat.next<DeliveryChanged>().state == Delivery::delivered);
 }
 
 TEST_CASE("P9: no byte of a file moves, and no file is made, before its recipient says yes") {
@@ -12508,6 +12588,136 @@ REGISTER_LISTENER("counter", 1, Counter);
 
 }  // namespace
 
+// =================================================================================================
+//  make sabotage
+// =================================================================================================
+
+namespace {
+
+// One of docs/sabotages.md.
+struct Sabotage {
+    std::string name, before, after;  // the lines of the header, and what stands there instead
+    std::string tests;                // that must turn red: doctest's filter
+    bool quick = false;
+};
+
+std::filesystem::path source(std::string_view name) {
+    return std::filesystem::absolute(__FILE__).parent_path() / name;
+}
+
+std::vector<Sabotage> read_sabotages() {
+    std::vector<Sabotage> sabotages;
+    std::istringstream in(read_text(source("docs/sabotages.md")));
+    for (std::string line; std::getline(in, line);) {
+        if (line.starts_with("## ")) sabotages.push_back({line.substr(3), "", "", "", false});
+        if (sabotages.empty()) continue;
+        Sabotage& now = sabotages.back();
+        if (line.starts_with("-")) now.before += line.substr(1) + "\n";
+        if (line.starts_with("+")) now.after += line.substr(1) + "\n";
+        if (!line.starts_with("Red: ")) continue;
+        now.quick = line.ends_with(" (quick)");
+        for (std::size_t at = 0; (at = line.find('`', at)) != line.npos;) {
+            std::size_t end = line.find('`', at + 1);
+            now.tests += concat(now.tests.empty() ? "" : ",", line.substr(at + 1, end - at - 1));
+            at = end + 1;
+        }
+    }
+    return sabotages;
+}
+
+// The header with the sabotage in it. Lines may be parts of longer ones.
+std::string sabotaged(const std::string& header, const Sabotage& sabotage) {
+    std::string before = sabotage.before, after = sabotage.after;
+    if (before.ends_with('\n')) before.pop_back();
+    if (after.ends_with('\n')) after.pop_back();
+    std::size_t at = header.find(before);
+    if (before.empty() || at == header.npos || header.find(before, at + 1) != header.npos)
+        throw Error(concat("The lines of ", sabotage.name, " are not there once."));
+    return concat(header.substr(0, at), after, header.substr(at + before.size()));
+}
+
+// Builds the tests with this header and runs some of them. What the run printed; and whether it was
+// green, if it could be built.
+std::optional<bool> is_green(const std::filesystem::path& folder, const std::string& header,
+                             const std::string& tests) {
+    std::filesystem::create_directories(folder);
+    write_text(folder / "chatsecure.hpp", header);
+    std::filesystem::create_symlink(source("tests.cpp"), folder / "tests.cpp");
+    std::string place = folder.string();
+    std::string build =
+        concat(std::getenv("SABOTAGE_COMPILE"), " -o ", place, "/tests ", place, "/tests.cpp ",
+               std::getenv("SABOTAGE_LIBS"), " >", place, "/build.log 2>&1");
+    if (std::system(build.c_str()) != 0) return std::nullopt;
+    // What hangs is red, too.
+    std::string run =
+        concat("timeout 100 ", place, "/tests '-tc=", tests, "' >", place, "/run.log 2>&1");
+    return std::system(run.c_str()) == 0;
+}
+
+// `only`: a name, "quick", or empty for all.
+int sabotage(const std::string& only) {
+    if (std::getenv("SABOTAGE_COMPILE") == nullptr || std::getenv("SABOTAGE_LIBS") == nullptr)
+        throw Error("Please say: make sabotage");
+    std::vector<Sabotage> todo = read_sabotages();
+    std::erase_if(todo, [&](const Sabotage& s) {
+        return !only.empty() && (only == "quick" ? !s.quick : s.name != only);
+    });
+    if (todo.empty()) throw Error(concat("docs/sabotages.md has no ", only, "."));
+    const std::string header = read_text(source("chatsecure.hpp"));
+    TempDir scratch;
+    std::string all;
+    for (const Sabotage& s : todo) all += concat(all.empty() ? "" : ",", s.tests);
+    if (is_green(scratch.path / "unchanged", header, all) != true)
+        throw Error("The tests are not green without any sabotage.");
+    std::atomic<std::size_t> next = 0, caught = 0;
+    std::mutex printing;
+    auto work = [&] {
+        for (std::size_t i = 0; (i = next++) < todo.size();) {
+            const Sabotage& s = todo[i];
+            auto green = is_green(scratch.path / s.name, sabotaged(header, s), s.tests);
+            std::lock_guard lock(printing);
+            if (green == false) ++caught;
+            std::cout << (green == false ? "caught    "
+                          : green        ? "SURVIVED  "
+                                         : "no build  ")
+                      << s.name << std::endl;
+            if (!green) std::cout << read_text(scratch.path / s.name / "build.log") << std::endl;
+            std::filesystem::remove_all(scratch.path / s.name);
+        }
+    };
+    std::thread second(work);  // two at a time: each needs a gigabyte to be built
+    work();
+    second.join();
+    std::cout << caught << " of " << todo.size() << " sabotages were caught\n";
+    return caught == todo.size() ? 0 : 1;
+}
+
+}  // namespace
+
+TEST_CASE("sabotages: each fits the header as it is, and names tests that there are") {
+    if (!std::filesystem::exists(source("docs/sabotages.md"))) {
+        MESSAGE("skipped: the sources are not where they were when this was built");
+        return;
+    }
+    const std::string header = read_text(source("chatsecure.hpp"));
+    const std::string tests = read_text(source("tests.cpp"));
+    std::set<std::string> names;
+    for (const Sabotage& s : read_sabotages()) {
+        CAPTURE(s.name);
+        CHECK(names.insert(s.name).second);
+        std::string changed;
+        CHECK_NOTHROW(changed = sabotaged(header, s));
+        CHECK(changed != header);
+        CHECK(s.tests != "");
+        std::istringstream filters(s.tests);
+        for (std::string filter; std::getline(filters, filter, ',');) {
+            CAPTURE(filter);
+            CHECK(contains(tests, concat('"', filter.substr(0, filter.find('*')))));
+        }
+    }
+    CHECK(names.size() >= 40);
+}
+
 int main(int argc, char** argv) {
     ::signal(SIGPIPE, SIG_IGN);  // a program under test may end while we write to it
     program_directory = std::filesystem::absolute(argv[0]).parent_path();
@@ -12524,6 +12734,8 @@ int main(int argc, char** argv) {
             return bench_hostile({argv + 2, argv + argc});
         if (argc == 2 && std::string_view(argv[1]) == "--bench-gui") return bench_gui();
         if (argc == 2 && std::string_view(argv[1]) == "--check-gui") return check_gui();
+        if (argc >= 2 && std::string_view(argv[1]) == "--sabotage")
+            return sabotage(argc > 2 ? argv[2] : "");
     } catch (const std::exception& e) {
         std::cerr << e.what() << '\n';
         return 1;
