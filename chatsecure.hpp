@@ -5499,6 +5499,7 @@ struct ServerOptions {
     std::size_t queue_bound = std::size_t{8} << 20;  // bytes of chat that may wait for one member
     // And of file data: 4 MiB of credit, twice, as an attempt that broke off has left some behind.
     std::size_t bulk_queue_bound = std::size_t{9} << 20;
+    Milliseconds bulk_patience{1'000};  // of a sender, for room in somebody's full bulk lane
     double messages_per_second = 2000;  // from one member, in the long run
     double message_burst = 20'000;      // and in one go
     Milliseconds handshake_timeout{10'000};
@@ -6352,9 +6353,9 @@ class Server {
         }
         // Somebody has filled that bulk lane against the rules of chapter 9. All who write to it
         // wait for a moment, so that it ends no transfer of anybody else.
-        for (auto until = Clock::now() + bulk_patience; result == Outbox::Result::refused &&
-                                                        send.lane == Lane::bulk &&
-                                                        Clock::now() < until;) {
+        for (auto until = Clock::now() + options_.bulk_patience;
+             result == Outbox::Result::refused && send.lane == Lane::bulk &&
+             Clock::now() < until;) {
             flush_touched(s);
             to->connection.outbox.wait_for_bulk_room(
                 options_.bulk_queue_bound - std::min(options_.bulk_queue_bound, max_record_bytes),
@@ -6431,7 +6432,6 @@ class Server {
     }
 
     static constexpr std::size_t large_chunk = 16 * 1024;
-    static constexpr Milliseconds bulk_patience{1000};
     static constexpr std::size_t max_unflushed = 32 * 1024;  // deliveries: some milliseconds
     static constexpr std::size_t large_burst = 256;          // one that is worth cleaning up after
 

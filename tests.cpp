@@ -4338,7 +4338,7 @@ class HeldUpFile {
     int file_ = -1;
 };
 
-TEST_CASE("chapter 11: who asks for an account waits for no disk") {
+TEST_CASE("P10: who asks for an account waits for no disk") {
     TempDir dir;
     std::filesystem::path path = dir.path / "users.db";
     AuthStore store(path);
@@ -4451,7 +4451,7 @@ TEST_CASE("chapter 11: a right password refills the account, and gives the addre
         CHECK(tries.take("10.0.0.1", later) == Milliseconds(delay));
 }
 
-TEST_CASE("chapter 11: a hundred registrations from one address are quick, more are slow") {
+TEST_CASE("P10: a hundred registrations from one address are quick, more are slow") {
     TokenBuckets registrations(0.25, 100);
     for (int i = 0; i < 100; ++i) CHECK(registrations.take("10.0.0.1", an_hour) == Milliseconds(0));
     for (int delay : {4000, 8000})
@@ -4889,6 +4889,15 @@ class HandDriven {
             throw Error(concat("A message of type ", static_cast<int>(message.type), " came."));
         return from_wire<T>(message.body);
     }
+    MessageType next_type(Clock::time_point deadline) { return connection_.expect(deadline).type; }
+    // The next T; what comes before it is not looked at.
+    template <class T>
+    T skip_to() {
+        for (;;) {
+            Message message = connection_.expect(deadline_);
+            if (message.type == T::type) return from_wire<T>(message.body);
+        }
+    }
     bool is_closed() {
         try {
             connection_.expect(deadline_);
@@ -5129,7 +5138,7 @@ TEST_CASE("chapter 11: too many strangers from one address are turned away, memb
     CHECK(alice.next<People>().people.size() == 1);
 }
 
-TEST_CASE("chapter 11: when the strangers' slots are used up, the oldest of them goes") {
+TEST_CASE("P10: when the strangers' slots are used up, the oldest of them goes") {
     Waker never;
     Room room({"alice", "bob", "carol"}, [](ServerOptions& o) { o.max_strangers = 3; });
     const std::uint16_t port = (*room.server)->port();
@@ -6048,6 +6057,38 @@ TEST_CASE(
     }
 }
 
+TEST_CASE("P13: whatever the server says came back, it is not said a second time") {
+    HostileServer server;
+    TempDir home;
+    Chatter alice(options_for_hostile(server, home));
+    server.let_in({{2, "bob"}});
+    alice.next<LoggedIn>();
+    LoginKeys bob(test_key(2), "bob", 1000);
+    CheckedCard alice_card(server.alice_card(), "alice");
+    alice->post(Tell{"bob", "once"});
+    server.receive<GetCard>();
+    server.send(CardOf{LoginId{2}, bob.card_bytes});
+    OpenPayload parts = decode<OpenPayload>(server.receive<Send>().payload.subspan(1), "an open");
+    PairReceiver at_bob(bob, alice_card, parts.encapsulated);
+    auto read = [&] {
+        Send sent = server.receive<Send>();
+        OpenedPayload opened = at_bob.open(sent.lane, ByteView(to_bytes(sent.payload)).subspan(1));
+        return std::pair(sent.tag, Text::decoded(opened.body).value().words);
+    };
+    auto [tag, words] = read();
+    CHECK(words == "once");  // he has it
+    for (int time = 0; time < 2; ++time) server.send(Undelivered{LoginId{2}, tag});
+    alice->post(Tell{"bob", "something else"});
+    CHECK(read().second == "something else");
+    int failed = 0;
+    while (failed == 0) {
+        DeliveryChanged changed = alice.next<DeliveryChanged>();
+        if (changed.state != Delivery::failed) continue;
+        CHECK(changed.text == "once");  // nobody knows: it is named
+        ++failed;
+    }
+}
+
 TEST_CASE("P5: whatever is played back, under whatever number or name, nobody says it again") {
     HostileServer server;
     TempDir home;
@@ -6496,7 +6537,8 @@ TEST_CASE("chapter 11: a right password uses up nothing, of the address neither"
     CHECK_FALSE(contains(room.server->log(), "too many tries"));
 }
 
-TEST_CASE("chapter 11: a login is told which identity its account has, and so does its record") {
+TEST_CASE(
+    "P5: a login is told which identity its account has, and seldom changes the record of it") {
     Room room({"alice"});
     auto recorded = [&] { return AuthStore(room.data.path / "users.db").find("alice")->identity; };
     auto visit = [&](int key) {  // returns what LoginDone says
@@ -6637,6 +6679,39 @@ TEST_CASE("P10: who has left does not come back, however the server answers") {
         for (std::optional<Event> event; (event = alice.poll(long_enough));)
             CHECK_FALSE(std::holds_alternative<ConnectionLost>(event->what));
     }
+}
+
+TEST_CASE("P10: a bulk lane that one member has filled ends no transfer of another") {
+    Room room({"victim", "mallory", "honest"}, [](ServerOptions& o) {
+        o.bulk_queue_bound = 256 * 1024;
+        o.bulk_patience = Milliseconds(3000);
+    });
+    auto member = [&](const std::string& user) {
+        auto person = std::make_unique<HandDriven>((*room.server)->port(), user);
+        person->join();
+        return person;
+    };
+    auto victim = member("victim"), honest = member("honest"), mallory = member("mallory");
+    const LoginId to = victim->done.id;
+    honest->skip_to<Ready>();
+    // The victim's program is busy. A bulk lane has room for the credit of all who keep to the rules,
+    // but not for her megabytes.
+    auto answer_to = [](HandDriven& person, Milliseconds patience = long_enough) {
+        for (auto deadline = Clock::now() + patience;;) {
+            MessageType type = person.next_type(deadline);
+            if (type == Pong::type || type == Undelivered::type) return type;
+        }
+    };
+    do {
+        mallory->send(Send{to, Lane::bulk, 1, Bytes(60'000, 2)});
+        mallory->send(Ping{1});
+    } while (answer_to(*mallory) == Pong::type);
+    honest->send(Send{to, Lane::bulk, 5, Bytes(60'000, 3)});
+    honest->send(Ping{6});
+    CHECK_THROWS_AS(answer_to(*honest, Milliseconds(200)), TimedOut);  // it waits, then
+    while (victim->skip_to<Delivered>().payload[0] != 3) {
+    }
+    CHECK(answer_to(*honest) == Pong::type);  // and no Undelivered in front of it
 }
 
 TEST_CASE("P10: a server that pings and never reads costs the client little memory") {
@@ -9390,6 +9465,120 @@ TEST_CASE(
     }
     CHECK(complaint_of({"server", "--help"}).first == 0);
     CHECK(complaint_of({"server", "--version"}).first == 0);
+}
+
+TEST_CASE("programs: P11: without HOME the identity is where the system says, or nowhere") {
+    // No variable, but an entry in the system's user database.
+    OtherProcess service([] {
+        ::unsetenv("HOME");
+        ::unsetenv("XDG_DATA_HOME");
+        const passwd* entry = ::getpwuid(::geteuid());
+        if (entry == nullptr) return 1;
+        std::filesystem::path home = std::filesystem::path(entry->pw_dir) / ".local/share";
+        bool right = default_home() == home / "chatsecure";
+        ::setenv("HOME", "relative", 1);
+        ::setenv("XDG_DATA_HOME", "relative", 1);
+        return right && default_home() == home / "chatsecure" ? 7 : 2;
+    });
+    service.go();
+    CHECK(service.wait() == 7);
+
+    // Neither: nobody has this number. An identity below the folder in which it was started would
+    // be another one in the next folder.
+    TempDir dir;
+    std::filesystem::path client = dir.path / "client", started_in = dir.path / "started in";
+    if (::geteuid() != 0 || !std::filesystem::exists("/usr/bin/setpriv")) return;
+    std::filesystem::copy_file(program_directory / "client", client);
+    std::filesystem::create_directory(started_in);
+    std::filesystem::permissions(dir.path, std::filesystem::perms(0755));
+    std::filesystem::permissions(client, std::filesystem::perms(0755));
+    std::filesystem::permissions(started_in, std::filesystem::perms(0777));
+    std::vector<std::string> command{"/bin/sh",
+                                     "-c",
+                                     concat("cd '", started_in.string(), "' && exec \"$0\" \"$@\""),
+                                     "/usr/bin/setpriv",
+                                     "--reuid=54321",
+                                     "--regid=54321",
+                                     "--clear-groups",
+                                     "/usr/bin/env",
+                                     "-u",
+                                     "HOME",
+                                     "-u",
+                                     "XDG_DATA_HOME",
+                                     client.string(),
+                                     "127.0.0.1:1",
+                                     "-u",
+                                     "alice"};
+    std::vector<std::string> environment{concat("CHATSECURE_PASSWORD=", password)};
+    auto [code, said] = complaint_of(command, environment);
+    CHECK(code == 1);
+    CHECK(contains(said, "HOME is not set. Give --home DIR."));
+    CHECK(snapshot(started_in).empty());
+    command.insert(command.end(), {"--home", (started_in / "here").string()});
+    CHECK(complaint_of(command, environment).first == 3);  // it came so far as to connect
+}
+
+TEST_CASE("programs: P10: a home that is a running server's data directory is named, in seconds") {
+    Installation here({"alice"});
+    std::vector<std::string> command = here.command("alice");
+    *std::find(command.begin(), command.end(), (here.homes.path / "alice").string()) =
+        here.data.path.string();
+    Process alice(command, Process::Input::pipe, here.environment());
+    CHECK(alice.end_within(std::chrono::seconds(30)) == 1);
+    CHECK(contains(alice.output(),
+                   concat("Another program uses the directory ", here.data.path.string())));
+    CHECK(contains(alice.output(), "--home"));
+    CHECK(complaint_of(here.command("alice"), here.environment()).first == 0);
+}
+
+TEST_CASE("programs: P10: a limit on the size of files is an error like a full disk") {
+    DataDir data;
+    for (const char* user : {"alice", "bob"}) add_account(data.path, user);
+    write_text(data.path / "users.db",
+               concat("#", std::string(20'000, '-'), "\n", read_text(data.path / "users.db")));
+    // In units of 512 bytes or 1024, by shell.
+    auto limited = [](const std::string& units, const std::string& program) {
+        return std::vector<std::string>{
+            "/bin/sh", "-c", concat("ulimit -f ", units, "; exec \"$0\" \"$@\""),
+            std::filesystem::absolute(program_directory / program).string()};
+    };
+    std::vector<std::string> start = limited("16", "server");
+    start.insert(start.end(), {"--port", "0", "--data", data.path.string()});
+    Process server(start);
+    server.wait_for("server key SHA256:");
+    std::size_t at = server.output().find("127.0.0.1:") + 10;
+    std::string port = server.output().substr(at, server.output().find('\n', at) - at);
+    std::string before = read_text(data.path / "users.db");
+    for (const char* user : {"carol", "dave"}) {  // strangers, who have proved nothing
+        HandDriven newcomer(static_cast<std::uint16_t>(std::stoi(port)), user);
+        newcomer.send(
+            RegisterAccount{user, make_verifier(Secret<32>(), Bytes(16, 1), few_iterations).text(),
+                            test_key(1).public_key().der()});
+        CHECK(newcomer.receive<Goodbye>().reason == GoodbyeReason::server_trouble);
+    }
+    server.wait_for("File too large");
+    CHECK(read_text(data.path / "users.db") == before);
+
+    // And a client that receives a file.
+    TempDir homes;
+    for (const char* user : {"alice", "bob"}) give_identity(homes.path / user, user, 1);
+    write_text(homes.path / "large", std::string(1'000'000, 'x'));
+    auto client = [&](const std::string& user, std::vector<std::string> command) {
+        command.insert(command.end(), {"127.0.0.1:" + port, "-u", user, "--accept-new",
+                                       "--auto-accept", "--home", (homes.path / user).string(),
+                                       "--downloads", (homes.path / "downloads").string()});
+        std::vector<std::string> environment{concat("CHATSECURE_PASSWORD=", password)};
+        return std::make_unique<Process>(command, Process::Input::pipe, environment);
+    };
+    auto bob = client("bob", limited("200", "client"));
+    bob->wait_for("logged in");
+    auto alice = client("alice", {"client"});
+    alice->write(concat("/wait bob\n/file bob ", (homes.path / "large").string(), "\n"));
+    CHECK(alice->end() == 7);
+    CHECK(bob->end() == 0);  // nobody asked for that file
+    CHECK(contains(bob->output(), "File too large"));
+    server.signal(SIGTERM);
+    CHECK(server.end() == 0);
 }
 
 TEST_CASE("programs: a data directory that cannot be written is explained") {
