@@ -571,12 +571,17 @@ inline constexpr std::size_t max_name_bytes = 32;
 inline bool is_reserved_name(std::string_view name) {
     return name == "you" || name == "everyone" || name == "everybody";
 }
-inline bool is_valid_name(std::string_view name) {
+// The form alone. Files may hold lines of those who were called so before the names were reserved:
+// they are read and kept, so that they are in nobody's way, but nobody logs in with such a name.
+inline bool has_form_of_name(std::string_view name) {
     auto letter_or_digit = [](char c) { return (c >= 'a' && c <= 'z') || (c >= '0' && c <= '9'); };
     return !name.empty() && name.size() <= max_name_bytes && letter_or_digit(name[0]) &&
-           !is_reserved_name(name) && std::all_of(name.begin(), name.end(), [&](char c) {
+           std::all_of(name.begin(), name.end(), [&](char c) {
                return letter_or_digit(c) || c == '_' || c == '.' || c == '-';
            });
+}
+inline bool is_valid_name(std::string_view name) {
+    return has_form_of_name(name) && !is_reserved_name(name);
 }
 
 // `name` in lower case. Throws Error, with the rule, if it is no valid user name.
@@ -3082,7 +3087,7 @@ class PinStore {
         read_lines(
             path_, 64U << 20, "Correct or remove the line.",
             [&](const std::vector<std::string>& words) {
-                if (words.size() != 4 || !is_valid_name(words[0]) ||
+                if (words.size() != 4 || !has_form_of_name(words[0]) ||
                     (words[3] != "verified" && words[3] != "unverified" && words[3] != "met"))
                     throw Error("it is damaged.");
                 auto issued = parse_number<std::uint64_t>(words[2]);
@@ -5204,7 +5209,7 @@ struct Account {
             throw Error(concat("it has ", words.size(),
                                " fields; 4 are needed: name, password "
                                "entry, identity key or -, time."));
-        if (!is_valid_name(words[0])) throw Error("the name is not valid.");
+        if (!has_form_of_name(words[0])) throw Error("the name is not valid.");
         Account account{words[0], ScramVerifier::parse(words[1]), {}, words[3]};
         if (words[2] != "-") account.identity = from_base64(words[2]);
         return account;
@@ -8036,7 +8041,9 @@ class Client final : private FileHost {
             note_sent(message, tag);
             return true;
         }
-        if (link_->peers.empty()) emit(Notice{"Nobody else is here to read it."});
+        emit(Notice{link_->peers.empty() ? "Nobody else is here to read it."
+                    : verified_room_     ? "Nobody whom you have verified is here to read it."
+                                         : "Nobody whose identity you trust is here to read it."});
         finish(at, Delivery::sent, "");
         return true;
     }

@@ -6301,10 +6301,12 @@ TEST_CASE("P4: a room for verified people alone sends no key to a ghost") {
     server.send(CardOf{LoginId{2}, bob.card_bytes});
     server.send(CardOf{LoginId{3}, ghost.card_bytes});
     CHECK(keys_of() == 2);
-    alice->post(Verify{"bob", true});
     alice->post(LimitRoom{true});
-    alice.next<SafetyNumber>();
     alice.next<Notice>();
+    alice->post(Say{"to nobody"});  // which is said, and nothing is sent
+    CHECK(alice.next<Notice>().text == "Nobody whom you have verified is here to read it.");
+    alice->post(Verify{"bob", true});
+    alice.next<SafetyNumber>();
     alice->post(Say{"to those whom I know"});
     CHECK(keys_of() == 1);
 }
@@ -6421,6 +6423,24 @@ TEST_CASE("P12: nobody is called what front ends call their user, or everybody")
         CHECK(contains(complaint([&] { fold_name(name); }), "Choose another name"));
     }
     CHECK(is_valid_name("you2"));
+    // Files that are older than this rule keep their lines, which are in nobody's way.
+    DataDir data;
+    add_account(data.path, "alice");
+    std::string line = read_text(data.path / "users.db");
+    write_text(data.path / "users.db", concat("you", line.substr(line.find(' ')), line));
+    TempDir homes;
+    give_identity(homes.path, "alice", 1);
+    RunningServer server(server_options(data.path));
+    Chatter alice(client_options(server->port(), "alice", homes.path));
+    alice.next<LoggedIn>();
+    CHECK(read_text(data.path / "users.db").starts_with("you SCRAM-SHA-256$"));
+    PinStore pins(homes.path / "old");
+    pins.judge(card_of("yov", 1, 100));
+    pins.save();
+    std::string pin = read_text(homes.path / "old");
+    pin.replace(pin.find("yov"), 3, "you");
+    write_text(homes.path / "old", pin);
+    CHECK(PinStore(homes.path / "old").find("you") != nullptr);
 }
 
 TEST_CASE("P11: a server whose private key is missing makes no new one unless it is asked to") {
@@ -6694,8 +6714,8 @@ TEST_CASE("P10: a bulk lane that one member has filled ends no transfer of anoth
     auto victim = member("victim"), honest = member("honest"), mallory = member("mallory");
     const LoginId to = victim->done.id;
     honest->skip_to<Ready>();
-    // The victim's program is busy. A bulk lane has room for the credit of all who keep to the rules,
-    // but not for her megabytes.
+    // The victim's program is busy. A bulk lane has room for the credit of all who keep to the
+    // rules, but not for her megabytes.
     auto answer_to = [](HandDriven& person, Milliseconds patience = long_enough) {
         for (auto deadline = Clock::now() + patience;;) {
             MessageType type = person.next_type(deadline);
