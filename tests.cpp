@@ -4865,8 +4865,9 @@ struct Room {
 class HandDriven {
   public:
     HandDriven(std::uint16_t port, const std::string& user)
-        : user_(user),
-          connection_(connect_to("127.0.0.1", port, long_enough, never_), 1 << 24, 1 << 24) {
+        : HandDriven(connect_to("127.0.0.1", port, long_enough, Waker()), user) {}
+    HandDriven(Socket socket, const std::string& user)
+        : user_(user), connection_(std::move(socket), 1 << 24, 1 << 24) {
         ClientHandshake handshake;
         connection_.send_frame(handshake.hello(), long_enough);
         handshake.receive_hello(connection_.receive_frame(deadline_));
@@ -4942,7 +4943,6 @@ class HandDriven {
     LoginDone done;  // what log_in has got
 
   protected:
-    Waker never_;
     Clock::time_point deadline_ = Clock::now() + long_enough;
     std::string user_;
     Connection connection_;
@@ -11462,14 +11462,14 @@ struct BenchData {
     RsaPrivateKey key = RsaPrivateKey::generate(default_rsa_bits);
     std::string path = directory.path.string();
 
-    BenchData() {
+    explicit BenchData(int people = bench_people) {
         key.save(directory.path / "server_private.pem", {}, 0);
         test_key(1).save(directory.path / "identity.pem", {}, 0);
         ScramVerifier verifier =
             make_verifier(pbkdf2_sha256(as_bytes(password), as_bytes(bench_salt), few_iterations),
                           as_bytes(bench_salt), few_iterations);
         std::string db;
-        for (int i = 0; i < bench_people; ++i)
+        for (int i = 0; i < people; ++i)
             db += concat(
                 Account{bench_name(i), verifier, test_key(1).public_key().der(), rfc3339_now()}
                     .line(),
@@ -12056,6 +12056,143 @@ class Scene {
     std::unique_ptr<Process> bob_;
 };
 
+// ---- At the door --------------------------------------------------------------------------------
+//
+// What strangers can do to people who want to come in. Each comes from an address of its own (Linux
+// has all of 127.0.0.0/8): the limits by address do not help.
+
+class Stranger : public HandDriven {
+  public:
+    Stranger(std::uint16_t port, std::uint32_t address, const std::string& user = "nobody")
+        : HandDriven(connection_from(address, port), user) {}
+
+    static Socket connection_from(std::uint32_t address, std::uint16_t port) {
+        Endpoint server = resolve("127.0.0.1", port, false).front();
+        Socket socket(detail::new_socket(server));
+        sockaddr_in own{};
+        own.sin_family = AF_INET;
+        own.sin_addr.s_addr = htonl(0x7f000000U + address);
+        auto failed = [](int result) { return result != 0 && errno != EINPROGRESS; };
+        if (failed(::bind(socket.handle(), reinterpret_cast<sockaddr*>(&own), sizeof own)) ||
+            failed(::connect(socket.handle(), server.address(), server.size)))
+            throw NetworkError(concat("No connection: ", std::generic_category().message(errno)));
+        socket.wait(POLLOUT, Clock::now() + long_enough);
+        return socket;
+    }
+    // As log_in, with what PBKDF2 makes of the password.
+    void log_in_with(const Secret<32>& salted) {
+        scram_->receive_challenge(challenge());
+        send(Scram{scram_->final(salted)});
+        scram_->verify_server(receive<LoginDone>().server_final);
+    }
+};
+
+// A server, and threads that work against it until the end.
+class Siege {
+  public:
+    Siege(int accounts, int threads, const std::function<void(Siege&, int thread)>& work)
+        : data_(accounts) {
+        for (int i = 0; i < threads; ++i)
+            threads_.emplace_back([this, i, work] {
+                while (!over) try {
+                        work(*this, i);
+                    } catch (const Error&) {
+                        ++refused;
+                    }
+            });
+    }
+    ~Siege() {
+        over = true;
+        server_.process.signal(SIGKILL);
+        for (std::thread& thread : threads_) thread.join();
+    }
+    std::uint16_t port() const { return static_cast<std::uint16_t>(std::stoi(server_.port)); }
+    const Secret<32>& salted() const { return salted_; }
+
+    std::atomic<bool> over = false;
+    std::atomic<int> done = 0, refused = 0;
+
+  private:
+    BenchData data_;
+    BenchServer server_{data_};
+    Secret<32> salted_ = pbkdf2_sha256(as_bytes(password), as_bytes(bench_salt), few_iterations);
+    std::vector<std::thread> threads_;
+};
+
+// How long a login takes, from connecting until LoginDone, without the client's PBKDF2, while eight
+// strangers register as fast as they can and the server writes 60,000 accounts again and again.
+void bench_registering(BenchTable& table) {
+    std::atomic<std::uint32_t> last = 0x10000;
+    Siege siege(60'000, 8, [&](Siege& s, int) {
+        std::uint32_t number = ++last;
+        Stranger stranger(s.port(), number);
+        const ScramVerifier verifier =
+            make_verifier(s.salted(), as_bytes(bench_salt), few_iterations);
+        stranger.send(RegisterAccount{concat("new", number), verifier.text(),
+                                      test_key(1).public_key().der()});
+        stranger.receive<Registered>();
+        ++s.done;
+    });
+    while (siege.done < 8) std::this_thread::yield();
+    std::vector<double> logins;
+    auto begin = Clock::now();
+    for (std::uint32_t i = 0; i < 500; ++i)
+        logins.push_back(seconds_of([&] {
+            Stranger(siege.port(), 0x20000 + i, bench_name(static_cast<int>(i)))
+                .log_in_with(siege.salted());
+        }));
+    show(concat("500 logins while ", siege.done.load(), " registered in ", seconds_since(begin),
+                " s (", siege.refused.load(), " refused): ", percentiles(logins), "\n"));
+    table.at_most("login with 60,000 accounts while eight register, median",
+                  percentile_us(logins, 0.5) / 1000, 10, " ms");
+}
+
+// Who gets in while 5,000 addresses hold a connection each, say nothing, and come again five
+// seconds after they came last, if they were sent away. (If they come as fast as they can, they
+// fill the system's queue in front of accept(), where no program decides who is next.)
+void bench_idle_strangers(BenchTable& table) {
+    constexpr std::uint32_t addresses = 5000;
+    struct Held {
+        Socket socket;
+        Clock::time_point again{};
+    };
+    std::vector<Held> all(addresses);
+    Siege siege(200, 1, [&](Siege& s, int) {
+        for (std::uint32_t i = 0; i < addresses && !s.over; ++i) {
+            Held& held = all[i];
+            std::array<std::uint8_t, 16> nothing{};
+            try {
+                if (held.socket.is_open() && !held.socket.read_now(nothing)) continue;
+            } catch (const NetworkError&) {
+                // a reset: sent away
+            }
+            held.socket = Socket();
+            if (Clock::now() < held.again) continue;
+            held.again = Clock::now() + std::chrono::seconds(5);
+            held.socket = Stranger::connection_from(0x30000 + i, s.port());
+            ++s.done;
+        }
+        std::this_thread::sleep_for(Milliseconds(10));
+    });
+    while (siege.done < static_cast<int>(addresses)) std::this_thread::yield();
+    int admitted = 0;
+    std::vector<double> logins;
+    for (std::uint32_t i = 0; i < 200; ++i) try {
+            logins.push_back(seconds_of([&] {
+                Stranger(siege.port(), 0x50000 + i, bench_name(static_cast<int>(i)))
+                    .log_in_with(siege.salted());
+            }));
+            ++admitted;
+            std::this_thread::sleep_for(Milliseconds(50));
+        } catch (const NetworkError&) {
+            // not admitted
+        }
+    show(concat("200 newcomers while ", addresses, " addresses connected ", siege.done.load(),
+                " times: ", logins.empty() ? "" : percentiles(logins), "\n"));
+    table.at_least("newcomers admitted while 5,000 addresses hold idle connections", admitted / 2.0,
+                   95, " %");
+}
+
 // All rows. With words: only those that begin with one of them.
 int bench_hostile(const std::vector<std::string>& chosen) {
     const Bytes one_byte{0x2a}, large = [] {
@@ -12114,13 +12251,22 @@ int bench_hostile(const std::vector<std::string>& chosen) {
         "Goals: p99 of bob's round trip <= 50 ms, <= 20 lines, <= 64 MiB; the file arrives.\n\n"
         "| what mallory sends | messages | alice's CPU | p50 | p99 | lines not of bob | memory | "
         "remarks | met |\n| --- | --- | --- | --- | --- | --- | --- | --- | --- |\n");
+    auto wanted = [&](std::string_view row) {
+        bool named = chosen.empty();
+        for (const std::string& word : chosen) named = named || row.starts_with(word);
+        return named;
+    };
     for (const Attack& attack : attacks) {
-        bool wanted = chosen.empty();
-        for (const std::string& word : chosen) wanted = wanted || attack.what.starts_with(word);
         turn = 0;
         offers = 0;
-        if (wanted) show(Scene(attack, alices_key).row());
+        if (wanted(attack.what)) show(Scene(attack, alices_key).row());
     }
+    raise_descriptor_limit();
+    BenchTable door;
+    show("\n");
+    if (wanted("j eight register")) bench_registering(door);
+    if (wanted("k idle strangers")) bench_idle_strangers(door);
+    show(door.text());
     return 0;
 }
 
