@@ -2138,6 +2138,17 @@ class RecordCipher {
 // hostile, or somebody who has stolen its key, could otherwise ask for 4,096 with a salt of its own
 // and get a proof that can be searched a hundred times faster than the account's own entry.
 //
+// A PIN WAITS FOR PROOF. At first contact the client knows no key of the server. Suppose that it
+// pinned the one that is shown, and that a man in the middle shows his. His attack fails: he does
+// not hold what belongs to that key, or he does, but the channel binding keeps him from passing the
+// login on. He goes away, and his key stays: from now on the client refuses the TRUE server, as
+// loudly as it can, and its user learns that such warnings mean nothing. So whatever the client
+// keeps of a server is kept after v was right, when the other side has proved both its key (the
+// first record of chapter 5) and that it knows the account: its key in known_servers, the
+// iterations, and the ticket of chapter 11. Before that it is a claim, and forgotten with the
+// connection. (A newcomer who registers has no account that could prove anything: there the
+// fingerprint is all that one can compare.)
+//
 // What it does not protect against: a password that is easy to guess. A stolen users.db can be
 // searched offline, at the price of 600,000 hashes for each try. Passwords are used as the bytes of
 // their UTF-8; RFC 5802 asks for SASLprep, which changes nothing about ASCII and needs tables that
@@ -7096,6 +7107,7 @@ class Login {
         }
         if (registering_) register_account();
         Bytes recorded = log_in();
+        pin_server();
         prepare_identity();
         Fingerprint own = identity_->public_key().fingerprint();
         if (!recorded.empty() && recorded != to_bytes(own.digest))
@@ -7149,15 +7161,16 @@ class Login {
                        "Nothing was sent. (",
                        e.what(), ")"));
         }
+        return true;
+    }
+    // After a login: see chapter 6 for why not before.
+    void pin_server() {
         KnownServers known(options_.home);
         if (known.find(server_) != link_->server_key) known.pin(server_, link_->server_key);
-        return true;
     }
 
     // Returns if `seen` is the key that we trust (false if only since the user was asked), and
-    // throws Halt if it is not. Nothing but our hello was sent before. Anybody can show a key: it
-    // is pinned only when it has proved itself, for a man in the middle who fails must leave no pin
-    // behind that would make us refuse the true server.
+    // throws Halt if it is not. Nothing but our hello was sent before.
     bool check_server_key(const Fingerprint& seen) {
         KnownServers known(options_.home);
         std::optional<Fingerprint> pinned =

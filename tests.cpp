@@ -5807,6 +5807,8 @@ TEST_CASE("P2: a man in the middle with a channel on each side cannot pass the l
     middle.join();
     CHECK(end.reason == StopReason::login_refused);
     CHECK((*room.server)->members() == 0);
+    // His key was his own, and proved; but he has failed, and the true server is not refused.
+    CHECK_FALSE(KnownServers(home.path).find(concat("127.0.0.1:", listener.port())).has_value());
 }
 
 TEST_CASE(
