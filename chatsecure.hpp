@@ -2718,7 +2718,9 @@ inline Message take_message(Reader& record) {
 // such, nothing that this login sends is looked at any more.
 //
 // The weak point of all this is the first meeting: is the key on bob's card bob's, or one that the
-// server made up? Clients PIN the identity that they see first and are loud when it changes.
+// server made up? Clients PIN the identity that they see first and are loud when it changes. This
+// pin waits for proof too: a card is signed by its own identity key, and one that is not is dropped
+// before it is compared with anything.
 // Whoever wants to be certain compares the SAFETY NUMBER with bob, by telephone or face to face: 60
 // digits computed from both identities. A server in the middle cannot make them agree.
 //
@@ -4728,25 +4730,51 @@ class FileTransfers {
 // If the socket breaks, who was writing closes the outbox and shuts the connection down; nobody
 // writes any more, and the owner finds the end when it reads.
 //
+// What lies in an outbox is the plaintext of the records to come, in the order in which they will
+// be sent; the numbers of chapter 5 are given when a frame is sealed, at the last moment:
+//
+//      interactive   [ room for | message | message | ... ]  [ room for | message | ... ]
+//      bulk          [ a header | message | ...           ]    up to 64 KiB of messages each
+//                        |
+//                        +--> sealed in place: length || ciphertext || tag
+//
+// Of a room message all members get the same bytes but the last 57, their wrapped key; it comes to
+// push() in these two pieces, so that the server encodes the large one once.
+//
 // An outbox has two LANES. Chat goes in the interactive one, file data in the bulk one, and bulk
 // gets a turn only when the interactive lane is empty. And it has bounds, because a member that
 // reads too slowly must not fill our memory:
 //
 //      a payload           over the bound of its lane is refused, and its sender is told
-//                          (Undelivered: busy). File data never takes chat's place
+//                          (Undelivered: busy). File data never takes chat's place; before file
+//                          data is refused, the server lets its sender wait for a moment
 //      a control message   (Joined, Left, Pong ...) may go over the bound, because a client that
 //                          misses one would be wrong about the world for ever; but if it goes to
 //                          twice the bound, the connection is given up
 //
-// What is queued lies there as the plaintext of a record, with room for its header in front. It is
-// sealed in place, at the last moment, in the order in which it is sent.
+// SENT is not DELIVERED. That push() says `queued` means that the bytes are in our memory; that
+// send() took them, that they are in the kernel's. TCP acknowledges to the kernel, not to us, and
+// what it acknowledged may still lie unread on the other side. When a connection breaks, both sides
+// lose what was on its way, and neither can know how much that was. No queue can mend this, however
+// careful it is, and this one does not try: it says only what it knows, and the two ends settle the
+// rest. The server says Taken for a room message when it stands in the outboxes of all members whom
+// it names and has been flushed; Taken is queued behind that, so the order of one thread's work
+// carries its meaning. Readers say receipts (chapter 8), which are payloads like any others here.
+// Who hears neither sends again under the same id, or names what may be lost.
 //
 // The end. A connection ends in one of two ways. finish(): nothing more can be queued, what is
 // queued is still sent, then our stream ends; so a Goodbye is heard. abort(): at once, and what was
 // queued is thrown away; for those who are not there any more.
 //
-// Silence. Who says nothing for a while is sent a Ping; who then says nothing for as long again is
-// gone (TimedOut). Both sides do it, each in its own time.
+// Silence. A machine that loses its power says no goodbye: without a question its connection looks
+// alive for ever. Who says nothing for a while is sent a Ping; who then says nothing for as long
+// again is gone (TimedOut). Both sides do it, each in its own time. Anything that comes counts, not
+// the Pong alone, which may stand behind megabytes.
+//
+// What all this does not protect against: a member who keeps another's outbox full (chapter 11
+// reads more slowly from whoever writes too much); the kernel's own buffers, in which nothing
+// overtakes anything any more (set_chat_options keeps them short); and the loss of what was queued
+// when either process ends.
 //
 // Locks. One mutex for each outbox, held for as long as it takes to append or take out a message. A
 // file's thread sleeps on it until its lane has room; while somebody has it, nobody waits and
