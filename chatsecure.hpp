@@ -2146,7 +2146,8 @@ class RecordCipher {
 // keeps of a server is kept after v was right, when the other side has proved both its key (the
 // first record of chapter 5) and that it knows the account: its key in known_servers, the
 // iterations, and the ticket of chapter 11. Before that it is a claim, and forgotten with the
-// connection. (A newcomer who registers has no account that could prove anything: there the
+// connection. Only a key whose fingerprint the user has compared needs no more than its first
+// record. (A newcomer who registers has no account that could prove anything: there the
 // fingerprint is all that one can compare.)
 //
 // What it does not protect against: a password that is easy to guess. A stolen users.db can be
@@ -7189,9 +7190,10 @@ class Login {
                        "Nothing was sent. (",
                        e.what(), ")"));
         }
+        if (!options_.accept_new_server) pin_server();  // the user has said that it is the one
         return true;
     }
-    // After a login: see chapter 6 for why not before.
+    // Else after the login: see chapter 6 for why not before.
     void pin_server() {
         KnownServers known(options_.home);
         if (known.find(server_) != link_->server_key) known.pin(server_, link_->server_key);
