@@ -134,7 +134,7 @@ demo: $(O)/tests $(O)/server $(O)/client
 bench: $(O)/tests $(O)/server $(O)/client
 	@$(O)/tests --bench
 
-# One member floods another: what that one notices of it.
+# One member floods another, strangers crowd the door: what people notice of it.
 bench-hostile: $(O)/tests $(O)/server $(O)/client
 	@$(O)/tests --bench-hostile
 
@@ -177,7 +177,7 @@ help:
 	@echo "make demo      shows a real conversation, and what a wire tap sees of it"
 	@echo "make test      builds and runs the tests"
 	@echo "make bench     measures logins, relaying, round trips and files"
-	@echo "make bench-hostile measures what one hostile member can do to another member"
+	@echo "make bench-hostile measures what hostile members and strangers can do"
 	@echo "make run-gui   starts a server, if none runs, and opens a window"
 	@echo "make check-gui drives that window, in a display that nobody sees"
 	@echo "make bench-gui measures it under a flood of messages"

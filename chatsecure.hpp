@@ -571,12 +571,17 @@ inline constexpr std::size_t max_name_bytes = 32;
 inline bool is_reserved_name(std::string_view name) {
     return name == "you" || name == "everyone" || name == "everybody";
 }
-inline bool is_valid_name(std::string_view name) {
+// The form alone. Files may hold lines of those who were called so before the names were reserved:
+// they are read and kept, so that they are in nobody's way, but nobody logs in with such a name.
+inline bool has_form_of_name(std::string_view name) {
     auto letter_or_digit = [](char c) { return (c >= 'a' && c <= 'z') || (c >= '0' && c <= '9'); };
     return !name.empty() && name.size() <= max_name_bytes && letter_or_digit(name[0]) &&
-           !is_reserved_name(name) && std::all_of(name.begin(), name.end(), [&](char c) {
+           std::all_of(name.begin(), name.end(), [&](char c) {
                return letter_or_digit(c) || c == '_' || c == '.' || c == '-';
            });
+}
+inline bool is_valid_name(std::string_view name) {
+    return has_form_of_name(name) && !is_reserved_name(name);
 }
 
 // `name` in lower case. Throws Error, with the rule, if it is no valid user name.
@@ -2130,6 +2135,18 @@ class RecordCipher {
 // hostile, or somebody who has stolen its key, could otherwise ask for 4,096 with a salt of its own
 // and get a proof that can be searched a hundred times faster than the account's own entry.
 //
+// A PIN WAITS FOR PROOF. At first contact the client knows no key of the server. Suppose that it
+// pinned the one that is shown, and that a man in the middle shows his. His attack fails: he does
+// not hold what belongs to that key, or he does, but the channel binding keeps him from passing the
+// login on. He goes away, and his key stays: from now on the client refuses the TRUE server, as
+// loudly as it can, and its user learns that such warnings mean nothing. So whatever the client
+// keeps of a server is kept after v was right, when the other side has proved both its key (the
+// first record of chapter 5) and that it knows the account: its key in known_servers, the
+// iterations, and the ticket of chapter 11. Before that it is a claim, and forgotten with the
+// connection. Only a key whose fingerprint the user has compared needs no more than its first
+// record. (A newcomer who registers has no account that could prove anything: there the
+// fingerprint is all that one can compare.)
+//
 // What it does not protect against: a password that is easy to guess. A stolen users.db can be
 // searched offline, at the price of 600,000 hashes for each try. Passwords are used as the bytes of
 // their UTF-8; RFC 5802 asks for SASLprep, which changes nothing about ASCII and needs tables that
@@ -2703,7 +2720,9 @@ inline Message take_message(Reader& record) {
 // such, nothing that this login sends is looked at any more.
 //
 // The weak point of all this is the first meeting: is the key on bob's card bob's, or one that the
-// server made up? Clients PIN the identity that they see first and are loud when it changes.
+// server made up? Clients PIN the identity that they see first and are loud when it changes. This
+// pin waits for proof too: a card is signed by its own identity key, and one that is not is dropped
+// before it is compared with anything.
 // Whoever wants to be certain compares the SAFETY NUMBER with bob, by telephone or face to face: 60
 // digits computed from both identities. A server in the middle cannot make them agree.
 //
@@ -3083,7 +3102,7 @@ class PinStore {
         read_lines(
             path_, 64U << 20, "Correct or remove the line.",
             [&](const std::vector<std::string>& words) {
-                if (words.size() != 4 || !is_valid_name(words[0]) ||
+                if (words.size() != 4 || !has_form_of_name(words[0]) ||
                     (words[3] != "verified" && words[3] != "unverified" && words[3] != "met"))
                     throw Error("it is damaged.");
                 auto issued = parse_number<std::uint64_t>(words[2]);
@@ -4728,25 +4747,51 @@ class FileTransfers {
 // If the socket breaks, who was writing closes the outbox and shuts the connection down; nobody
 // writes any more, and the owner finds the end when it reads.
 //
+// What lies in an outbox is the plaintext of the records to come, in the order in which they will
+// be sent; the numbers of chapter 5 are given when a frame is sealed, at the last moment:
+//
+//      interactive   [ room for | message | message | ... ]  [ room for | message | ... ]
+//      bulk          [ a header | message | ...           ]    up to 64 KiB of messages each
+//                        |
+//                        +--> sealed in place: length || ciphertext || tag
+//
+// Of a room message all members get the same bytes but the last 57, their wrapped key; it comes to
+// push() in these two pieces, so that the server encodes the large one once.
+//
 // An outbox has two LANES. Chat goes in the interactive one, file data in the bulk one, and bulk
 // gets a turn only when the interactive lane is empty. And it has bounds, because a member that
 // reads too slowly must not fill our memory:
 //
 //      a payload           over the bound of its lane is refused, and its sender is told
-//                          (Undelivered: busy). File data never takes chat's place
+//                          (Undelivered: busy). File data never takes chat's place; before file
+//                          data is refused, the server lets its sender wait for a moment
 //      a control message   (Joined, Left, Pong ...) may go over the bound, because a client that
 //                          misses one would be wrong about the world for ever; but if it goes to
 //                          twice the bound, the connection is given up
 //
-// What is queued lies there as the plaintext of a record, with room for its header in front. It is
-// sealed in place, at the last moment, in the order in which it is sent.
+// SENT is not DELIVERED. That push() says `queued` means that the bytes are in our memory; that
+// send() took them, that they are in the kernel's. TCP acknowledges to the kernel, not to us, and
+// what it acknowledged may still lie unread on the other side. When a connection breaks, both sides
+// lose what was on its way, and neither can know how much that was. No queue can mend this, however
+// careful it is, and this one does not try: it says only what it knows, and the two ends settle the
+// rest. The server says Taken for a room message when it stands in the outboxes of all members whom
+// it names and has been flushed; Taken is queued behind that, so the order of one thread's work
+// carries its meaning. Readers say receipts (chapter 8), which are payloads like any others here.
+// Who hears neither sends again under the same id, or names what may be lost.
 //
 // The end. A connection ends in one of two ways. finish(): nothing more can be queued, what is
 // queued is still sent, then our stream ends; so a Goodbye is heard. abort(): at once, and what was
 // queued is thrown away; for those who are not there any more.
 //
-// Silence. Who says nothing for a while is sent a Ping; who then says nothing for as long again is
-// gone (TimedOut). Both sides do it, each in its own time.
+// Silence. A machine that loses its power says no goodbye: without a question its connection looks
+// alive for ever. Who says nothing for a while is sent a Ping; who then says nothing for as long
+// again is gone (TimedOut). Both sides do it, each in its own time. Anything that comes counts, not
+// the Pong alone, which may stand behind megabytes.
+//
+// What all this does not protect against: a member who keeps another's outbox full (chapter 11
+// reads more slowly from whoever writes too much); the kernel's own buffers, in which nothing
+// overtakes anything any more (set_chat_options keeps them short); and the loss of what was queued
+// when either process ends.
 //
 // Locks. One mutex for each outbox, held for as long as it takes to append or take out a message. A
 // file's thread sleeps on it until its lane has room; while somebody has it, nobody waits and
@@ -5220,7 +5265,7 @@ struct Account {
             throw Error(concat("it has ", words.size(),
                                " fields; 4 are needed: name, password "
                                "entry, identity key or -, time."));
-        if (!is_valid_name(words[0])) throw Error("the name is not valid.");
+        if (!has_form_of_name(words[0])) throw Error("the name is not valid.");
         Account account{words[0], ScramVerifier::parse(words[1]), {}, words[3]};
         if (words[2] != "-") account.identity = from_base64(words[2]);
         return account;
@@ -5515,6 +5560,7 @@ struct ServerOptions {
     std::size_t queue_bound = std::size_t{8} << 20;  // bytes of chat that may wait for one member
     // And of file data: 4 MiB of credit, twice, as an attempt that broke off has left some behind.
     std::size_t bulk_queue_bound = std::size_t{9} << 20;
+    Milliseconds bulk_patience{1'000};  // of a sender, for room in somebody's full bulk lane
     double messages_per_second = 2000;  // from one member, in the long run
     double message_burst = 20'000;      // and in one go
     Milliseconds handshake_timeout{10'000};
@@ -6368,9 +6414,9 @@ class Server {
         }
         // Somebody has filled that bulk lane against the rules of chapter 9. All who write to it
         // wait for a moment, so that it ends no transfer of anybody else.
-        for (auto until = Clock::now() + bulk_patience; result == Outbox::Result::refused &&
-                                                        send.lane == Lane::bulk &&
-                                                        Clock::now() < until;) {
+        for (auto until = Clock::now() + options_.bulk_patience;
+             result == Outbox::Result::refused && send.lane == Lane::bulk &&
+             Clock::now() < until;) {
             flush_touched(s);
             to->connection.outbox.wait_for_bulk_room(
                 options_.bulk_queue_bound - std::min(options_.bulk_queue_bound, max_record_bytes),
@@ -6447,7 +6493,6 @@ class Server {
     }
 
     static constexpr std::size_t large_chunk = 16 * 1024;
-    static constexpr Milliseconds bulk_patience{1000};
     static constexpr std::size_t max_unflushed = 32 * 1024;  // deliveries: some milliseconds
     static constexpr std::size_t large_burst = 256;          // one that is worth cleaning up after
 
@@ -7107,6 +7152,7 @@ class Login {
         }
         if (registering_) register_account();
         Bytes recorded = log_in();
+        pin_server();
         prepare_identity();
         Fingerprint own = identity_->public_key().fingerprint();
         if (!recorded.empty() && recorded != to_bytes(own.digest))
@@ -7160,15 +7206,17 @@ class Login {
                        "Nothing was sent. (",
                        e.what(), ")"));
         }
+        if (!options_.accept_new_server) pin_server();  // the user has said that it is the one
+        return true;
+    }
+    // Else after the login: see chapter 6 for why not before.
+    void pin_server() {
         KnownServers known(options_.home);
         if (known.find(server_) != link_->server_key) known.pin(server_, link_->server_key);
-        return true;
     }
 
     // Returns if `seen` is the key that we trust (false if only since the user was asked), and
-    // throws Halt if it is not. Nothing but our hello was sent before. Anybody can show a key: it
-    // is pinned only when it has proved itself, for a man in the middle who fails must leave no pin
-    // behind that would make us refuse the true server.
+    // throws Halt if it is not. Nothing but our hello was sent before.
     bool check_server_key(const Fingerprint& seen) {
         KnownServers known(options_.home);
         std::optional<Fingerprint> pinned =
@@ -8052,7 +8100,9 @@ class Client final : private FileHost {
             note_sent(message, tag);
             return true;
         }
-        if (link_->peers.empty()) emit(Notice{"Nobody else is here to read it."});
+        emit(Notice{link_->peers.empty() ? "Nobody else is here to read it."
+                    : verified_room_     ? "Nobody whom you have verified is here to read it."
+                                         : "Nobody whose identity you trust is here to read it."});
         finish(at, Delivery::sent, "");
         return true;
     }

@@ -4583,7 +4583,7 @@ class HeldUpFile {
     int file_ = -1;
 };
 
-TEST_CASE("chapter 11: who asks for an account waits for no disk") {
+TEST_CASE("P10: who asks for an account waits for no disk") {
     TempDir dir;
     std::filesystem::path path = dir.path / "users.db";
     AuthStore store(path);
@@ -4696,7 +4696,7 @@ TEST_CASE("chapter 11: a right password refills the account, and gives the addre
         CHECK(tries.take("10.0.0.1", later) == Milliseconds(delay));
 }
 
-TEST_CASE("chapter 11: a hundred registrations from one address are quick, more are slow") {
+TEST_CASE("P10: a hundred registrations from one address are quick, more are slow") {
     TokenBuckets registrations(0.25, 100);
     for (int i = 0; i < 100; ++i) CHECK(registrations.take("10.0.0.1", an_hour) == Milliseconds(0));
     for (int delay : {4000, 8000})
@@ -5144,8 +5144,9 @@ struct Room {
 class HandDriven {
   public:
     HandDriven(std::uint16_t port, const std::string& user)
-        : user_(user),
-          connection_(connect_to("127.0.0.1", port, long_enough, never_), 1 << 24, 1 << 24) {
+        : HandDriven(connect_to("127.0.0.1", port, long_enough, Waker()), user) {}
+    HandDriven(Socket socket, const std::string& user)
+        : user_(user), connection_(std::move(socket), 1 << 24, 1 << 24) {
         ClientHandshake handshake;
         connection_.send_frame(handshake.hello(), long_enough);
         handshake.receive_hello(connection_.receive_frame(deadline_));
@@ -5167,6 +5168,15 @@ class HandDriven {
         if (message.type != T::type)
             throw Error(concat("A message of type ", static_cast<int>(message.type), " came."));
         return from_wire<T>(message.body);
+    }
+    MessageType next_type(Clock::time_point deadline) { return connection_.expect(deadline).type; }
+    // The next T; what comes before it is not looked at.
+    template <class T>
+    T skip_to() {
+        for (;;) {
+            Message message = connection_.expect(deadline_);
+            if (message.type == T::type) return from_wire<T>(message.body);
+        }
     }
     bool is_closed() {
         try {
@@ -5212,7 +5222,6 @@ class HandDriven {
     LoginDone done;  // what log_in has got
 
   protected:
-    Waker never_;
     Clock::time_point deadline_ = Clock::now() + long_enough;
     std::string user_;
     Connection connection_;
@@ -5429,7 +5438,7 @@ TEST_CASE("chapter 11: too many strangers from one address are turned away, memb
     CHECK(alice.next<People>().people.size() == 1);
 }
 
-TEST_CASE("chapter 11: when the strangers' slots are used up, the oldest of them goes") {
+TEST_CASE("P10: when the strangers' slots are used up, the oldest of them goes") {
     Waker never;
     Room room({"alice", "bob", "carol"}, [](ServerOptions& o) { o.max_strangers = 3; });
     const std::uint16_t port = (*room.server)->port();
@@ -6098,6 +6107,8 @@ TEST_CASE("P2: a man in the middle with a channel on each side cannot pass the l
     middle.join();
     CHECK(end.reason == StopReason::login_refused);
     CHECK((*room.server)->members() == 0);
+    // His key was his own, and proved; but he has failed, and the true server is not refused.
+    CHECK_FALSE(KnownServers(home.path).find(concat("127.0.0.1:", listener.port())).has_value());
 }
 
 TEST_CASE(
@@ -6348,6 +6359,38 @@ TEST_CASE(
     }
 }
 
+TEST_CASE("P13: whatever the server says came back, it is not said a second time") {
+    HostileServer server;
+    TempDir home;
+    Chatter alice(options_for_hostile(server, home));
+    server.let_in({{2, "bob"}});
+    alice.next<LoggedIn>();
+    LoginKeys bob(test_key(2), "bob", 1000);
+    CheckedCard alice_card(server.alice_card(), "alice");
+    alice->post(Tell{"bob", "once"});
+    server.receive<GetCard>();
+    server.send(CardOf{LoginId{2}, bob.card_bytes});
+    OpenPayload parts = decode<OpenPayload>(server.receive<Send>().payload.subspan(1), "an open");
+    PairReceiver at_bob(bob, alice_card, parts.encapsulated);
+    auto read = [&] {
+        Send sent = server.receive<Send>();
+        OpenedPayload opened = at_bob.open(sent.lane, ByteView(to_bytes(sent.payload)).subspan(1));
+        return std::pair(sent.tag, Text::decoded(opened.body).value().words);
+    };
+    auto [tag, words] = read();
+    CHECK(words == "once");  // he has it
+    for (int time = 0; time < 2; ++time) server.send(Undelivered{LoginId{2}, tag});
+    alice->post(Tell{"bob", "something else"});
+    CHECK(read().second == "something else");
+    int failed = 0;
+    while (failed == 0) {
+        DeliveryChanged changed = alice.next<DeliveryChanged>();
+        if (changed.state != Delivery::failed) continue;
+        CHECK(changed.text == "once");  // nobody knows: it is named
+        ++failed;
+    }
+}
+
 TEST_CASE("P5: whatever is played back, under whatever number or name, nobody says it again") {
     HostileServer server;
     TempDir home;
@@ -6560,10 +6603,12 @@ TEST_CASE("P4: a room for verified people alone sends no key to a ghost") {
     server.send(CardOf{LoginId{2}, bob.card_bytes});
     server.send(CardOf{LoginId{3}, ghost.card_bytes});
     CHECK(keys_of() == 2);
-    alice->post(Verify{"bob", true});
     alice->post(LimitRoom{true});
-    alice.next<SafetyNumber>();
     alice.next<Notice>();
+    alice->post(Say{"to nobody"});  // which is said, and nothing is sent
+    CHECK(alice.next<Notice>().text == "Nobody whom you have verified is here to read it.");
+    alice->post(Verify{"bob", true});
+    alice.next<SafetyNumber>();
     alice->post(Say{"to those whom I know"});
     CHECK(keys_of() == 1);
 }
@@ -6680,6 +6725,24 @@ TEST_CASE("P12: nobody is called what front ends call their user, or everybody")
         CHECK(contains(complaint([&] { fold_name(name); }), "Choose another name"));
     }
     CHECK(is_valid_name("you2"));
+    // Files that are older than this rule keep their lines, which are in nobody's way.
+    DataDir data;
+    add_account(data.path, "alice");
+    std::string line = read_text(data.path / "users.db");
+    write_text(data.path / "users.db", concat("you", line.substr(line.find(' ')), line));
+    TempDir homes;
+    give_identity(homes.path, "alice", 1);
+    RunningServer server(server_options(data.path));
+    Chatter alice(client_options(server->port(), "alice", homes.path));
+    alice.next<LoggedIn>();
+    CHECK(read_text(data.path / "users.db").starts_with("you SCRAM-SHA-256$"));
+    PinStore pins(homes.path / "old");
+    pins.judge(card_of("yov", 1, 100));
+    pins.save();
+    std::string pin = read_text(homes.path / "old");
+    pin.replace(pin.find("yov"), 3, "you");
+    write_text(homes.path / "old", pin);
+    CHECK(PinStore(homes.path / "old").find("you") != nullptr);
 }
 
 TEST_CASE("P11: a server whose private key is missing makes no new one unless it is asked to") {
@@ -6822,7 +6885,8 @@ TEST_CASE("chapter 11: a right password uses up nothing, of the address neither"
     CHECK_FALSE(contains(room.server->log(), "too many tries"));
 }
 
-TEST_CASE("chapter 11: a login is told which identity its account has, and so does its record") {
+TEST_CASE(
+    "P5: a login is told which identity its account has, and seldom changes the record of it") {
     Room room({"alice"});
     auto recorded = [&] { return AuthStore(room.data.path / "users.db").find("alice")->identity; };
     auto visit = [&](int key) {  // returns what LoginDone says
@@ -6963,6 +7027,39 @@ TEST_CASE("P10: who has left does not come back, however the server answers") {
         for (std::optional<Event> event; (event = alice.poll(long_enough));)
             CHECK_FALSE(std::holds_alternative<ConnectionLost>(event->what));
     }
+}
+
+TEST_CASE("P10: a bulk lane that one member has filled ends no transfer of another") {
+    Room room({"victim", "mallory", "honest"}, [](ServerOptions& o) {
+        o.bulk_queue_bound = 256 * 1024;
+        o.bulk_patience = Milliseconds(3000);
+    });
+    auto member = [&](const std::string& user) {
+        auto person = std::make_unique<HandDriven>((*room.server)->port(), user);
+        person->join();
+        return person;
+    };
+    auto victim = member("victim"), honest = member("honest"), mallory = member("mallory");
+    const LoginId to = victim->done.id;
+    honest->skip_to<Ready>();
+    // The victim's program is busy. A bulk lane has room for the credit of all who keep to the
+    // rules, but not for her megabytes.
+    auto answer_to = [](HandDriven& person, Milliseconds patience = long_enough) {
+        for (auto deadline = Clock::now() + patience;;) {
+            MessageType type = person.next_type(deadline);
+            if (type == Pong::type || type == Undelivered::type) return type;
+        }
+    };
+    do {
+        mallory->send(Send{to, Lane::bulk, 1, Bytes(60'000, 2)});
+        mallory->send(Ping{1});
+    } while (answer_to(*mallory) == Pong::type);
+    honest->send(Send{to, Lane::bulk, 5, Bytes(60'000, 3)});
+    honest->send(Ping{6});
+    CHECK_THROWS_AS(answer_to(*honest, Milliseconds(200)), TimedOut);  // it waits, then
+    while (victim->skip_to<Delivered>().payload[0] != 3) {
+    }
+    CHECK(answer_to(*honest) == Pong::type);  // and no Undelivered in front of it
 }
 
 TEST_CASE("P10: a server that pings and never reads costs the client little memory") {
@@ -9909,6 +10006,120 @@ TEST_CASE(
     CHECK(complaint_of({"server", "--version"}).first == 0);
 }
 
+TEST_CASE("programs: P11: without HOME the identity is where the system says, or nowhere") {
+    // No variable, but an entry in the system's user database.
+    OtherProcess service([] {
+        ::unsetenv("HOME");
+        ::unsetenv("XDG_DATA_HOME");
+        const passwd* entry = ::getpwuid(::geteuid());
+        if (entry == nullptr) return 1;
+        std::filesystem::path home = std::filesystem::path(entry->pw_dir) / ".local/share";
+        bool right = default_home() == home / "chatsecure";
+        ::setenv("HOME", "relative", 1);
+        ::setenv("XDG_DATA_HOME", "relative", 1);
+        return right && default_home() == home / "chatsecure" ? 7 : 2;
+    });
+    service.go();
+    CHECK(service.wait() == 7);
+
+    // Neither: nobody has this number. An identity below the folder in which it was started would
+    // be another one in the next folder.
+    TempDir dir;
+    std::filesystem::path client = dir.path / "client", started_in = dir.path / "started in";
+    if (::geteuid() != 0 || !std::filesystem::exists("/usr/bin/setpriv")) return;
+    std::filesystem::copy_file(program_directory / "client", client);
+    std::filesystem::create_directory(started_in);
+    std::filesystem::permissions(dir.path, std::filesystem::perms(0755));
+    std::filesystem::permissions(client, std::filesystem::perms(0755));
+    std::filesystem::permissions(started_in, std::filesystem::perms(0777));
+    std::vector<std::string> command{"/bin/sh",
+                                     "-c",
+                                     concat("cd '", started_in.string(), "' && exec \"$0\" \"$@\""),
+                                     "/usr/bin/setpriv",
+                                     "--reuid=54321",
+                                     "--regid=54321",
+                                     "--clear-groups",
+                                     "/usr/bin/env",
+                                     "-u",
+                                     "HOME",
+                                     "-u",
+                                     "XDG_DATA_HOME",
+                                     client.string(),
+                                     "127.0.0.1:1",
+                                     "-u",
+                                     "alice"};
+    std::vector<std::string> environment{concat("CHATSECURE_PASSWORD=", password)};
+    auto [code, said] = complaint_of(command, environment);
+    CHECK(code == 1);
+    CHECK(contains(said, "HOME is not set. Give --home DIR."));
+    CHECK(snapshot(started_in).empty());
+    command.insert(command.end(), {"--home", (started_in / "here").string()});
+    CHECK(complaint_of(command, environment).first == 3);  // it came so far as to connect
+}
+
+TEST_CASE("programs: P10: a home that is a running server's data directory is named, in seconds") {
+    Installation here({"alice"});
+    std::vector<std::string> command = here.command("alice");
+    *std::find(command.begin(), command.end(), (here.homes.path / "alice").string()) =
+        here.data.path.string();
+    Process alice(command, Process::Input::pipe, here.environment());
+    CHECK(alice.end_within(std::chrono::seconds(30)) == 1);
+    CHECK(contains(alice.output(),
+                   concat("Another program uses the directory ", here.data.path.string())));
+    CHECK(contains(alice.output(), "--home"));
+    CHECK(complaint_of(here.command("alice"), here.environment()).first == 0);
+}
+
+TEST_CASE("programs: P10: a limit on the size of files is an error like a full disk") {
+    DataDir data;
+    for (const char* user : {"alice", "bob"}) add_account(data.path, user);
+    write_text(data.path / "users.db",
+               concat("#", std::string(20'000, '-'), "\n", read_text(data.path / "users.db")));
+    // In units of 512 bytes or 1024, by shell.
+    auto limited = [](const std::string& units, const std::string& program) {
+        return std::vector<std::string>{
+            "/bin/sh", "-c", concat("ulimit -f ", units, "; exec \"$0\" \"$@\""),
+            std::filesystem::absolute(program_directory / program).string()};
+    };
+    std::vector<std::string> start = limited("16", "server");
+    start.insert(start.end(), {"--port", "0", "--data", data.path.string()});
+    Process server(start);
+    server.wait_for("server key SHA256:");
+    std::size_t at = server.output().find("127.0.0.1:") + 10;
+    std::string port = server.output().substr(at, server.output().find('\n', at) - at);
+    std::string before = read_text(data.path / "users.db");
+    for (const char* user : {"carol", "dave"}) {  // strangers, who have proved nothing
+        HandDriven newcomer(static_cast<std::uint16_t>(std::stoi(port)), user);
+        newcomer.send(
+            RegisterAccount{user, make_verifier(Secret<32>(), Bytes(16, 1), few_iterations).text(),
+                            test_key(1).public_key().der()});
+        CHECK(newcomer.receive<Goodbye>().reason == GoodbyeReason::server_trouble);
+    }
+    server.wait_for("File too large");
+    CHECK(read_text(data.path / "users.db") == before);
+
+    // And a client that receives a file.
+    TempDir homes;
+    for (const char* user : {"alice", "bob"}) give_identity(homes.path / user, user, 1);
+    write_text(homes.path / "large", std::string(1'000'000, 'x'));
+    auto client = [&](const std::string& user, std::vector<std::string> command) {
+        command.insert(command.end(), {"127.0.0.1:" + port, "-u", user, "--accept-new",
+                                       "--auto-accept", "--home", (homes.path / user).string(),
+                                       "--downloads", (homes.path / "downloads").string()});
+        std::vector<std::string> environment{concat("CHATSECURE_PASSWORD=", password)};
+        return std::make_unique<Process>(command, Process::Input::pipe, environment);
+    };
+    auto bob = client("bob", limited("200", "client"));
+    bob->wait_for("logged in");
+    auto alice = client("alice", {"client"});
+    alice->write(concat("/wait bob\n/file bob ", (homes.path / "large").string(), "\n"));
+    CHECK(alice->end() == 7);
+    CHECK(bob->end() == 0);  // nobody asked for that file
+    CHECK(contains(bob->output(), "File too large"));
+    server.signal(SIGTERM);
+    CHECK(server.end() == 0);
+}
+
 TEST_CASE("programs: a data directory that cannot be written is explained") {
     TempDir dir;
     std::filesystem::path data = dir.path / "data", server = dir.path / "server";
@@ -11844,14 +12055,14 @@ struct BenchData {
     RsaPrivateKey key = RsaPrivateKey::generate(default_rsa_bits);
     std::string path = directory.path.string();
 
-    BenchData() {
+    explicit BenchData(int people = bench_people) {
         key.save(directory.path / "server_private.pem", {}, 0);
         test_key(1).save(directory.path / "identity.pem", {}, 0);
         ScramVerifier verifier =
             make_verifier(pbkdf2_sha256(as_bytes(password), as_bytes(bench_salt), few_iterations),
                           as_bytes(bench_salt), few_iterations);
         std::string db;
-        for (int i = 0; i < bench_people; ++i)
+        for (int i = 0; i < people; ++i)
             db += concat(
                 Account{bench_name(i), verifier, test_key(1).public_key().der(), rfc3339_now()}
                     .line(),
@@ -12438,6 +12649,143 @@ class Scene {
     std::unique_ptr<Process> bob_;
 };
 
+// ---- At the door --------------------------------------------------------------------------------
+//
+// What strangers can do to people who want to come in. Each comes from an address of its own (Linux
+// has all of 127.0.0.0/8): the limits by address do not help.
+
+class Stranger : public HandDriven {
+  public:
+    Stranger(std::uint16_t port, std::uint32_t address, const std::string& user = "nobody")
+        : HandDriven(connection_from(address, port), user) {}
+
+    static Socket connection_from(std::uint32_t address, std::uint16_t port) {
+        Endpoint server = resolve("127.0.0.1", port, false).front();
+        Socket socket(detail::new_socket(server));
+        sockaddr_in own{};
+        own.sin_family = AF_INET;
+        own.sin_addr.s_addr = htonl(0x7f000000U + address);
+        auto failed = [](int result) { return result != 0 && errno != EINPROGRESS; };
+        if (failed(::bind(socket.handle(), reinterpret_cast<sockaddr*>(&own), sizeof own)) ||
+            failed(::connect(socket.handle(), server.address(), server.size)))
+            throw NetworkError(concat("No connection: ", std::generic_category().message(errno)));
+        socket.wait(POLLOUT, Clock::now() + long_enough);
+        return socket;
+    }
+    // As log_in, with what PBKDF2 makes of the password.
+    void log_in_with(const Secret<32>& salted) {
+        scram_->receive_challenge(challenge());
+        send(Scram{scram_->final(salted)});
+        scram_->verify_server(receive<LoginDone>().server_final);
+    }
+};
+
+// A server, and threads that work against it until the end.
+class Siege {
+  public:
+    Siege(int accounts, int threads, const std::function<void(Siege&, int thread)>& work)
+        : data_(accounts) {
+        for (int i = 0; i < threads; ++i)
+            threads_.emplace_back([this, i, work] {
+                while (!over) try {
+                        work(*this, i);
+                    } catch (const Error&) {
+                        ++refused;
+                    }
+            });
+    }
+    ~Siege() {
+        over = true;
+        server_.process.signal(SIGKILL);
+        for (std::thread& thread : threads_) thread.join();
+    }
+    std::uint16_t port() const { return static_cast<std::uint16_t>(std::stoi(server_.port)); }
+    const Secret<32>& salted() const { return salted_; }
+
+    std::atomic<bool> over = false;
+    std::atomic<int> done = 0, refused = 0;
+
+  private:
+    BenchData data_;
+    BenchServer server_{data_};
+    Secret<32> salted_ = pbkdf2_sha256(as_bytes(password), as_bytes(bench_salt), few_iterations);
+    std::vector<std::thread> threads_;
+};
+
+// How long a login takes, from connecting until LoginDone, without the client's PBKDF2, while eight
+// strangers register as fast as they can and the server writes 60,000 accounts again and again.
+void bench_registering(BenchTable& table) {
+    std::atomic<std::uint32_t> last = 0x10000;
+    Siege siege(60'000, 8, [&](Siege& s, int) {
+        std::uint32_t number = ++last;
+        Stranger stranger(s.port(), number);
+        const ScramVerifier verifier =
+            make_verifier(s.salted(), as_bytes(bench_salt), few_iterations);
+        stranger.send(RegisterAccount{concat("new", number), verifier.text(),
+                                      test_key(1).public_key().der()});
+        stranger.receive<Registered>();
+        ++s.done;
+    });
+    while (siege.done < 8) std::this_thread::yield();
+    std::vector<double> logins;
+    auto begin = Clock::now();
+    for (std::uint32_t i = 0; i < 500; ++i)
+        logins.push_back(seconds_of([&] {
+            Stranger(siege.port(), 0x20000 + i, bench_name(static_cast<int>(i)))
+                .log_in_with(siege.salted());
+        }));
+    show(concat("500 logins while ", siege.done.load(), " registered in ", seconds_since(begin),
+                " s (", siege.refused.load(), " refused): ", percentiles(logins), "\n"));
+    table.at_most("login with 60,000 accounts while eight register, median",
+                  percentile_us(logins, 0.5) / 1000, 10, " ms");
+}
+
+// Who gets in while 5,000 addresses hold a connection each, say nothing, and come again five
+// seconds after they came last, if they were sent away. (If they come as fast as they can, they
+// fill the system's queue in front of accept(), where no program decides who is next.)
+void bench_idle_strangers(BenchTable& table) {
+    constexpr std::uint32_t addresses = 5000;
+    struct Held {
+        Socket socket;
+        Clock::time_point again{};
+    };
+    std::vector<Held> all(addresses);
+    Siege siege(200, 1, [&](Siege& s, int) {
+        for (std::uint32_t i = 0; i < addresses && !s.over; ++i) {
+            Held& held = all[i];
+            std::array<std::uint8_t, 16> nothing{};
+            try {
+                if (held.socket.is_open() && !held.socket.read_now(nothing)) continue;
+            } catch (const NetworkError&) {
+                // a reset: sent away
+            }
+            held.socket = Socket();
+            if (Clock::now() < held.again) continue;
+            held.again = Clock::now() + std::chrono::seconds(5);
+            held.socket = Stranger::connection_from(0x30000 + i, s.port());
+            ++s.done;
+        }
+        std::this_thread::sleep_for(Milliseconds(10));
+    });
+    while (siege.done < static_cast<int>(addresses)) std::this_thread::yield();
+    int admitted = 0;
+    std::vector<double> logins;
+    for (std::uint32_t i = 0; i < 200; ++i) try {
+            logins.push_back(seconds_of([&] {
+                Stranger(siege.port(), 0x50000 + i, bench_name(static_cast<int>(i)))
+                    .log_in_with(siege.salted());
+            }));
+            ++admitted;
+            std::this_thread::sleep_for(Milliseconds(50));
+        } catch (const NetworkError&) {
+            // not admitted
+        }
+    show(concat("200 newcomers while ", addresses, " addresses connected ", siege.done.load(),
+                " times: ", logins.empty() ? "" : percentiles(logins), "\n"));
+    table.at_least("newcomers admitted while 5,000 addresses hold idle connections", admitted / 2.0,
+                   95, " %");
+}
+
 // All rows. With words: only those that begin with one of them.
 int bench_hostile(const std::vector<std::string>& chosen) {
     const Bytes one_byte{0x2a}, large = [] {
@@ -12496,13 +12844,22 @@ int bench_hostile(const std::vector<std::string>& chosen) {
         "Goals: p99 of bob's round trip <= 50 ms, <= 20 lines, <= 64 MiB; the file arrives.\n\n"
         "| what mallory sends | messages | alice's CPU | p50 | p99 | lines not of bob | memory | "
         "remarks | met |\n| --- | --- | --- | --- | --- | --- | --- | --- | --- |\n");
+    auto wanted = [&](std::string_view row) {
+        bool named = chosen.empty();
+        for (const std::string& word : chosen) named = named || row.starts_with(word);
+        return named;
+    };
     for (const Attack& attack : attacks) {
-        bool wanted = chosen.empty();
-        for (const std::string& word : chosen) wanted = wanted || attack.what.starts_with(word);
         turn = 0;
         offers = 0;
-        if (wanted) show(Scene(attack, alices_key).row());
+        if (wanted(attack.what)) show(Scene(attack, alices_key).row());
     }
+    raise_descriptor_limit();
+    BenchTable door;
+    show("\n");
+    if (wanted("j eight register")) bench_registering(door);
+    if (wanted("k idle strangers")) bench_idle_strangers(door);
+    show(door.text());
     return 0;
 }
 
