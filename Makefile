@@ -146,9 +146,9 @@ check-gui: $(O)/tests $(O)/server $(O)/client $(O)/gui_client_fltk
 	$(O)/tests --check-gui
 
 # Breaks the header in many small ways, and sees whether the tests notice. clang++ is much quicker.
+SABOTAGED = $(or $(shell command -v clang++),$(CXX)) $(CPPFLAGS) $(CRYPTO_CFLAGS) -std=c++20 -O0
 sabotage: $(O)/tests
-	@SABOTAGE_COMPILE='$(or $(shell command -v clang++),$(CXX)) -std=c++20 -O0 -pthread \
-	    $(CPPFLAGS) $(CRYPTO_CFLAGS)' SABOTAGE_LIBS='$(LDFLAGS) $(CRYPTO_LIBS)' \
+	@SABOTAGE_COMPILE='$(SABOTAGED) -pthread' SABOTAGE_LIBS='$(LDFLAGS) $(CRYPTO_LIBS)' \
 	    $(O)/tests --sabotage $(ONLY)
 
 # A window on the server of this machine; if none runs, on one that lives as long as the window.
