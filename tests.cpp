@@ -779,6 +779,46 @@ TEST_CASE("chapter 2: connecting ends when its time is over, and when it is canc
                    "cancelled"));
 }
 
+TEST_CASE("chapter 2: an address that says nothing is not waited for, the next one is tried too") {
+    auto [deaf, deaf_port] = deaf_socket();
+    REQUIRE(::listen(deaf.handle(), 0) == 0);
+    Waker never;
+    std::vector<Socket> queued;
+    std::string full = "";
+    Endpoint dead = resolve("127.0.0.1", deaf_port, false).front();
+    while (full.empty() && queued.size() < 100)
+        full = complaint(
+            [&] { queued.push_back(detail::connect_to_any({dead}, Milliseconds(30), never)); });
+    if (full.empty()) {
+        MESSAGE("skipped: this system's queue has no end");
+        return;
+    }
+    Listener listener("127.0.0.1", 0);
+    Endpoint good = resolve("127.0.0.1", listener.port(), false).front();
+    Clock::time_point begin = Clock::now();
+    Socket first = detail::connect_to_any({dead, good}, long_enough, never);
+    CHECK(first.is_open());
+    CHECK(Clock::now() - begin >= Milliseconds(250));  // its head start
+    CHECK(Clock::now() - begin < std::chrono::seconds(5));
+    // What fails at once needs no head start, and somebody late is still waited for.
+    auto [closed, closed_port] = deaf_socket();
+    Endpoint refuses = resolve("127.0.0.1", closed_port, false).front();
+    CHECK(detail::connect_to_any({refuses, good}, long_enough, never).is_open());
+    CHECK(detail::connect_to_any({good, dead}, long_enough, never).is_open());
+    CHECK(contains(complaint([&] { detail::connect_to_any({refuses}, long_enough, never); }),
+                   "refused"));
+}
+
+TEST_CASE("chapter 2: addresses of several families take turns") {
+    std::vector<Endpoint> all;
+    for (std::string host : {"::1", "::2", "::3", "127.0.0.1", "127.0.0.2"})
+        all.push_back(resolve(host, 1, false).front());
+    detail::alternate_families(all);
+    std::string order;
+    for (const Endpoint& endpoint : all) order += endpoint.host() + " ";
+    CHECK(order == "::1 127.0.0.1 ::2 127.0.0.2 ::3 ");
+}
+
 TEST_CASE("chapter 2: silence ends in TimedOut, and the connection is still good") {
     auto [a, b] = socket_pair();
     CHECK_FALSE(a.wait(POLLIN, Clock::now() + Milliseconds(1)));
@@ -4482,12 +4522,17 @@ TEST_CASE("chapter 13: everybody has a colour of their own, as far as there are 
 
 TEST_CASE("chapter 13: a password comes from the first line of a file, or from the environment") {
     TempDir dir;
-    for (std::string_view content :
-         {"pass word", "pass word\n", "pass word\r\n", "pass word\nmore"}) {
+    for (std::string_view content : {"pass word", "pass word\n", "pass word\r\n", "pass word\nmore",
+                                     "\xef\xbb\xbfpass word\n"}) {
         write_text(dir.path / "password", content);
         CHECK(as_text(*find_password(dir.path / "password")) == "pass word");
     }
     CHECK(contains(complaint([&] { find_password(dir.path / "none"); }), "no password file"));
+    for (std::string_view empty : {"", "\n", "\r\nsecond line", "\xef\xbb\xbf", "\xef\xbb\xbf\n"}) {
+        write_text(dir.path / "password", empty);
+        CHECK(contains(complaint([&] { find_password(dir.path / "password"); }),
+                       concat((dir.path / "password").string(), " has no password")));
+    }
 
     ::setenv("CHATSECURE_PASSWORD", "from outside", 1);
     CHECK(as_text(*find_password({})) == "from outside");
@@ -4604,7 +4649,10 @@ TEST_CASE("chapter 13: host and port are taken apart") {
                        {"2001:db8::7", "2001:db8::7", 5000},
                        {"[::1]", "::1", 5000},
                        {"[::1]:6000", "::1", 6000},
-                       {"fe80::1%eth0", "fe80::1%eth0", 5000}};
+                       {"fe80::1%eth0", "fe80::1%eth0", 5000},
+                       {"LOCALHOST:1", "localhost", 1},
+                       {"2001:db8::5000", "2001:db8::5000", 5000},
+                       {"1:2:3:4:5:6:7:8000", "1:2:3:4:5:6:7:8000", 5000}};
     for (const Case& c : cases) {
         CAPTURE(c.text);
         HostPort parsed = parse_host_port(c.text, 5000);
@@ -4620,7 +4668,28 @@ TEST_CASE("chapter 13: a host and port that cannot be are refused") {
         CAPTURE(bad);
         CHECK(throws<Error>([&] { parse_host_port(bad, 5000); }));
     }
-    CHECK(contains(complaint([] { parse_host_port("h:99999", 1); }), "\"99999\" is not a port"));
+    auto said = [](std::string_view text) {
+        return complaint([&] { parse_host_port(text, 5000); });
+    };
+    CHECK(contains(said("h:99999"), "\"99999\" is not a port"));
+    CHECK(contains(said("::1:5000"), "Write [::1]:5000, or [::1:5000]."));
+    CHECK(contains(said("http://host"), "without http://"));
+    CHECK(contains(said("alice@host:1"), "give the server alone, host:1, and the user as such"));
+}
+
+TEST_CASE("chapter 13: what is wrong with a flag names the flag") {
+    auto number = [](std::string_view text) {
+        return number_for<std::uint16_t>("--port", text, 0, 65535);
+    };
+    CHECK(number("0") == 0);
+    CHECK(number("65535") == 65535);
+    for (std::string_view bad : {"80000", "abc", "", "-1", "1 ", "0x10", "1.5"}) {
+        CAPTURE(bad);
+        CHECK(complaint([&] { number(bad); }) ==
+              concat("--port takes a number from 0 to 65535, and not \"", bad, "\"."));
+    }
+    CHECK(directory_for("--data", ".") == ".");
+    CHECK(contains(complaint([] { directory_for("--data", ""); }), "--data takes a directory"));
 }
 
 TEST_CASE("chapter 13: a colon behind a bracket wants a port, as behind a name") {
@@ -4655,12 +4724,52 @@ TEST_CASE("chapter 13: lines become commands, or a sentence that helps") {
     CHECK_FALSE(std::get<LimitRoom>(*parse_command("/room everyone ", "")).verified_only);
     for (std::string_view wrong :
          {"/msg", "/msg bob", "/msg b!b hi", "/reply", "/verify", "/verify bob no", "/trust a b",
-          "/room", "/room verified bob", "/room bob", "/nonsense", "/"})
+          "/room", "/room verified bob", "/room bob", "/nonsense", "/", "/quit now", "/who bob",
+          "/files 1", "/help me", "/who\nbob", "/file bob /etc/passwd\nthanks"})
         CHECK_THROWS_AS(parse_command(wrong, "x"), Error);
+    // Blanks do not make a text of a command, nor do large letters; lines behind it do not belong
+    // to it, except to a message.
+    CHECK(std::get<Tell>(*parse_command(" \t/MSG alice a secret", "")).text == "a secret");
+    CHECK(std::get<Tell>(*parse_command("/msg bob one\n/two", "")).text == "one\n/two");
+    CHECK(std::get<Tell>(*parse_command("/Reply one\ntwo", "bob")).text == "one\ntwo");
+    CHECK(std::holds_alternative<Leave>(*parse_command(" /QUIT ", "")));
+    CHECK(say(" //slash") == "/slash");
+    CHECK(say("  indented") == "  indented");
+    CHECK(say("see\n/file mallory secret\nthanks") == "see\n/file mallory secret\nthanks");
+    CHECK(say("\n/quit") == "\n/quit");
     CHECK_THROWS_AS(parse_command("/reply yes", ""), Error);
     CHECK_NOTHROW(parse_command(std::string(max_text_bytes, 'x'), ""));
     CHECK_THROWS_WITH(parse_command(std::string(max_text_bytes + 1, 'x'), ""),
                       "A message has at most 32768 bytes; this one has 32769. It was not sent.");
+}
+
+TEST_CASE("chapter 13: a command that is nearly one is guessed, and one alone can be explained") {
+    auto said = [](std::string_view line) { return complaint([&] { parse_command(line, ""); }); };
+    CHECK(contains(said("/hlep"), "There is no command /hlep. Did you mean /help?"));
+    CHECK(contains(said("/he"), "Did you mean /help?"));
+    CHECK(contains(said("/mgs bob hi"), "Did you mean /msg?"));
+    CHECK(contains(said("/exit"), "Did you mean /quit?"));
+    CHECK(contains(said("/flies"), "Did you mean /files?"));
+    for (std::string_view far : {"/nonsense", "/x", "/"}) {
+        CAPTURE(far);
+        CHECK_FALSE(contains(said(far), "Did you mean"));
+    }
+    CHECK(help_asked("hello").empty());
+    CHECK(help_asked("/helpless").empty());
+    CHECK(help_asked(" /HELP ").size() == command_help.size());
+    CHECK(help_asked("/help msg").at(0).usage == "/msg USER TEXT");
+    CHECK(help_asked("/help /Quit").at(0).usage == "/quit");
+    CHECK(contains(complaint([] { help_asked("/help mgs"); }), "Did you mean /msg?"));
+}
+
+TEST_CASE("chapter 13: a text speaks of somebody when it has the name as a word") {
+    CHECK(mentions("bob: hi", "bob"));
+    CHECK(mentions("thanks, Bob.", "bob"));
+    CHECK(mentions("bobby told BOB", "bob"));
+    for (std::string_view other : {"bobby", "kabob", "", "bob2", "\u00e9bob"}) {
+        CAPTURE(other);
+        CHECK_FALSE(mentions(other, "bob"));
+    }
 }
 
 // =================================================================================================
