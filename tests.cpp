@@ -9945,10 +9945,10 @@ TEST_CASE("programs: what is wrong with a flag or a password file is said of it 
     TempDir dir;
     auto says = [&](std::vector<std::string> words, int code, const std::string& part) {
         CAPTURE(words.back());
-        auto [ended, text] = complaint_of(std::move(words));
-        CHECK(ended == code);
-        CAPTURE(text);
-        CHECK(contains(text, part));
+        const auto ended = complaint_of(std::move(words));
+        CAPTURE(ended.second);
+        CHECK(ended.first == code);
+        CHECK(contains(ended.second, part));
     };
     says({"server", "--port", "80000"}, 2, "--port takes a number from 0 to 65535");
     says({"server", "--port", "abc"}, 2, "--port takes a number from 0 to 65535, and not \"abc\"");
