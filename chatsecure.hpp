@@ -71,6 +71,7 @@
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
+#include <cwchar>
 #include <deque>
 #include <exception>
 #include <filesystem>
@@ -584,11 +585,17 @@ inline bool is_valid_name(std::string_view name) {
     return has_form_of_name(name) && !is_reserved_name(name);
 }
 
+// With small letters for A to Z, and nothing else changed.
+inline std::string lower_case(std::string_view text) {
+    std::string lower(text);
+    for (char& c : lower)
+        if (c >= 'A' && c <= 'Z') c = static_cast<char>(c - 'A' + 'a');
+    return lower;
+}
+
 // `name` in lower case. Throws Error, with the rule, if it is no valid user name.
 inline std::string fold_name(std::string_view name) {
-    std::string folded(name);
-    for (char& c : folded)
-        if (c >= 'A' && c <= 'Z') c = static_cast<char>(c - 'A' + 'a');
+    std::string folded = lower_case(name);
     if (is_reserved_name(folded))
         throw Error(concat("Nobody can be called \"", folded,
                            "\": it would look as if the program said it. Choose another name."));
@@ -1075,45 +1082,88 @@ inline Socket new_socket(const Endpoint& endpoint) {
     return Socket(handle);
 }
 
-// Connects to one address. connect() only begins it; poll() waits until it is done, until the time
-// is over, or until `cancel`.
-inline Socket connect_one(const Endpoint& endpoint, Clock::time_point deadline,
-                          const Waker& cancel) {
-    Socket socket = new_socket(endpoint);
-    if (::connect(socket.handle(), endpoint.address(), endpoint.size) != 0) {
-        int error = socket_error();
-        if (!in_progress(error)) throw NetworkError(socket_reason(error));
-        std::array<PollEntry, 2> entries{
-            {{socket.handle(), POLLOUT, 0}, {cancel.handle(), POLLIN, 0}}};
-        bool in_time = poll_until(entries, deadline);
-        if (entries[1].revents != 0) throw NetworkError("cancelled");
-        if (!in_time) throw TimedOut("no answer");
-        socklen_t size = sizeof error;
-        error = 0;
-        ::getsockopt(socket.handle(), SOL_SOCKET, SO_ERROR, reinterpret_cast<char*>(&error), &size);
-        if (error != 0) throw NetworkError(socket_reason(error));
+// First an address of each family, then the second of each, and so on: where one family does not
+// work, the other one's turn comes soon.
+inline void alternate_families(std::vector<Endpoint>& endpoints) {
+    std::map<int, std::size_t> seen;
+    std::vector<std::pair<std::size_t, Endpoint>> numbered;
+    for (const Endpoint& endpoint : endpoints)
+        numbered.emplace_back(seen[endpoint.storage.ss_family]++, endpoint);
+    std::stable_sort(numbered.begin(), numbered.end(),
+                     [](const auto& a, const auto& b) { return a.first < b.first; });
+    for (std::size_t i = 0; i < endpoints.size(); ++i) endpoints[i] = numbered[i].second;
+}
+
+// Why an attempt to connect has failed; empty if it has not. For a socket that poll() announced.
+inline std::string connect_failure(const Socket& socket) {
+    int error = 0;
+    socklen_t size = sizeof error;
+    ::getsockopt(socket.handle(), SOL_SOCKET, SO_ERROR, reinterpret_cast<char*>(&error), &size);
+    return error == 0 ? "" : socket_reason(error);
+}
+
+// Connects to one of several addresses, the first that answers. An address that is dead mostly says
+// nothing at all, so nobody waits for its time to be over: after a short head start the next one is
+// tried beside it ("happy eyeballs", RFC 8305; the 250 ms are from its section 8), and at once when
+// an attempt fails. connect() only begins each; poll() waits for all of them, until the time is
+// over, or until `cancel`. Throws NetworkError with the reason of the attempt that failed last.
+inline Socket connect_to_any(const std::vector<Endpoint>& endpoints, Milliseconds timeout,
+                             const Waker& cancel) {
+    constexpr Milliseconds head_start{250};
+    std::string reason = "it has no address";
+    std::vector<Socket> attempts;
+    auto next = endpoints.begin();
+    const Clock::time_point deadline = Clock::now() + timeout;
+    Clock::time_point next_start = Clock::now();
+    while (next != endpoints.end() || !attempts.empty()) {
+        if (next != endpoints.end() && (attempts.empty() || Clock::now() >= next_start)) {
+            const Endpoint& endpoint = *next++;
+            try {
+                Socket socket = new_socket(endpoint);
+                if (::connect(socket.handle(), endpoint.address(), endpoint.size) == 0)
+                    return socket;
+                if (!in_progress(socket_error())) throw NetworkError(socket_reason(socket_error()));
+                attempts.push_back(std::move(socket));
+                next_start = Clock::now() + head_start;
+            } catch (const NetworkError& e) {
+                reason = e.what();
+                continue;
+            }
+        }
+        std::vector<PollEntry> entries{{cancel.handle(), POLLIN, 0}};
+        for (const Socket& socket : attempts) entries.push_back({socket.handle(), POLLOUT, 0});
+        poll_until(entries, next == endpoints.end() ? deadline : std::min(next_start, deadline));
+        if (entries[0].revents != 0) throw NetworkError("cancelled");
+        for (std::size_t i = attempts.size(); i-- > 0;) {
+            if (entries[i + 1].revents == 0) continue;
+            std::string failure = connect_failure(attempts[i]);
+            if (failure.empty()) return std::move(attempts[i]);
+            reason = failure;
+            attempts.erase(attempts.begin() + static_cast<std::ptrdiff_t>(i));
+            next_start = Clock::now();
+        }
+        if (Clock::now() >= deadline) throw TimedOut("no answer");
     }
-    return socket;
+    throw NetworkError(reason);
 }
 
 }  // namespace detail
 
 // Connects to the first address of `host` that answers within `timeout`. Blocks; `cancel` ends the
-// wait early. Throws NetworkError with the reason of the last address that was tried.
+// wait early. Throws NetworkError with the reason of the attempt that failed last.
 inline Socket connect_to(const std::string& host, std::uint16_t port, Milliseconds timeout,
                          const Waker& cancel) {
-    std::string reason = "it has no address";
-    for (const Endpoint& endpoint : resolve(host, port, false)) {
-        try {
-            Socket socket = detail::connect_one(endpoint, Clock::now() + timeout, cancel);
-            socket.set_chat_options();
-            return socket;
-        } catch (const NetworkError& e) {
-            reason = e.what();
-        }
+    std::vector<Endpoint> endpoints = resolve(host, port, false);
+    detail::alternate_families(endpoints);
+    try {
+        Socket socket = detail::connect_to_any(endpoints, timeout, cancel);
+        socket.set_chat_options();
+        return socket;
+    } catch (const NetworkError& e) {
+        throw NetworkError(concat("Cannot connect to ", visible(host), " port ", port, ": ",
+                                  e.what(),
+                                  ". Is the server running, and are host and port right?"));
     }
-    throw NetworkError(concat("Cannot connect to ", visible(host), " port ", port, ": ", reason,
-                              ". Is the server running, and are host and port right?"));
 }
 
 // The listening side: one socket for each address of `host` ("localhost" has two).
@@ -2165,7 +2215,8 @@ inline void check_new_password(ByteView password) {
                                [](std::uint8_t byte) { return byte < 0x20 || byte == 0x7f; });
     if (!length || control) throw Error("A password is text, without control characters.");
     if (*length < min_password_characters)
-        throw Error(concat("This password is too weak: it has ", *length, " characters, and ",
+        throw Error(concat("This password is too weak: it has ", *length,
+                           *length == 1 ? " character, and " : " characters, and ",
                            min_password_characters,
                            " are the least. A few random words are good."));
     if (password.size() > max_password_bytes)
@@ -5700,9 +5751,9 @@ class Members {
 
     // Takes a session off the lists, at once, however long its thread still has to do. Returns what
     // there is to log: nothing if it was off them already.
-    std::string remove(Session& s, const std::string& reason) {
+    std::string remove(Session& s, const std::string& reason, bool refused = true) {
         std::unique_lock lock = to_change();
-        return remove_locked(s, reason);
+        return remove_locked(s, reason, refused);
     }
     // Its thread is at its end: nothing waits in its outbox any more.
     void forget(const SessionPtr& session) {
@@ -5771,16 +5822,19 @@ class Members {
         auto found = by_name_.find(user);
         return found == by_name_.end() ? nullptr : found->second;
     }
-    std::string remove_locked(Session& s, const std::string& reason) {
+    std::string remove_locked(Session& s, const std::string& reason, bool was_refused = true) {
         using enum Session::Stage;
         Session::Stage stage = s.stage;
         if (stage == left || stage == refused) return "";
         if (is_online(s)) --online_;
         s.stage = stage == member ? left : refused;
         changed_.notify_all();
-        if (stage != member)
-            return concat("refused ", s.address,
-                          s.user.empty() ? "" : concat(" (\"", s.user, "\")"), ": ", reason);
+        if (stage != member) {
+            std::string who =
+                concat(s.address, s.user.empty() ? "" : concat(" (\"", s.user, "\")"));
+            return was_refused ? concat("refused ", who, ": ", reason)
+                               : concat(who, " went before it was logged in: ", reason);
+        }
         members_.erase(lower_bound(s.id));
         append_news(Left{s.id});
         return concat("\"", s.user, "\" left: ", reason);
@@ -6151,6 +6205,7 @@ class Server {
     void end(const SessionPtr& session, const Work& work) noexcept {
         try {
             std::string how;
+            bool refused = true;
             Goodbye last_words{GoodbyeReason::none, "Goodbye."};
             try {
                 how = work();
@@ -6162,9 +6217,13 @@ class Server {
             } catch (const std::exception& e) {
                 session->connection.abort();  // what still waits for it must not keep it here
                 how = e.what();
+                // Who meets us for the first time goes, to ask its user about our key.
+                refused = dynamic_cast<const NetworkError*>(&e) == nullptr ||
+                          dynamic_cast<const TimedOut*>(&e) != nullptr;
             }
             flush_touched(*session);
-            info(members_.remove(*session, how));  // now nothing comes behind the last words
+            info(members_.remove(*session, how,
+                                 refused));  // now nothing comes behind the last words
             if (session->connection.is_secure()) session->connection.send(last_words);
         } catch (...) {
             session->connection.abort();
@@ -8337,6 +8396,9 @@ class Client final : private FileHost {
 
     bool perform(const Ignore& ignore) {
         if (ignore.user == user_) throw Error("That is you.");
+        if (link_->find(ignore.user) == nullptr && login_.pins().find(ignore.user) == nullptr &&
+            ignored_.count(ignore.user) == 0)
+            throw Error(concat("There is nobody called ", ignore.user, " here."));
         bool now = ignored_.insert(ignore.user).second;
         if (!now) ignored_.erase(ignore.user);
         emit(Notice{concat("Messages of ", ignore.user,
@@ -8485,7 +8547,8 @@ namespace detail {
 // What each system does in its own way: chapter 14.
 inline void remove_from_environment(const char* name);
 // Shows `prompt` and gives each key that is pressed to `handle`, until that returns false. Nothing
-// is echoed, and no key is a signal. Throws Error if there is no terminal.
+// is echoed, and no key is a signal; but Ctrl-Z still suspends. Throws Error if there is no
+// terminal.
 inline void read_keys(std::string_view prompt, const std::function<bool(int key)>& handle);
 }  // namespace detail
 
@@ -8495,9 +8558,14 @@ inline std::optional<SecretBytes> find_password(const std::filesystem::path& fil
     if (!file.empty()) {
         std::optional<SecretBytes> content = read_file(file, 64 * 1024);
         if (!content) throw Error(concat("There is no password file ", file.string(), "."));
-        auto end = std::find_if(content->begin(), content->end(),
+        auto begin = content->begin();
+        if (as_text(*content).starts_with("\xef\xbb\xbf")) begin += 3;  // some editors' first bytes
+        auto end = std::find_if(begin, content->end(),
                                 [](std::uint8_t byte) { return byte == '\n' || byte == '\r'; });
-        return SecretBytes(content->begin(), end);
+        if (begin == end)
+            throw Error(concat("The password file ", file.string(),
+                               " has no password: that is its first line, which is empty."));
+        return SecretBytes(begin, end);
     }
     char* value = std::getenv("CHATSECURE_PASSWORD");
     if (value == nullptr) return std::nullopt;
@@ -8578,6 +8646,27 @@ inline std::string time_left(std::uint64_t bytes, double bytes_per_second) {
     return concat(seconds / 3600, " h left");
 }
 
+// How many of `parts` parts of a file are done.
+inline std::size_t parts_done(std::uint64_t done, std::uint64_t size, double parts) {
+    double whole = static_cast<double>(std::max<std::uint64_t>(size, 1));
+    return static_cast<std::size_t>(static_cast<double>(done) / whole * parts);
+}
+
+// How far a file is that is on its way: "43 % of 12.3 MB, 1.2 MB/s, 6 s left".
+inline std::string progress_text(const FileEvent& e) {
+    std::string left = time_left(e.file.size - e.done, e.bytes_per_second);
+    return concat(parts_done(e.done, e.file.size, 100), " % of ", readable_size(e.file.size), ", ",
+                  readable_size(static_cast<std::uint64_t>(e.bytes_per_second)), "/s",
+                  left.empty() ? "" : ", ", left);
+}
+
+// "alice, bob, carol"
+inline std::string listed(const std::vector<std::string>& names) {
+    std::string text;
+    for (const std::string& name : names) text += (text.empty() ? "" : ", ") + name;
+    return text;
+}
+
 // The number of bytes that a text means: "4096", "500k", "2M", "1.5G" (powers of 1000, too; a B may
 // follow). Throws Error.
 inline std::uint64_t parse_size(std::string_view text) {
@@ -8600,17 +8689,110 @@ inline std::uint64_t parse_size(std::string_view text) {
     return value >= 1.8e19 ? UINT64_MAX : static_cast<std::uint64_t>(value);
 }
 
+// ---- Text in rows, for a terminal ---------------------------------------------------------------
+
+namespace detail {
+inline int columns_of(char32_t point);  // of a letter on a terminal; chapter 14
+}  // namespace detail
+
+// Text of several lines, each made visible().
+inline std::string visible_lines(std::string_view text) {
+    std::string lines;
+    for (std::size_t end; (end = text.find('\n')) != text.npos; text.remove_prefix(end + 1))
+        lines += concat(visible(text.substr(0, end)), "\n");
+    return lines + visible(text);
+}
+
+// Calls `use` with the bytes of each letter of `text`, and the columns that it takes: two for a
+// Chinese one, none for an accent. What sets a colour takes none either.
+inline void for_each_letter(std::string_view text,
+                            const std::function<void(std::string_view, std::size_t)>& use) {
+    while (!text.empty()) {
+        std::string_view rest = text;
+        char32_t point = take_code_point(rest);
+        std::size_t used = text.size() - rest.size();
+        if (point == U'\x1b') used = std::min(text.find('m'), text.size() - 1) + 1;
+        use(text.substr(0, used), static_cast<std::size_t>(std::max(detail::columns_of(point), 0)));
+        text.remove_prefix(used);
+    }
+}
+
+// `text` in rows of at most `width` columns: broken between words, and where it has a line's end.
+// All but the first begin in column `indent`. A word that is longer than a row is left to the
+// terminal, which knows that it is one (an address on the web, to be clicked on).
+inline std::string in_rows(std::string_view text, std::size_t width, std::size_t indent) {
+    const std::string next = "\n" + std::string(indent, ' ');
+    std::string rows, word;             // a word has the blank before it
+    std::size_t column = 0, cells = 0;  // where `rows` ends; what `word` takes
+    auto put_word = [&] {
+        if (column > indent && column + cells > width) {
+            bool blank = word.starts_with(' ');
+            rows += next + word.substr(blank ? 1 : 0);
+            column = indent + cells - (blank ? 1 : 0);
+        } else {
+            rows += word;
+            column += cells;
+        }
+        word.clear();
+        cells = 0;
+    };
+    for_each_letter(text, [&](std::string_view letter, std::size_t takes) {
+        if (letter == "\n" || letter == " ") put_word();
+        if (letter == "\n") {
+            rows += next;
+            column = indent;
+        } else {
+            word += letter;
+            cells += takes;
+        }
+    });
+    put_word();
+    return rows;
+}
+
+// As much of `text` as fits into `width` columns, with all of its colours.
+inline std::string first_columns(std::string_view text, std::size_t width) {
+    std::string part;
+    for_each_letter(text, [&](std::string_view letter, std::size_t cells) {
+        if (cells <= width) part += letter;
+        width -= std::min(cells, width);
+    });
+    return part;
+}
+
+// How many rows below its first `text`, which begins in the first column, ends. A terminal goes to
+// the next row when there is something to put there; a line editor may make it go `at_once` when
+// a row is full.
+inline std::size_t rows_down(std::string_view text, std::size_t width, bool at_once) {
+    std::size_t row = 0, column = 0;
+    for_each_letter(text, [&](std::string_view letter, std::size_t cells) {
+        bool fits = column + cells <= width && letter != "\n";
+        column = fits ? column + cells : cells;
+        bool full = at_once && column == width;
+        row += (fits ? 0u : 1u) + (full ? 1u : 0u);
+        if (full) column = 0;
+    });
+    return row;
+}
+
 // ---- Addresses and keys -------------------------------------------------------------------------
 
-// "HOST", "HOST:PORT", "[IPV6]:PORT" or a bare IPv6 address, taken apart. Throws Error.
+// "HOST", "HOST:PORT", "[IPV6]:PORT" or a bare IPv6 address, taken apart, in small letters. Throws
+// Error.
 struct HostPort {
     std::string host;
     std::uint16_t port = 0;
 };
 inline HostPort parse_host_port(std::string_view text, std::uint16_t default_port) {
-    auto wrong = [&](std::string_view what) {
+    auto wrong = [&](const std::string& what) {
         return Error(concat("\"", visible(text), "\" ", what));
     };
+    if (text.find("://") != text.npos)
+        throw wrong("is an address of the web. A server's is HOST or HOST:PORT, without http://.");
+    if (std::size_t at = text.find('@'); at != text.npos)
+        throw wrong(concat("has a user in it: give the server alone, ",
+                           visible(text.substr(at + 1)), ", and the user as such (-u ",
+                           visible(text.substr(0, at)), ")."));
     std::string_view host = text, port;  // the port with its colon
     std::size_t colon = text.rfind(':');
     if (text.starts_with('[')) {
@@ -8623,16 +8805,39 @@ inline HostPort parse_host_port(std::string_view text, std::uint16_t default_por
     } else if (colon != text.npos && text.find(':') == colon) {  // one colon: HOST:PORT
         host = text.substr(0, colon);
         port = text.substr(colon);
+    } else if (colon != text.npos && text.find("::") < colon - 1 && text.size() - colon > 4 &&
+               parse_number<std::uint32_t>(text.substr(colon + 1))) {
+        throw wrong(concat("may be an address with a port or without one. Write [",
+                           visible(text.substr(0, colon)), "]", visible(text.substr(colon)),
+                           ", or [", visible(text), "]."));
     }
     if (host.empty()) throw wrong("has no host name.");
-    if (port.empty()) return {std::string(host), default_port};
+    std::string name = lower_case(host);  // LOCALHOST is localhost: one host, one pin
+    if (port.empty()) return {name, default_port};
     if (port == ":") throw wrong("lacks a port after the colon.");
     port.remove_prefix(1);
     std::uint16_t number = parse_number<std::uint16_t>(port).value_or(0);
     if (number == 0)
         throw Error(
             concat("\"", visible(port), "\" is not a port: give a number from 1 to 65535."));
-    return {std::string(host), number};
+    return {name, number};
+}
+
+// The number that a flag was given. Throws Error, which names the flag and what is right.
+template <std::unsigned_integral T>
+T number_for(std::string_view flag, std::string_view text, T least, T most) {
+    std::optional<T> number = parse_number<T>(text);
+    if (!number || *number < least || *number > most)
+        throw Error(concat(flag, " takes a number from ", least, " to ", most, ", and not \"",
+                           visible(text), "\"."));
+    return *number;
+}
+
+// The directory that a flag was given. Throws Error for none.
+inline std::filesystem::path directory_for(std::string_view flag, const std::string& text) {
+    if (text.empty())
+        throw Error(concat(flag, " takes a directory, and not nothing: \".\" is this one."));
+    return text;
 }
 
 // A fingerprint as text, or the fingerprint of the key in a PEM file. Throws Error.
@@ -8660,7 +8865,88 @@ inline void share_one_heap();
 // a limit on the size of files) is an error like any other, not a signal that kills.
 inline void make_write_errors_errors();
 
+// For a program, first of all. Who starts it may have closed its standard input, output or error:
+// the system gives the lowest free number to whatever is opened next, and what was meant for the
+// screen would go into a key file or to the server. From here on all three are something.
+inline void open_standard_descriptors();
+
+// ---- What is worth a line -----------------------------------------------------------------------
+
+// Our messages that wait, and those that have waited: what becomes of them is news.
+class LateMessages {
+  public:
+    // True if the message had been waiting before this.
+    bool note(const DeliveryChanged& e) {
+        using enum Delivery;
+        auto found = waits_.find(e.id);
+        bool late = found != waits_.end();
+        if (e.state == waiting)
+            waits_[e.id] = true;
+        else if (late && e.state == sent && !e.to.empty())
+            found->second = false;
+        else if (late)
+            waits_.erase(found);
+        return late;
+    }
+    std::size_t waiting() const {
+        return static_cast<std::size_t>(std::count_if(
+            waits_.begin(), waits_.end(), [](const auto& entry) { return entry.second; }));
+    }
+
+  private:
+    std::map<std::uint64_t, bool> waits_;  // by id: does it wait now?
+};
+
+// Lets one progress event of each file through every few seconds (and all other events), for front
+// ends that print lines.
+class NowAndThen {
+  public:
+    bool is_due(const Event& event) {
+        const auto* file = std::get_if<FileEvent>(&event.what);
+        if (file == nullptr || file->phase != FileEvent::Phase::progress) return true;
+        Clock::time_point now = Clock::now();
+        auto [last, first] = last_.try_emplace(file->file.number, now);
+        if (first || now - last->second < std::chrono::seconds(5)) return false;
+        last->second = now;
+        return true;
+    }
+
+  private:
+    std::map<unsigned, Clock::time_point> last_;
+};
+
 // ---- Lines of input, for every front end alike --------------------------------------------------
+
+// Standard input, line by line, as far as they are there.
+class LineReader {
+  public:
+    // Reads what is there; blocks if nothing is.
+    void read_more() {
+        Bytes block(65536);
+        std::ptrdiff_t got = detail::read_some(0, block);
+        if (got > 0) buffer_ += as_text(ByteView(block).first(static_cast<std::size_t>(got)));
+        if (got == 0 || (got < 0 && errno != EINTR)) ended_ = true;
+    }
+    // The next line without its end; at the end of the input also a last one that has no end.
+    std::optional<std::string> next() {
+        std::size_t end = buffer_.find('\n', begin_);
+        if (end == buffer_.npos && (!ended_ || begin_ == buffer_.size())) {
+            buffer_.erase(0, std::exchange(begin_, 0));
+            return std::nullopt;
+        }
+        std::string line = buffer_.substr(begin_, end - begin_);
+        begin_ = end == buffer_.npos ? buffer_.size() : end + 1;
+        if (line.ends_with('\r')) line.pop_back();
+        return line;
+    }
+    bool ended() const { return ended_ && begin_ == buffer_.size(); }
+    bool wants_more() const { return !ended_; }
+
+  private:
+    std::string buffer_;
+    std::size_t begin_ = 0;
+    bool ended_ = false;
+};
 
 struct CommandHelp {
     std::string_view usage, meaning;
@@ -8679,7 +8965,7 @@ inline constexpr std::array<CommandHelp, 15> command_help{{
     {"/decline [N]", "do not take it"},
     {"/cancel [N]", "withdraw an offer, or stop a file that is on its way"},
     {"/files", "the files that are offered and on their way, with their numbers"},
-    {"/help", "this list"},
+    {"/help [COMMAND]", "this list, or one line of it"},
     {"/quit", "leave"},
 }};
 
@@ -8748,22 +9034,106 @@ inline std::vector<std::filesystem::path> paths_from(std::string_view text) {
     return is_whole ? std::vector{whole} : paths;
 }
 
+// The command that a line is about, in small letters: "/msg" for "  /MSG bob hi". Empty for a text.
+inline std::string command_of(std::string_view line) {
+    line.remove_prefix(std::min(line.find_first_not_of(" \t"), line.size()));
+    if (!line.starts_with('/') || line.starts_with("//")) return "";
+    return lower_case(line.substr(0, line.find_first_of(" \n")));
+}
+
 // True for "/help", and for "/help " as completion leaves it.
 inline bool is_command(std::string_view line, std::string_view command) {
-    return line.starts_with(command) && line.find_first_not_of(' ', command.size()) == line.npos;
+    return command_of(line) == command && split_words(line).size() == 1;
+}
+
+namespace detail {
+
+// How many letters one has to insert, remove or replace to make one word the other (Levenshtein).
+inline std::size_t edit_distance(std::string_view one, std::string_view other) {
+    std::vector<std::size_t> row(other.size() + 1);  // from the beginning of `one` so far, to each
+    for (std::size_t j = 0; j < row.size(); ++j) row[j] = j;
+    for (std::size_t i = 0; i < one.size(); ++i) {
+        std::size_t diagonal = std::exchange(row[0], i + 1);
+        for (std::size_t j = 0; j < other.size(); ++j) {
+            std::size_t replaced = diagonal + (one[i] == other[j] ? 0 : 1);
+            diagonal = row[j + 1];
+            row[j + 1] = std::min({replaced, diagonal + 1, row[j] + 1});
+        }
+    }
+    return row.back();
+}
+
+// What is wrong with a command that does not exist, and which one may have been meant.
+inline Error no_such_command(std::string_view command) {
+    std::string nearest;
+    std::size_t least = 3;  // at most two letters are wrong, and at most half of them
+    for (const CommandHelp& help : command_help) {
+        std::string_view name = help.usage.substr(0, help.usage.find(' '));
+        if (!name.starts_with('/')) continue;
+        std::size_t distance = edit_distance(command, name);
+        if (command.size() > 2 && name.starts_with(command)) distance = 0;
+        if (std::is_permutation(command.begin(), command.end(), name.begin(), name.end()))
+            distance = 1;
+        if (distance >= std::min(least, (name.size() - 1) / 2 + 1)) continue;
+        nearest = name;
+        least = distance;
+    }
+    return Error(concat("There is no command ", visible(command.substr(0, 40)), ". ",
+                        nearest.empty() ? "" : concat("Did you mean ", nearest, "? "),
+                        "/help lists them."));
+}
+
+}  // namespace detail
+
+// What there is to show for a line that asks for help: for "/help" all commands, for "/help msg"
+// one. Nothing for any other line; throws Error for a command that does not exist.
+inline std::vector<CommandHelp> help_asked(std::string_view line) {
+    std::vector<CommandHelp> found;
+    if (command_of(line) != "/help") return found;
+    std::vector<std::string> words = split_words(line);
+    if (words.size() == 1) return {command_help.begin(), command_help.end()};
+    std::string command = lower_case(words[1]);
+    if (!command.starts_with('/')) command.insert(0, "/");
+    for (const CommandHelp& help : command_help)
+        if (help.usage.substr(0, help.usage.find(' ')) == command) found.push_back(help);
+    if (found.empty()) throw detail::no_such_command(command);
+    return found;
+}
+
+// Whether a text speaks of `user`: has the name in it as a word, in large letters or small ones.
+inline bool mentions(std::string_view text, std::string_view user) {
+    std::string lower = lower_case(text);
+    auto ends_word = [&](std::size_t at) {
+        auto c = static_cast<std::uint8_t>(at < lower.size() ? lower[at] : ' ');
+        return !((c >= 'a' && c <= 'z') || (c >= '0' && c <= '9') || c >= 0x80);
+    };
+    for (std::size_t at = lower.find(user); at != lower.npos; at = lower.find(user, at + 1))
+        if ((at == 0 || ends_word(at - 1)) && ends_word(at + user.size())) return true;
+    return false;
 }
 
 // What a line means. Nothing for an empty line; throws Error with the sentence to show for a line
-// that cannot be done. `reply_to` is the last private partner, or empty. Commands that concern the
-// front end alone (/help) are its own to catch before.
+// that cannot be done. Blanks before a command do not make it a text: what was meant for one person
+// must not go to all. A message may have several lines (they were pasted), a command has one.
+// `reply_to` is the last private partner, or empty. Commands that concern the front end alone
+// (/help) are its own to catch before.
 inline std::optional<Command> parse_command(std::string_view line, std::string_view reply_to) {
     auto checked = [](std::string_view text) {
         require_sendable(text);
         return std::string(text);
     };
-    if (line.find_first_not_of(" \t\r\n") == line.npos) return std::nullopt;
-    if (line.starts_with("//")) return Say{checked(line.substr(1))};
-    if (!line.starts_with('/')) return Say{checked(line)};
+    std::size_t begin = line.find_first_not_of(" \t\r\n");
+    if (begin == line.npos) return std::nullopt;
+    const std::string command = command_of(line);
+    if (command.empty()) {
+        bool escaped = line.substr(begin).starts_with("//");
+        return Say{checked(line.substr(escaped ? begin + 1 : 0))};
+    }
+    line.remove_prefix(begin);
+    if (line.find('\n') != line.npos && command != "/msg" && command != "/reply")
+        throw Error(
+            "A line that begins with / is a command, and a command has one line. Begin with // for "
+            "a text. Nothing was done.");
 
     auto take_word = [&line] {
         std::size_t end = std::min(line.find(' '), line.size());
@@ -8771,7 +9141,7 @@ inline std::optional<Command> parse_command(std::string_view line, std::string_v
         line.remove_prefix(std::min(line.find_first_not_of(' ', end), line.size()));
         return word;
     };
-    std::string_view command = take_word();
+    take_word();
     auto need = [&](bool ok, std::string_view usage) {
         if (!ok) throw Error(concat("Usage: ", usage));
     };
@@ -8786,9 +9156,12 @@ inline std::optional<Command> parse_command(std::string_view line, std::string_v
         return Tell{std::string(reply_to), checked(line)};
     }
     need(command != "/help", "/help");  // with something after it
-    if (command == "/who") return ListPeople{};
-    if (command == "/quit") return Leave{};
-    if (command == "/files") return ListFiles{};
+    if (command == "/who" || command == "/quit" || command == "/files") {
+        need(line.empty(), concat(command, ", with nothing behind it"));
+        if (command == "/who") return ListPeople{};
+        if (command == "/files") return ListFiles{};
+        return Leave{};
+    }
     if (command == "/room") {
         std::string_view who = take_word();
         need((who == "verified" || who == "everyone") && line.empty(),
@@ -8817,8 +9190,7 @@ inline std::optional<Command> parse_command(std::string_view line, std::string_v
         if (command == "/trust") return Trust{fold_name(user)};
         return Ignore{fold_name(user)};
     }
-    throw Error(
-        concat("There is no command ", visible(command.substr(0, 40)), ". /help lists them."));
+    throw detail::no_such_command(command);
 }
 
 // =================================================================================================
@@ -8974,6 +9346,7 @@ inline std::string lookup_reason(int failure) { return socket_reason(failure); }
 // ---- Windows: programs --------------------------------------------------------------------------
 
 inline void remove_from_environment(const char* name) { ::_putenv_s(name, ""); }
+inline int columns_of(char32_t point) { return point < 0x20 ? 0 : 1; }
 
 inline void read_keys(std::string_view prompt, const std::function<bool(int key)>& handle) {
     std::cerr << prompt << std::flush;
@@ -8988,6 +9361,7 @@ inline std::size_t raise_descriptor_limit() { return 16384; }
 inline void share_one_heap() {}
 
 inline void make_write_errors_errors() {}
+inline void open_standard_descriptors() {}
 inline std::filesystem::path default_home() {
     const char* data = std::getenv("APPDATA");
     return std::filesystem::path(data != nullptr ? data : "") / "ChatSecure";
@@ -9176,6 +9550,7 @@ inline std::string lookup_reason(int failure) { return ::gai_strerror(failure); 
 // ---- POSIX: programs ----------------------------------------------------------------------------
 
 inline void remove_from_environment(const char* name) { ::unsetenv(name); }
+inline int columns_of(char32_t point) { return ::wcwidth(static_cast<wchar_t>(point)); }
 
 // The terminal is in raw mode meanwhile, so that an interrupt cannot leave it mute.
 inline void read_keys(std::string_view prompt, const std::function<bool(int key)>& handle) {
@@ -9186,15 +9561,25 @@ inline void read_keys(std::string_view prompt, const std::function<bool(int key)
             "CHATSECURE_PASSWORD, or to the client with --password-file.");
     termios raw = before;
     raw.c_lflag &= ~static_cast<tcflag_t>(ECHO | ICANON | ISIG);
-    ::tcsetattr(STDIN_FILENO, TCSAFLUSH, &raw);
+    auto begin = [&] {
+        ::tcsetattr(STDIN_FILENO, TCSAFLUSH, &raw);
+        std::cerr << prompt << std::flush;
+    };
+    begin();
     AtExit restore([&] { ::tcsetattr(STDIN_FILENO, TCSAFLUSH, &before); });
-    std::cerr << prompt << std::flush;
+    constexpr unsigned char ctrl_z = 0x1a;
     unsigned char key = 0;
     do {
         key = 4;  // the end of the input counts as Ctrl-D
         while (::read(STDIN_FILENO, &key, 1) < 0 && errno == EINTR) {
         }
-    } while (handle(key));
+        if (key == ctrl_z) {  // stop, and go on where we were
+            std::cerr << '\n';
+            ::tcsetattr(STDIN_FILENO, TCSAFLUSH, &before);
+            std::raise(SIGTSTP);
+            begin();
+        }
+    } while (key == ctrl_z || handle(key));
     std::cerr << '\n';
 }
 
@@ -9217,6 +9602,11 @@ inline void share_one_heap() {
 inline void make_write_errors_errors() {
     std::signal(SIGPIPE, SIG_IGN);
     std::signal(SIGXFSZ, SIG_IGN);
+}
+inline void open_standard_descriptors() {
+    int lowest = ::open("/dev/null", O_RDWR);
+    while (lowest >= 0 && lowest <= STDERR_FILENO) lowest = ::dup(lowest);
+    ::close(lowest);
 }
 inline std::filesystem::path default_home() {
     auto variable = [](const char* name) {

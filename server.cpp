@@ -30,22 +30,53 @@ cxxopts::Options make_options() {
                              "The ChatSecure server: passes on messages that it cannot read.\n");
     auto add = options.add_options();
     add("port", "TCP port; 0 picks a free one and prints it",
-        cxxopts::value<std::uint16_t>()->default_value("5000"), "PORT");
+        cxxopts::value<std::string>()->default_value("5000"), "PORT");
     add("bind", "address to listen on; :: or 0.0.0.0 for all",
         cxxopts::value<std::string>()->default_value("127.0.0.1"), "ADDRESS");
     add("data", "directory of users.db and the server's key",
         cxxopts::value<std::string>()->default_value("."), "DIR");
     add("max-clients", "how many may be online",
-        cxxopts::value<std::size_t>()->default_value("1000"), "N");
+        cxxopts::value<std::string>()->default_value("1000"), "N");
     add("no-register", "take no new accounts over the network");
     add("add-user", "ask for a password, write the account, and exit",
         cxxopts::value<std::string>(), "NAME");
     add("rsa-bits", "size of the key that is made at first start",
-        cxxopts::value<int>()->default_value(std::to_string(chatsecure::default_rsa_bits)), "BITS");
+        cxxopts::value<std::string>()->default_value(std::to_string(chatsecure::default_rsa_bits)),
+        "BITS");
     add("new-key", "make a new key although this directory had one that is missing");
     add("v,verbose", "log each relayed payload: who, to whom, how many bytes");
     add("version", "print the version and exit");
     add("help", "print this and exit");
+    return options;
+}
+
+constexpr const char* examples =
+    "\nExamples:\n"
+    "  ./server --data data             for this machine alone\n"
+    "  ./server --data data --bind ::   for the network: give out the fingerprint that it prints\n"
+    "  ./server --data data --add-user alice\n";
+
+// Throws Error for what a flag cannot be.
+chatsecure::ServerOptions options_from(const cxxopts::ParseResult& flags) {
+    auto number = [&](const std::string& flag, std::size_t least, std::size_t most) {
+        return chatsecure::number_for("--" + flag, flags[flag].as<std::string>(), least, most);
+    };
+    chatsecure::ServerOptions options;
+    options.data_directory = chatsecure::directory_for("--data", flags["data"].as<std::string>());
+    options.bind = flags["bind"].as<std::string>();
+    options.port = static_cast<std::uint16_t>(number("port", 0, 65535));
+    options.max_clients = number("max-clients", 1, 1'000'000);
+    options.rsa_bits =
+        static_cast<int>(number("rsa-bits", chatsecure::min_rsa_bits, chatsecure::max_rsa_bits));
+    options.new_key = flags.count("new-key") > 0;
+    options.registration_open = flags.count("no-register") == 0;
+    options.log_relayed = flags.count("verbose") > 0;
+    options.log = [](chatsecure::LogLevel level, const std::string& line) {
+        // One string, one write: the lines of several threads do not mix.
+        std::cerr << chatsecure::concat(chatsecure::rfc3339_now(), " ",
+                                        level == chatsecure::LogLevel::warning ? "WARNING: " : "",
+                                        chatsecure::visible(line), "\n");
+    };
     return options;
 }
 
@@ -59,29 +90,14 @@ chatsecure::SecretBytes new_password(const std::string& name) {
     return first;
 }
 
-int add_user(const std::string& data, const std::string& name) {
+int add_user(const std::filesystem::path& data, const std::string& name) {
     std::string user = chatsecure::fold_name(name);
     chatsecure::Server::add_account(data, user, new_password(user));
     std::cout << "Added " << user << ".\n";
     return fine;
 }
 
-int serve(const cxxopts::ParseResult& flags) {
-    chatsecure::ServerOptions options;
-    options.data_directory = flags["data"].as<std::string>();
-    options.bind = flags["bind"].as<std::string>();
-    options.port = flags["port"].as<std::uint16_t>();
-    options.max_clients = flags["max-clients"].as<std::size_t>();
-    options.rsa_bits = flags["rsa-bits"].as<int>();
-    options.new_key = flags.count("new-key") > 0;
-    options.registration_open = flags.count("no-register") == 0;
-    options.log_relayed = flags.count("verbose") > 0;
-    options.log = [](chatsecure::LogLevel level, const std::string& line) {
-        // One string, one write: the lines of several threads do not mix.
-        std::cerr << chatsecure::concat(chatsecure::rfc3339_now(), " ",
-                                        level == chatsecure::LogLevel::warning ? "WARNING: " : "",
-                                        chatsecure::visible(line), "\n");
-    };
+int serve(chatsecure::ServerOptions options) {
     chatsecure::make_write_errors_errors();
     chatsecure::raise_descriptor_limit();
     chatsecure::share_one_heap();
@@ -96,27 +112,23 @@ int serve(const cxxopts::ParseResult& flags) {
 }  // namespace
 
 int main(int argc, char** argv) {
-    cxxopts::Options options = make_options();
+    chatsecure::open_standard_descriptors();
+    cxxopts::Options known = make_options();
     cxxopts::ParseResult flags;
+    chatsecure::ServerOptions options;
     try {
-        flags = options.parse(argc, argv);
+        flags = known.parse(argc, argv);
         if (!flags.unmatched().empty())
             throw chatsecure::Error(
                 chatsecure::concat("\"", flags.unmatched()[0], "\" is not a flag."));
-        int bits = flags["rsa-bits"].as<int>();
-        if (bits < chatsecure::min_rsa_bits || bits > chatsecure::max_rsa_bits)
-            throw chatsecure::Error(chatsecure::concat("--rsa-bits takes ",
-                                                       chatsecure::min_rsa_bits, " to ",
-                                                       chatsecure::max_rsa_bits, "."));
-        if (flags["max-clients"].as<std::size_t>() == 0)
-            throw chatsecure::Error("--max-clients takes 1 or more.");
+        options = options_from(flags);
     } catch (const std::exception& e) {
         std::cerr << "server: " << e.what() << "\n./server --help lists the flags.\n";
         return usage;
     }
     try {
         if (flags.count("help") > 0) {
-            std::cout << options.help();
+            std::cout << known.help() << examples;
             return fine;
         }
         if (flags.count("version") > 0) {
@@ -124,8 +136,8 @@ int main(int argc, char** argv) {
             return fine;
         }
         if (flags.count("add-user") > 0)
-            return add_user(flags["data"].as<std::string>(), flags["add-user"].as<std::string>());
-        return serve(flags);
+            return add_user(options.data_directory, flags["add-user"].as<std::string>());
+        return serve(std::move(options));
     } catch (const std::exception& e) {
         std::cerr << "server: " << e.what() << '\n';
         return trouble;
