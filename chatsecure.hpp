@@ -7632,8 +7632,11 @@ class Client final : private FileHost {
                 throw Halt(StopReason::cannot_connect,
                            concat("Gave up after ", options_.reconnect_tries, " tries: ", reason));
             emit(ConnectionLost{reason, pause});
+            std::size_t waiting = jobs_.size();
             for (Clock::time_point next = Clock::now() + pause; Clock::now() < next;) {
                 take_commands();
+                if (jobs_.size() > std::exchange(waiting, jobs_.size()))
+                    emit(Notice{"That is done when the connection is back."});
                 if (mail_.is_stopping() || is_time_to_leave()) return;
                 mail_.wait(std::min(next, leave_at_));
             }

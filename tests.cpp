@@ -5828,6 +5828,8 @@ TEST_CASE("chapter 12: a server that comes back finds its clients again: same ke
     CHECK(alice.next<ConnectionLost>().reason == "The server is stopping.");
     bob.next<ConnectionLost>();
     alice->post(Say{"written while the server was away"});
+    alice->post(ListPeople{});
+    CHECK(alice.next<Notice>().text == "That is done when the connection is back.");
     ServerOptions options = server_options(room.data.path);
     options.port = port;
     room.server.emplace(std::move(options));
