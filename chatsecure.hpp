@@ -71,6 +71,7 @@
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
+#include <cwchar>
 #include <deque>
 #include <exception>
 #include <filesystem>
@@ -8571,6 +8572,27 @@ inline std::string time_left(std::uint64_t bytes, double bytes_per_second) {
     return concat(seconds / 3600, " h left");
 }
 
+// How many of `parts` parts of a file are done.
+inline std::size_t parts_done(std::uint64_t done, std::uint64_t size, double parts) {
+    double whole = static_cast<double>(std::max<std::uint64_t>(size, 1));
+    return static_cast<std::size_t>(static_cast<double>(done) / whole * parts);
+}
+
+// How far a file is that is on its way: "43 % of 12.3 MB, 1.2 MB/s, 6 s left".
+inline std::string progress_text(const FileEvent& e) {
+    std::string left = time_left(e.file.size - e.done, e.bytes_per_second);
+    return concat(parts_done(e.done, e.file.size, 100), " % of ", readable_size(e.file.size), ", ",
+                  readable_size(static_cast<std::uint64_t>(e.bytes_per_second)), "/s",
+                  left.empty() ? "" : ", ", left);
+}
+
+// "alice, bob, carol"
+inline std::string listed(const std::vector<std::string>& names) {
+    std::string text;
+    for (const std::string& name : names) text += (text.empty() ? "" : ", ") + name;
+    return text;
+}
+
 // The number of bytes that a text means: "4096", "500k", "2M", "1.5G" (powers of 1000, too; a B may
 // follow). Throws Error.
 inline std::uint64_t parse_size(std::string_view text) {
@@ -8591,6 +8613,92 @@ inline std::uint64_t parse_size(std::string_view text) {
                            "\" is no size: give a number of bytes, like 4096, 500k, 2M or 1.5G."));
     for (; power != std::string_view::npos; --power) value *= 1000;  // k is 0: once
     return value >= 1.8e19 ? UINT64_MAX : static_cast<std::uint64_t>(value);
+}
+
+// ---- Text in rows, for a terminal ---------------------------------------------------------------
+
+namespace detail {
+inline int columns_of(char32_t point);  // of a letter on a terminal; chapter 14
+}  // namespace detail
+
+// Text of several lines, each made visible().
+inline std::string visible_lines(std::string_view text) {
+    std::string lines;
+    for (std::size_t end; (end = text.find('\n')) != text.npos; text.remove_prefix(end + 1))
+        lines += concat(visible(text.substr(0, end)), "\n");
+    return lines + visible(text);
+}
+
+// Calls `use` with the bytes of each letter of `text`, and the columns that it takes: two for a
+// Chinese one, none for an accent. What sets a colour takes none either.
+inline void for_each_letter(std::string_view text,
+                            const std::function<void(std::string_view, std::size_t)>& use) {
+    while (!text.empty()) {
+        std::string_view rest = text;
+        char32_t point = take_code_point(rest);
+        std::size_t used = text.size() - rest.size();
+        if (point == U'\x1b') used = std::min(text.find('m'), text.size() - 1) + 1;
+        use(text.substr(0, used), static_cast<std::size_t>(std::max(detail::columns_of(point), 0)));
+        text.remove_prefix(used);
+    }
+}
+
+// `text` in rows of at most `width` columns: broken between words, and where it has a line's end.
+// All but the first begin in column `indent`. A word that is longer than a row is left to the
+// terminal, which knows that it is one (an address on the web, to be clicked on).
+inline std::string in_rows(std::string_view text, std::size_t width, std::size_t indent) {
+    const std::string next = "\n" + std::string(indent, ' ');
+    std::string rows, word;             // a word has the blank before it
+    std::size_t column = 0, cells = 0;  // where `rows` ends; what `word` takes
+    auto put_word = [&] {
+        if (column > indent && column + cells > width) {
+            bool blank = word.starts_with(' ');
+            rows += next + word.substr(blank ? 1 : 0);
+            column = indent + cells - (blank ? 1 : 0);
+        } else {
+            rows += word;
+            column += cells;
+        }
+        word.clear();
+        cells = 0;
+    };
+    for_each_letter(text, [&](std::string_view letter, std::size_t takes) {
+        if (letter == "\n" || letter == " ") put_word();
+        if (letter == "\n") {
+            rows += next;
+            column = indent;
+        } else {
+            word += letter;
+            cells += takes;
+        }
+    });
+    put_word();
+    return rows;
+}
+
+// As much of `text` as fits into `width` columns, with all of its colours.
+inline std::string first_columns(std::string_view text, std::size_t width) {
+    std::string part;
+    for_each_letter(text, [&](std::string_view letter, std::size_t cells) {
+        if (cells <= width) part += letter;
+        width -= std::min(cells, width);
+    });
+    return part;
+}
+
+// How many rows below its first `text`, which begins in the first column, ends. A terminal goes to
+// the next row when there is something to put there; a line editor may make it go `at_once` when
+// a row is full.
+inline std::size_t rows_down(std::string_view text, std::size_t width, bool at_once) {
+    std::size_t row = 0, column = 0;
+    for_each_letter(text, [&](std::string_view letter, std::size_t cells) {
+        bool fits = column + cells <= width && letter != "\n";
+        column = fits ? column + cells : cells;
+        bool full = at_once && column == width;
+        row += (fits ? 0u : 1u) + (full ? 1u : 0u);
+        if (full) column = 0;
+    });
+    return row;
 }
 
 // ---- Addresses and keys -------------------------------------------------------------------------
@@ -8688,7 +8796,83 @@ inline void make_write_errors_errors();
 // screen would go into a key file or to the server. From here on all three are something.
 inline void open_standard_descriptors();
 
+// ---- What is worth a line -----------------------------------------------------------------------
+
+// Our messages that wait, and those that have waited: what becomes of them is news.
+class LateMessages {
+  public:
+    // True if the message had been waiting before this.
+    bool note(const DeliveryChanged& e) {
+        using enum Delivery;
+        auto found = waits_.find(e.id);
+        bool late = found != waits_.end();
+        if (e.state == waiting)
+            waits_[e.id] = true;
+        else if (late && e.state == sent && !e.to.empty())
+            found->second = false;
+        else if (late)
+            waits_.erase(found);
+        return late;
+    }
+    std::size_t waiting() const {
+        return static_cast<std::size_t>(std::count_if(
+            waits_.begin(), waits_.end(), [](const auto& entry) { return entry.second; }));
+    }
+
+  private:
+    std::map<std::uint64_t, bool> waits_;  // by id: does it wait now?
+};
+
+// Lets one progress event of each file through every few seconds (and all other events), for front
+// ends that print lines.
+class NowAndThen {
+  public:
+    bool is_due(const Event& event) {
+        const auto* file = std::get_if<FileEvent>(&event.what);
+        if (file == nullptr || file->phase != FileEvent::Phase::progress) return true;
+        Clock::time_point now = Clock::now();
+        auto [last, first] = last_.try_emplace(file->file.number, now);
+        if (first || now - last->second < std::chrono::seconds(5)) return false;
+        last->second = now;
+        return true;
+    }
+
+  private:
+    std::map<unsigned, Clock::time_point> last_;
+};
+
 // ---- Lines of input, for every front end alike --------------------------------------------------
+
+// Standard input, line by line, as far as they are there.
+class LineReader {
+  public:
+    // Reads what is there; blocks if nothing is.
+    void read_more() {
+        Bytes block(65536);
+        std::ptrdiff_t got = detail::read_some(0, block);
+        if (got > 0) buffer_ += as_text(ByteView(block).first(static_cast<std::size_t>(got)));
+        if (got == 0 || (got < 0 && errno != EINTR)) ended_ = true;
+    }
+    // The next line without its end; at the end of the input also a last one that has no end.
+    std::optional<std::string> next() {
+        std::size_t end = buffer_.find('\n', begin_);
+        if (end == buffer_.npos && (!ended_ || begin_ == buffer_.size())) {
+            buffer_.erase(0, std::exchange(begin_, 0));
+            return std::nullopt;
+        }
+        std::string line = buffer_.substr(begin_, end - begin_);
+        begin_ = end == buffer_.npos ? buffer_.size() : end + 1;
+        if (line.ends_with('\r')) line.pop_back();
+        return line;
+    }
+    bool ended() const { return ended_ && begin_ == buffer_.size(); }
+    bool wants_more() const { return !ended_; }
+
+  private:
+    std::string buffer_;
+    std::size_t begin_ = 0;
+    bool ended_ = false;
+};
 
 struct CommandHelp {
     std::string_view usage, meaning;
@@ -9032,6 +9216,7 @@ inline std::string lookup_reason(int failure) { return socket_reason(failure); }
 // ---- Windows: programs --------------------------------------------------------------------------
 
 inline void remove_from_environment(const char* name) { ::_putenv_s(name, ""); }
+inline int columns_of(char32_t point) { return point < 0x20 ? 0 : 1; }
 
 inline void read_keys(std::string_view prompt, const std::function<bool(int key)>& handle) {
     std::cerr << prompt << std::flush;
@@ -9225,6 +9410,7 @@ inline std::string lookup_reason(int failure) { return ::gai_strerror(failure); 
 // ---- POSIX: programs ----------------------------------------------------------------------------
 
 inline void remove_from_environment(const char* name) { ::unsetenv(name); }
+inline int columns_of(char32_t point) { return ::wcwidth(static_cast<wchar_t>(point)); }
 
 // The terminal is in raw mode meanwhile, so that an interrupt cannot leave it mute.
 inline void read_keys(std::string_view prompt, const std::function<bool(int key)>& handle) {

@@ -10,7 +10,6 @@
 #include <clocale>
 #include <csignal>
 #include <ctime>
-#include <cwchar>
 #include <cxxopts.hpp>
 #include <iostream>
 
@@ -22,9 +21,11 @@
 
 namespace {
 
-using chatsecure::concat;
-using chatsecure::is_command;
-using chatsecure::visible;
+using chatsecure::Client, chatsecure::Error, chatsecure::Event, chatsecure::Stopped;
+using chatsecure::concat, chatsecure::is_command, chatsecure::readable_size, chatsecure::visible;
+using chatsecure::FileEvent, chatsecure::FileInfo, chatsecure::FileStatus, chatsecure::StopReason;
+using chatsecure::LoggedIn, chatsecure::command_help;
+using chatsecure::RoomMessage, chatsecure::PrivateMessage, chatsecure::DeliveryChanged;
 
 // README.md documents these: scripts depend on them.
 enum ExitCode {
@@ -38,8 +39,8 @@ enum ExitCode {
     not_all_done = 7,    // left as asked, but something could not be done or delivered
 };
 
-int exit_code(chatsecure::StopReason reason) {
-    using enum chatsecure::StopReason;
+int exit_code(StopReason reason) {
+    using enum StopReason;
     switch (reason) {
         case left:
             return fine;
@@ -59,17 +60,22 @@ int exit_code(chatsecure::StopReason reason) {
 
 // ---- Events as lines of text --------------------------------------------------------------------
 
-enum class Tone { quiet, room, own, personal, warning };
+enum class Tone { quiet, room, mention, good, personal, warning };
 
 struct Line {
     Tone tone = Tone::quiet;
     std::string text;
+    std::string speaker{};  // who has said it; then `text` begins with a name,
+    std::size_t name = 0;   // which has so many bytes
 };
 
 // One line for each event (none for some), without colour and time. What other people wrote is made
-// visible() here, and only here.
+// visible() here, and only here. A script gets one row for each, with all that it may look for; a
+// person gets fewer words, and a text of several lines as such.
 struct Describe {
     using Lines = std::vector<Line>;
+    bool for_person = false;
+    std::string_view me{};  // whose mentions stand out
 
     Lines operator()(const chatsecure::Connecting& e) const {
         return {{Tone::quiet, concat("* connecting to ", visible(e.server))}};
@@ -81,10 +87,14 @@ struct Describe {
     Lines operator()(const chatsecure::MakingIdentity&) const {
         return {{Tone::quiet, "* making your identity key, which takes a moment"}};
     }
-    Lines operator()(const chatsecure::LoggedIn& e) const {
-        Line who{Tone::quiet, e.others.empty() ? "* nobody else is online"
-                                               : concat("* online: ", listed(e.others))};
+    Lines operator()(const LoggedIn& e) const {
+        Line who{Tone::quiet, e.others.empty()
+                                  ? "* nobody else is online"
+                                  : concat("* online: ", chatsecure::listed(e.others))};
         if (e.again) return {{Tone::quiet, concat("* logged in again as ", e.user)}, who};
+        if (for_person)
+            return {{Tone::quiet, concat("* logged in as ", e.user, " at ", visible(e.server))},
+                    who};
         return {
             {Tone::quiet, concat("* logged in as ", e.user, " at ", visible(e.server), ", key ",
                                  e.server_key.text())},
@@ -92,6 +102,9 @@ struct Describe {
             who};
     }
     Lines operator()(const chatsecure::ConnectionLost& e) const {
+        if (for_person)
+            return {{Tone::warning, concat("* connection lost: ", visible(e.reason),
+                                           " What you write is sent when it is back.")}};
         return {{Tone::warning, concat("* connection lost: ", visible(e.reason), " Next try in ",
                                        static_cast<double>(e.retry_in.count()) / 1000,
                                        " s; what you write is sent then.")}};
@@ -102,19 +115,21 @@ struct Describe {
     Lines operator()(const chatsecure::PersonLeft& e) const {
         return {{Tone::quiet, concat("* ", e.user, " left")}};
     }
-    Lines operator()(const chatsecure::RoomMessage& e) const {
-        return {{e.own ? Tone::own : Tone::room, concat(e.from, ": ", visible(e.text))}};
+    Lines operator()(const RoomMessage& e) const {
+        bool mine = !e.own && chatsecure::mentions(e.text, me);
+        return {{mine ? Tone::mention : Tone::room, concat(e.from, ": ", body(e.text)), e.from,
+                 e.from.size()}};
     }
-    Lines operator()(const chatsecure::PrivateMessage& e) const {
+    Lines operator()(const PrivateMessage& e) const {
         std::string direction = e.own ? concat("you -> ", e.peer) : concat(e.peer, " -> you");
-        return {{Tone::personal, concat(direction, ": ", visible(e.text))}};
+        return {{Tone::personal, concat(direction, ": ", body(e.text)), e.peer, direction.size()}};
     }
     Lines operator()(const chatsecure::MessagesLost& e) const {
         return {
             {Tone::warning, concat("* ", e.count, e.count == 1 ? " message" : " messages", " from ",
                                    e.from, e.count == 1 ? " was" : " were", " lost")}};
     }
-    Lines operator()(const chatsecure::DeliveryChanged& e) const {
+    Lines operator()(const DeliveryChanged& e) const {
         using enum chatsecure::Delivery;
         std::string reason = visible(e.reason), text = concat(": \"", beginning(e.text), "\"");
         switch (e.state) {
@@ -145,7 +160,8 @@ struct Describe {
              "they /trust you; tell them this fingerprint by telephone."}};
     }
     Lines operator()(const chatsecure::IdentityPinned& e) const {
-        return {{Tone::quiet, concat("* first contact with ", e.user, ": ", e.fingerprint.text())}};
+        return {{Tone::quiet, concat("* first contact with ", e.user,
+                                     for_person ? "" : concat(": ", e.fingerprint.text()))}};
     }
     Lines operator()(const chatsecure::IdentityChanged& e) const {
         return {{Tone::warning, concat("* THE IDENTITY OF ", e.user, " HAS CHANGED. Known: ",
@@ -156,7 +172,8 @@ struct Describe {
                         e.user, "; first compare the numbers of /verify ", e.user, ".")}};
     }
     Lines operator()(const chatsecure::SafetyNumber& e) const {
-        return {{Tone::quiet, concat("* safety number with ", e.user, ": ", e.digits)},
+        return {{Tone::quiet, concat("* safety number with ", e.user, ": ",
+                                     for_person ? in_three_rows(e.digits) : e.digits)},
                 {Tone::quiet,
                  concat("* you are ", e.mine.text(), ", ", e.user, " is ", e.theirs.text())},
                 {Tone::quiet,
@@ -170,11 +187,11 @@ struct Describe {
             names.push_back(concat(
                 person.user, person.self ? " (you)" : "", person.verified ? " (verified)" : "",
                 person.trusted ? "" : " (not trusted)", person.ignored ? " (ignored)" : ""));
-        return {{Tone::quiet, concat("* online: ", listed(names))}};
+        return {{Tone::quiet, concat("* online: ", chatsecure::listed(names))}};
     }
-    Lines operator()(const chatsecure::FileEvent& e) const {
-        using enum chatsecure::FileEvent::Phase;
-        std::string size = chatsecure::readable_size(e.file.size);
+    Lines operator()(const FileEvent& e) const {
+        using enum FileEvent::Phase;
+        std::string size = readable_size(e.file.size);
         switch (e.phase) {
             case offered:
                 return {
@@ -188,18 +205,17 @@ struct Describe {
             case started:
                 return {{Tone::quiet,
                          concat("* ", title(e.file),
-                                e.done == 0
-                                    ? ": begins"
-                                    : concat(": goes on at ", chatsecure::readable_size(e.done)))}};
+                                e.done == 0 ? ": begins"
+                                            : concat(": goes on at ", readable_size(e.done)))}};
             case progress:
-                return {{Tone::quiet, concat("* ", title(e.file), ": ", moving(e))}};
+                return {
+                    {Tone::quiet, concat("* ", title(e.file), ": ", chatsecure::progress_text(e))}};
             case finished:
-                if (e.done < e.file.size)
-                    size += concat(", ", chatsecure::readable_size(e.done), " of it now");
-                return {{Tone::own, concat("* ", title(e.file), ": ",
-                                           e.file.sending ? std::string("has arrived")
-                                                          : "saved as " + visible(e.path.string()),
-                                           " (", size, ")")}};
+                if (e.done < e.file.size) size += concat(", ", readable_size(e.done), " of it now");
+                return {{Tone::good, concat("* ", title(e.file), ": ",
+                                            e.file.sending ? std::string("has arrived")
+                                                           : "saved as " + visible(e.path.string()),
+                                            " (", size, ")")}};
             case interrupted:
             case stopped:
                 return {{e.failed ? Tone::warning : Tone::quiet,
@@ -209,7 +225,7 @@ struct Describe {
     }
     Lines operator()(const chatsecure::FileList& e) const {
         Lines lines;
-        for (const chatsecure::FileStatus& f : e.files)
+        for (const FileStatus& f : e.files)
             lines.push_back({Tone::quiet, concat("* ", title(f.file), ": ", state(f))});
         if (lines.empty()) lines.push_back({Tone::quiet, "* no files are offered or on their way"});
         return lines;
@@ -220,122 +236,57 @@ struct Describe {
     Lines operator()(const chatsecure::Problem& e) const {
         return {{Tone::warning, concat("* ", visible(e.text))}};
     }
-    Lines operator()(const chatsecure::Stopped&) const { return {}; }  // see say_why
+    Lines operator()(const Stopped&) const { return {}; }  // see say_why
 
+    std::string body(std::string_view text) const {
+        return for_person ? chatsecure::visible_lines(text) : visible(text);
+    }
+    // A safety number as two people read it to each other: four groups a row.
+    static std::string in_three_rows(const std::string& digits) {
+        std::string rows;
+        std::size_t groups = 0;
+        for (const std::string& group : chatsecure::split_words(digits))
+            rows += concat(groups++ % 4 == 0 ? "\n    " : " ", group);
+        return rows;
+    }
     // Enough of a message to know which one is meant: its first 200 characters.
     static std::string beginning(std::string_view text) {
         std::string_view rest = text;
         for (int i = 0; i < 200 && !rest.empty(); ++i) chatsecure::take_code_point(rest);
         return visible(text.substr(0, text.size() - rest.size()));
     }
-    static std::string title(const chatsecure::FileInfo& file) {
+    static std::string title(const FileInfo& file) {
         return concat("file ", file.number, ", ", visible(file.name),
                       file.sending ? " to " : " from ", file.user);
     }
-    // How many of `parts` parts of a file are done.
-    static std::size_t share(const chatsecure::FileInfo& file, std::uint64_t done, double parts) {
-        double whole = static_cast<double>(std::max<std::uint64_t>(file.size, 1));
-        return static_cast<std::size_t>(static_cast<double>(done) / whole * parts);
-    }
-    static std::string percent(const chatsecure::FileInfo& file, std::uint64_t done) {
-        return concat(share(file, done, 100), " %");
-    }
-    static std::string state(const chatsecure::FileStatus& f) {
+    static std::string state(const FileStatus& f) {
         using enum chatsecure::FileState;
-        std::string size = chatsecure::readable_size(f.file.size);
+        std::string size = readable_size(f.file.size);
         if (f.state == queued) return concat(size, ", waits for its turn");
         if (f.state == offered)
             return concat(size,
                           f.file.sending ? ", waits for an answer" : ", waits for your answer");
-        return concat(percent(f.file, f.done), " of ", size,
+        return concat(chatsecure::parts_done(f.done, f.file.size, 100), " % of ", size,
                       f.state == interrupted ? ", interrupted" : "");
-    }
-    // "43 % of 12.3 MB, 1.2 MB/s, 6 s left"
-    static std::string moving(const chatsecure::FileEvent& e) {
-        std::string text =
-            concat(percent(e.file, e.done), " of ", chatsecure::readable_size(e.file.size), ", ",
-                   chatsecure::readable_size(static_cast<std::uint64_t>(e.bytes_per_second)), "/s");
-        std::string left = chatsecure::time_left(e.file.size - e.done, e.bytes_per_second);
-        return left.empty() ? text : concat(text, ", ", left);
-    }
-    static std::string listed(const std::vector<std::string>& names) {
-        std::string text;
-        for (const std::string& name : names) text += (text.empty() ? "" : ", ") + name;
-        return text;
     }
 };
 
-std::vector<Line> describe(const chatsecure::Event& event) {
-    return std::visit(Describe{}, event.what);
-}
-
 // The last words, if they are bad news. The sentence may have several lines of our own making.
-void say_why(const chatsecure::Stopped& stopped) {
-    if (stopped.reason == chatsecure::StopReason::left) return;
-    std::string_view left = stopped.sentence;
-    std::string text;
-    for (bool more = true; more;) {
-        std::size_t end = left.find('\n');
-        more = end != left.npos;
-        text += concat(visible(left.substr(0, end)), "\n");
-        if (more) left.remove_prefix(end + 1);
-    }
-    std::cerr << concat("client: ", text);
+void say_why(const Stopped& stopped) {
+    if (stopped.reason == StopReason::left) return;
+    std::cerr << concat("client: ", chatsecure::visible_lines(stopped.sentence), "\n");
 }
 
 // Whether something that our user asked for was not done: it decides the exit code of a script.
 // Never what others do to us, or anybody could make a script fail: not their garbage, and not a
 // file that was taken without being asked for.
-bool is_failure(const chatsecure::Event& event, bool auto_accept) {
-    if (const auto* file = std::get_if<chatsecure::FileEvent>(&event.what))
+bool is_failure(const Event& event, bool auto_accept) {
+    if (const auto* file = std::get_if<FileEvent>(&event.what))
         return file->failed && (file->file.sending || !auto_accept);
-    if (const auto* message = std::get_if<chatsecure::DeliveryChanged>(&event.what))
+    if (const auto* message = std::get_if<DeliveryChanged>(&event.what))
         return message->state == chatsecure::Delivery::failed;
     return std::holds_alternative<chatsecure::Problem>(event.what);
 }
-
-// Our messages that wait, and those that have waited: what becomes of them is news.
-class LateMessages {
-  public:
-    // True if the message had been waiting before this.
-    bool note(const chatsecure::DeliveryChanged& e) {
-        using enum chatsecure::Delivery;
-        auto found = waits_.find(e.id);
-        bool late = found != waits_.end();
-        if (e.state == waiting)
-            waits_[e.id] = true;
-        else if (late && e.state == sent && !e.to.empty())
-            found->second = false;
-        else if (late)
-            waits_.erase(found);
-        return late;
-    }
-    std::size_t waiting() const {
-        return static_cast<std::size_t>(std::count_if(
-            waits_.begin(), waits_.end(), [](const auto& entry) { return entry.second; }));
-    }
-
-  private:
-    std::map<std::uint64_t, bool> waits_;  // by id: does it wait now?
-};
-
-// Lets one progress event of each file through every few seconds (and all other events), for front
-// ends that print lines.
-class NowAndThen {
-  public:
-    bool is_due(const chatsecure::Event& event) {
-        const auto* file = std::get_if<chatsecure::FileEvent>(&event.what);
-        if (file == nullptr || file->phase != chatsecure::FileEvent::Phase::progress) return true;
-        chatsecure::Clock::time_point now = chatsecure::Clock::now();
-        auto [last, first] = last_.try_emplace(file->file.number, now);
-        if (first || now - last->second < std::chrono::seconds(5)) return false;
-        last->second = now;
-        return true;
-    }
-
-  private:
-    std::map<unsigned, chatsecure::Clock::time_point> last_;
-};
 
 // ---- Signals, and what wakes the main thread ----------------------------------------------------
 
@@ -344,6 +295,8 @@ class NowAndThen {
 // volatile sig_atomic_t is enough only where there is a single thread.
 std::atomic<chatsecure::Waker*> main_waker = nullptr;  // while run() runs, longer than any thread
 std::atomic<bool> asked_to_leave = false, asked_to_suspend = false, window_changed = false;
+std::atomic<bool> half_typed = false,
+                  asked_to_clear = false;  // Ctrl-C clears a line that has begun
 static_assert(std::atomic<chatsecure::Waker*>::is_always_lock_free);
 static_assert(std::atomic<bool>::is_always_lock_free);
 
@@ -352,6 +305,8 @@ extern "C" void on_signal(int signal) {
         asked_to_suspend = true;
     else if (signal == SIGWINCH)
         window_changed = true;
+    else if (signal == SIGINT && half_typed.exchange(false))
+        asked_to_clear = true;
     else
         asked_to_leave = true;
     if (chatsecure::Waker* waker = main_waker) waker->wake();
@@ -376,37 +331,6 @@ bool wait_for_input(bool want_input, int timeout_ms) {
     return entries[1].revents != 0;
 }
 
-// Standard input, line by line, without waiting.
-class LineReader {
-  public:
-    // Reads what is there. Call it when wait_for_input says so.
-    void read_more() {
-        std::array<char, 65536> block;
-        ssize_t got = read(STDIN_FILENO, block.data(), block.size());
-        if (got > 0) buffer_.append(block.data(), static_cast<std::size_t>(got));
-        if (got == 0 || (got < 0 && errno != EINTR)) ended_ = true;
-    }
-    // The next line without its end; at the end of the input also a last one that has no end.
-    std::optional<std::string> next() {
-        std::size_t end = buffer_.find('\n', begin_);
-        if (end == buffer_.npos && (!ended_ || begin_ == buffer_.size())) {
-            buffer_.erase(0, std::exchange(begin_, 0));
-            return std::nullopt;
-        }
-        std::string line = buffer_.substr(begin_, end - begin_);
-        begin_ = end == buffer_.npos ? buffer_.size() : end + 1;
-        if (line.ends_with('\r')) line.pop_back();
-        return line;
-    }
-    bool ended() const { return ended_ && begin_ == buffer_.size(); }
-    bool wants_more() const { return !ended_; }
-
-  private:
-    std::string buffer_;
-    std::size_t begin_ = 0;
-    bool ended_ = false;
-};
-
 // ---- The front end for scripts ------------------------------------------------------------------
 //
 // Prints one event per line. "/wait TEXT" holds the script up until an event line contains TEXT,
@@ -415,13 +339,13 @@ class LineReader {
 
 class Script {
   public:
-    Script(chatsecure::Client& client, std::chrono::seconds wait_limit, bool auto_accept)
+    Script(Client& client, std::chrono::seconds wait_limit, bool auto_accept)
         : client_(client), wait_limit_(wait_limit), auto_accept_(auto_accept) {}
 
     int run() {
-        for (LineReader input;;) {
-            while (std::optional<chatsecure::Event> event = client_.poll_event())
-                if (show(*event)) return finish(std::get<chatsecure::Stopped>(event->what));
+        for (chatsecure::LineReader input;;) {
+            while (std::optional<Event> event = client_.poll_event())
+                if (show(*event)) return finish(std::get<Stopped>(event->what));
             flush();
             if (waiting_for_ && find_waited()) waiting_for_.reset();
             if (waiting_for_ && chatsecure::Clock::now() >= deadline_) return give_up();
@@ -439,21 +363,21 @@ class Script {
 
   private:
     // True for the last event.
-    bool show(const chatsecure::Event& event) {
+    bool show(const Event& event) {
         if (is_news(event))
-            for (const Line& line : describe(event)) print(line.text);
+            for (const Line& line : std::visit(Describe{}, event.what)) print(line.text);
         failed_ = failed_ || is_failure(event, auto_accept_);
-        if (const auto* message = std::get_if<chatsecure::PrivateMessage>(&event.what)) {
+        if (const auto* message = std::get_if<PrivateMessage>(&event.what)) {
             reply_to_ = message->peer;
             // To ask for the next event is to say that this one was shown: then it is acknowledged
             // to its sender.
             if (!message->own) flush();
         }
-        return std::holds_alternative<chatsecure::Stopped>(event.what);
+        return std::holds_alternative<Stopped>(event.what);
     }
     // That a message was sent at once is none.
-    bool is_news(const chatsecure::Event& event) {
-        const auto* message = std::get_if<chatsecure::DeliveryChanged>(&event.what);
+    bool is_news(const Event& event) {
+        const auto* message = std::get_if<DeliveryChanged>(&event.what);
         if (message == nullptr) return now_and_then_.is_due(event);
         return late_.note(*message) || message->state != chatsecure::Delivery::sent;
     }
@@ -471,8 +395,7 @@ class Script {
     static std::size_t cost(const std::string& line) { return line.size() + 64; }
 
     static void flush() {
-        if (!std::cout.flush() || asked_to_leave)
-            throw chatsecure::Error("Nobody reads the output any more.");
+        if (!std::cout.flush() || asked_to_leave) throw Error("Nobody reads the output any more.");
     }
     chatsecure::Leave farewell() const { return {.after_files = true, .patience = wait_limit_}; }
 
@@ -482,15 +405,15 @@ class Script {
             if (line.starts_with("/wait ")) {
                 waiting_for_ = line.substr(6);
                 deadline_ = chatsecure::Clock::now() + wait_limit_;
-            } else if (is_command(line, "/help")) {
-                for (const auto& [command, meaning] : chatsecure::command_help)
+            } else if (auto asked = chatsecure::help_asked(line); !asked.empty()) {
+                for (const auto& [command, meaning] : asked)
                     std::cout << "* " << command << ": " << meaning << '\n';
             } else if (std::optional<chatsecure::Command> command =
                            chatsecure::parse_command(line, reply_to_)) {
                 leaving_ = std::holds_alternative<chatsecure::Leave>(*command);
                 client_.post(leaving_ ? farewell() : std::move(*command));
             }
-        } catch (const chatsecure::Error& e) {
+        } catch (const Error& e) {
             std::cout << "* " << visible(e.what()) << '\n';
             failed_ = true;
         }
@@ -518,7 +441,7 @@ class Script {
         return wait_timed_out;
     }
 
-    int finish(const chatsecure::Stopped& stopped) const {
+    int finish(const Stopped& stopped) const {
         std::cout << std::flush;
         say_why(stopped);
         int code = exit_code(stopped.reason);
@@ -527,7 +450,7 @@ class Script {
 
     static constexpr std::size_t most_unmatched_bytes = std::size_t{4} << 20;
 
-    chatsecure::Client& client_;
+    Client& client_;
     std::chrono::seconds wait_limit_;
     bool auto_accept_;
     std::deque<std::string> unmatched_;  // event lines that no /wait has looked at yet
@@ -535,47 +458,75 @@ class Script {
     std::optional<std::string> waiting_for_;
     chatsecure::Clock::time_point deadline_;
     std::string reply_to_;
-    NowAndThen now_and_then_;
-    LateMessages late_;
+    chatsecure::NowAndThen now_and_then_;
+    chatsecure::LateMessages late_;
     bool leaving_ = false, failed_ = false;
 };
 
 // ---- The front end for a person -----------------------------------------------------------------
 
-// Shows lines on a terminal, with local time and colour.
+winsize window() {
+    winsize size{};
+    bool known = ioctl(STDOUT_FILENO, TIOCGWINSZ, &size) == 0 && size.ws_col > 0;
+    return known ? size : winsize{24, 80, 0, 0};
+}
+
+// `line` in rows that fit the window; what is said does not go below the time.
+std::string in_rows(std::string_view line) {
+    return chatsecure::in_rows(line, window().ws_col - 1u, 6);
+}
+
+// Lines with local time and colour.
 class Printer {
   public:
     explicit Printer(bool colour) : colour_(colour) {}
 
     // `mark` stands at the end of the line, and keeps out of the way.
     std::string format(const Line& line, std::chrono::system_clock::time_point time,
-                       std::string mark = "") const {
+                       const std::string& mark = "") const {
         std::time_t seconds = std::chrono::system_clock::to_time_t(time);
         std::tm local{};
         localtime_r(&seconds, &local);
         std::array<char, 16> clock{};
         std::strftime(clock.data(), clock.size(), "%H:%M", &local);
-        if (!mark.empty()) mark = concat(colour_ ? "  \x1b[0;2m" : "  ", mark);
-        if (!colour_) return concat(clock.data(), " ", line.text, mark, "\n");
-        return concat("\x1b[2m", clock.data(), "\x1b[0m ", code(line.tone), line.text, mark,
-                      "\x1b[0m\n");
+        std::string name = line.text.substr(0, line.name), rest = line.text.substr(line.name);
+        if (line.tone == Tone::mention) name = in("7", name);
+        if (!name.empty()) name = in(concat("1;38;5;", colour_of(line.speaker)), name);
+        return concat(in("2", clock.data()), " ", name, in(code(line.tone), rest),
+                      mark.empty() ? "" : in("2", "  " + mark));
+    }
+    std::string now(const Line& line) const {
+        return format(line, std::chrono::system_clock::now());
+    }
+    // `text` in a colour or another way to stand out (ECMA-48, "select graphic rendition").
+    std::string in(const std::string& rendition, const std::string& text) const {
+        if (!colour_ || rendition.empty()) return text;
+        return concat("\x1b[", rendition, "m", text, "\x1b[0m");
     }
 
   private:
     static const char* code(Tone tone) {
         switch (tone) {
             case Tone::quiet:
-                return "\x1b[2m";
+                return "2";
             case Tone::room:
                 return "";
-            case Tone::own:
-                return "\x1b[36m";
+            case Tone::mention:
+                return "1";
+            case Tone::good:
+                return "36";
             case Tone::personal:
-                return "\x1b[35m";
+                return "35";
             case Tone::warning:
-                return "\x1b[1;31m";
+                return "1;31";
         }
         return "";
+    }
+    // Of the usual 256 colours those that can be read on white and on black.
+    static int colour_of(std::string_view user) {
+        static constexpr std::array<int, 12> colours{33,  35, 37, 98,  136, 166,
+                                                     168, 68, 71, 133, 31,  130};
+        return colours[chatsecure::person_colour(user, colours.size())];
     }
     bool colour_;
 };
@@ -596,10 +547,10 @@ class Terminal {
     static constexpr bool redraws = true;
 
     explicit Terminal(TerminalUser user) : user_(std::move(user)) {
+        tcgetattr(STDIN_FILENO, &found_);
         editor_ = el_init("client", stdin, stdout, stderr);
         history_ = history_init();
-        if (editor_ == nullptr || history_ == nullptr)
-            throw chatsecure::Error("This terminal cannot be used.");
+        if (editor_ == nullptr || history_ == nullptr) throw Error("This terminal cannot be used.");
         HistEvent ignored;
         history(history_, &ignored, H_SETSIZE, 500);
         history(history_, &ignored, H_SETUNIQUE, 1);
@@ -610,24 +561,34 @@ class Terminal {
         el_set(editor_, EL_GETCFN, &Terminal::read_key);
         el_set(editor_, EL_ADDFN, "chat-complete", "Complete a command or a name",
                &Terminal::on_complete);
+        el_set(editor_, EL_ADDFN, "chat-paste", "Take what is pasted", &Terminal::on_paste);
+        el_source(editor_, nullptr);  // the user's ~/.editrc, if there is one
         el_set(editor_, EL_BIND, "^I", "chat-complete", nullptr);
+        el_set(editor_, EL_BIND, "\x1b[200~", "chat-paste", nullptr);
         el_set(editor_, EL_BIND, "\x1b[H", "ed-move-to-beg", nullptr);
         el_set(editor_, EL_BIND, "\x1b[F", "ed-move-to-end", nullptr);
         el_set(editor_, EL_BIND, "\x1b[3~", "ed-delete-next-char", nullptr);
-        el_source(editor_, nullptr);  // the user's ~/.editrc, if there is one
+        // No echo of what is typed between two lines; and Enter is not the end of a pasted line.
+        el_set(editor_, EL_SETTY, "-x", "-echo", nullptr);
+        el_set(editor_, EL_SETTY, "-d", "-inlcr", "-icrnl", nullptr);
         for (int signal : {SIGINT, SIGTERM, SIGHUP, SIGTSTP, SIGWINCH}) catch_signal(signal);
+        std::cout << brackets_on;
     }
     Terminal(const Terminal&) = delete;
     Terminal& operator=(const Terminal&) = delete;
     ~Terminal() {
+        std::cout << brackets_off << std::flush;
         history_end(history_);
         el_end(editor_);
     }
 
     // The next line; nothing at the end of the input, or when it is time to leave.
     std::optional<std::string> read_line() {
+        draw_status();
+        std::cout << std::flush;
         int count = 0;
         const char* typed = el_gets(editor_, &count);
+        half_typed = false;
         if (typed == nullptr || count <= 0) {
             std::cout << '\n' << std::flush;
             return std::nullopt;
@@ -635,36 +596,38 @@ class Terminal {
         std::string line(typed);
         if (line.ends_with('\n')) line.pop_back();
         // The line stands on the screen as it was typed; it will come back as a message.
-        std::size_t rows = rows_of(prompt_text + line) + 1 + std::exchange(status_shown_, 0);
-        std::cout << concat("\x1b[", rows, "A\r\x1b[J") << std::flush;
+        draw_from(rows_of(prompt_text + line) + 1 + std::exchange(status_shown_, 0), "");
         HistEvent ignored;
         if (!line.empty()) history(history_, &ignored, H_ENTER, line.c_str());
         return line;
     }
 
     // Prints above the line that is being typed, and above the status.
-    void print(const std::string& text) {
-        print_from(rows_below(), text);
-        if (!text.empty()) last_ = text;
+    void print(const std::string& line) {
+        std::size_t up = rows_below();
+        lines_.push_back(line);
+        if (lines_.size() > most_lines) lines_.pop_front();
+        draw_from(up, in_rows(line) + "\n");
     }
-    // Prints the line `text` in place of the line `old`, if that was printed last and can still be
-    // reached: what has left the screen above cannot.
-    bool print_again(const std::string& old, const std::string& text) {
-        if (old != last_) return false;
-        std::size_t up = rows_below() + end_of(without_colour(old)).row + 1;
+    // Prints `line` in place of `old`, if that was printed last and can still be reached: what has
+    // left the screen above cannot.
+    bool print_again(const std::string& old, const std::string& line) {
+        if (lines_.empty() || lines_.back() != old) return false;
+        std::size_t up = rows_below() + rows_taken(old);
         if (up >= window().ws_row) return false;
-        print_from(up, text);
-        last_ = text;
+        lines_.back() = line;
+        draw_from(up, in_rows(line) + "\n");
         return true;
     }
-    // Rows that stand between the lines above and the line that is being typed.
-    void set_status(std::vector<std::string> rows) {
-        if (rows == status_) return;
-        status_ = std::move(rows);
-        if (editing_) print("");
+    // The row between the lines above and the line that is being typed.
+    void set_status(const std::string& row) {
+        if (std::exchange(status_, row) != row && editing_) draw_from(rows_below(), "");
     }
 
   private:
+    // What is pasted shall come between brackets: see on_paste.
+    static constexpr const char *brackets_on = "\x1b[?2004h", *brackets_off = "\x1b[?2004l";
+    static constexpr std::size_t most_lines = 500;  // more stand on no screen
     static constexpr const char* prompt_text = "> ";
     static char* prompt(EditLine*) {
         static std::array<char, 3> text{'>', ' ', '\0'};  // libedit wants a char*
@@ -678,80 +641,48 @@ class Terminal {
 
     // Rows from where the last line printed ends to the cursor.
     std::size_t rows_below() const {
-        const LineInfo* line = el_line(editor_);
-        std::string before(line->buffer, static_cast<std::size_t>(line->cursor - line->buffer));
-        return status_shown_ + (editing_ ? rows_of(prompt_text + before) : 0);
+        return status_shown_ + (editing_ ? rows_of(prompt_text + before_cursor(editor_)) : 0);
     }
-    // Wipes everything from `up` rows above the cursor on, and draws what belongs there.
-    void print_from(std::size_t up, const std::string& text) {
-        if (up > 0) std::cout << concat("\x1b[", up, "A");
-        std::cout << "\r\x1b[J" << text;
-        status_shown_ = 0;
-        if (editing_) {
-            for (const std::string& row : status_) std::cout << fitting(row) << '\n';
-            status_shown_ = status_.size();
+    static std::string before_cursor(EditLine* editor) {
+        const LineInfo* line = el_line(editor);
+        return {line->buffer, line->cursor};
+    }
+    // Wipes everything from `up` rows above the cursor on, and draws what belongs there. How far up
+    // that is nobody knows when the window has another size, for its terminal has broken its rows
+    // anew in its own way; and one cannot go above the window. Then all of it is drawn anew.
+    void draw_from(std::size_t up, const std::string& text) {
+        if (window_changed.exchange(false) || up >= window().ws_row) {
+            el_resize(editor_);
+            std::cout << "\x1b[H\x1b[J";
+            draw_last_lines();
+        } else {
+            if (up > 0) std::cout << concat("\x1b[", up, "A");
+            std::cout << "\r\x1b[J" << text;
         }
+        status_shown_ = 0;
+        if (editing_) draw_status();
         std::cout << std::flush;
         if (editing_) el_set(editor_, EL_REFRESH);
     }
-
-    static winsize window() {
-        winsize size{};
-        bool known = ioctl(STDOUT_FILENO, TIOCGWINSZ, &size) == 0 && size.ws_col > 0;
-        return known ? size : winsize{24, 80, 0, 0};
-    }
-    static std::size_t columns() { return window().ws_col; }
-    // Calls `use` with the bytes of each letter of `text`, and the columns that it takes.
-    static void for_each_letter(std::string_view text,
-                                const std::function<void(std::string_view, std::size_t)>& use) {
-        std::mbstate_t state{};
-        while (!text.empty()) {
-            wchar_t letter = 0;
-            std::size_t used = std::mbrtowc(&letter, text.data(), text.size(), &state);
-            if (used == 0 || used > text.size()) used = 1;
-            int cells = letter < 0x20 ? 2 : wcwidth(letter);  // control characters show as ^X
-            use(text.substr(0, used), cells > 0 ? static_cast<std::size_t>(cells) : 0);
-            text.remove_prefix(used);
+    void draw_last_lines() {
+        std::size_t room = window().ws_row, first = lines_.size();
+        for (std::size_t rows = 3; first > 0; --first) {  // the status, the line, and one below it
+            rows += rows_taken(lines_[first - 1]);
+            if (rows > room) break;
         }
+        for (; first < lines_.size(); ++first) std::cout << in_rows(lines_[first]) << '\n';
     }
-    // Where `text`, which begins in the first column, ends.
-    struct Place {
-        std::size_t row = 0, column = 0;
-    };
-    static Place end_of(std::string_view text) {
-        const std::size_t width = columns();
-        Place at;
-        for_each_letter(text, [&](std::string_view, std::size_t cells) {
-            if (at.column + cells > width) at = {at.row + 1, 0};  // it does not fit: it goes below
-            at.column += cells;
-        });
-        return at;
+    void draw_status() {
+        std::cout << chatsecure::first_columns(status_, window().ws_col - 1u) << '\n';
+        status_shown_ = 1;
+    }
+
+    static std::size_t rows_taken(const std::string& line) {
+        return chatsecure::rows_down(in_rows(line), window().ws_col, false) + 1;
     }
     // How many rows below its first libedit puts the cursor after `text`.
     static std::size_t rows_of(const std::string& text) {
-        Place end = end_of(text);
-        return end.row + (end.column == columns() ? 1 : 0);
-    }
-    // A line of Printer's, as its letters stand on the screen.
-    static std::string without_colour(std::string_view line) {
-        std::string text;
-        for (; !line.empty() && line[0] != '\n'; line.remove_prefix(1)) {
-            if (line[0] == '\x1b')
-                line.remove_prefix(line.find('m'));
-            else
-                text += line[0];
-        }
-        return text;
-    }
-    // As much of `text` as fits into one row.
-    static std::string fitting(const std::string& text) {
-        std::string part;
-        std::size_t room = columns() - 1;
-        for_each_letter(text, [&](std::string_view letter, std::size_t cells) {
-            if (cells <= room) part += letter;
-            room -= std::min(cells, room);
-        });
-        return part;
+        return chatsecure::rows_down(text, window().ws_col, true);
     }
 
     // Called by libedit for each key. 1: here it is; 0: no more.
@@ -763,10 +694,10 @@ class Terminal {
         for (;;) {
             if (asked_to_leave || !self->user_.show_events()) return 0;
             if (asked_to_suspend) self->suspend();
-            if (window_changed.exchange(false)) {
-                el_resize(editor);
-                self->last_.clear();  // who knows how the terminal has broken its lines anew
-            }
+            if (asked_to_clear.exchange(false)) self->clear();
+            if (window_changed) self->draw_from(0, "");
+            const LineInfo* line = el_line(editor);
+            half_typed = line->lastchar != line->buffer;
             if (!wait_for_input(true, -1)) continue;
             char byte = 0;
             ssize_t got = read(STDIN_FILENO, &byte, 1);
@@ -782,51 +713,75 @@ class Terminal {
         }
     }
 
-    // Ctrl-Z: hand the terminal back as we found it, stop, and go on where we were.
+    // Ctrl-Z: hand the terminal back as we found it, stop, and go on where we were, below what
+    // others have printed.
     void suspend() {
         asked_to_suspend = false;
-        last_.clear();  // others will print
+        std::cout << brackets_off << std::flush;
         el_set(editor_, EL_PREP_TERM, 0);
+        tcsetattr(STDIN_FILENO, TCSADRAIN, &found_);
         std::signal(SIGTSTP, SIG_DFL);
         std::raise(SIGTSTP);
         catch_signal(SIGTSTP);
         el_set(editor_, EL_PREP_TERM, 1);
-        el_set(editor_, EL_REFRESH);
+        std::cout << brackets_on << std::string(window().ws_row, '\n');
+        window_changed = true;
+    }
+    // Ctrl-C in a line that has begun.
+    void clear() {
+        std::size_t up = rows_below();
+        const LineInfoW* line = el_wline(editor_);
+        auto letters = static_cast<int>(line->lastchar - line->buffer);
+        el_cursor(editor_, letters);
+        el_deletestr(editor_, letters);
+        draw_from(up, "");
+    }
+
+    // What is pasted comes between ESC [200~ and ESC [201~, for it may have been copied from where
+    // somebody has put "/file mallory secret" between two lines. So all of it becomes part of the
+    // line that is being typed, where one sees it, and nothing happens before Enter.
+    static unsigned char on_paste(EditLine* editor, int) {
+        static constexpr std::string_view end = "\x1b[201~";
+        std::string text;
+        for (char byte = 0; !asked_to_leave && !text.ends_with(end);) {
+            if (!wait_for_input(true, -1)) continue;
+            char before = byte;
+            if (read(STDIN_FILENO, &byte, 1) <= 0) break;
+            if (byte != '\n' || before != '\r') text += byte == '\r' ? '\n' : byte;
+        }
+        if (text.ends_with(end)) text.resize(text.size() - end.size());
+        while (text.ends_with('\n')) text.pop_back();
+        el_insertstr(editor, chatsecure::visible_lines(text).c_str());
+        return CC_REFRESH;
     }
 
     static unsigned char on_complete(EditLine* editor, int) {
         Terminal* self = of(editor);
-        const LineInfo* line = el_line(editor);
-        std::string_view before(line->buffer,
-                                static_cast<std::size_t>(line->cursor - line->buffer));
+        std::string before = before_cursor(editor);
         std::vector<std::string> candidates = self->user_.complete(before);
         if (candidates.empty()) return CC_ERROR;
-        std::size_t word =
-            before.size() -
-            (before.find_last_of(' ') == before.npos ? 0 : before.find_last_of(' ') + 1);
+        std::size_t word = before.size() - (before.find_last_of(' ') + 1);  // npos + 1 is 0
         std::string common = candidates[0];
-        for (const std::string& candidate : candidates) {
-            auto [end, ignored] =
-                std::mismatch(common.begin(), common.end(), candidate.begin(), candidate.end());
-            common.erase(end, common.end());
-        }
+        for (const std::string& candidate : candidates)
+            while (!candidate.starts_with(common)) common.pop_back();
         if (candidates.size() == 1 && !common.ends_with('/')) common += ' ';
         if (common.size() > word) {
             el_insertstr(editor, common.substr(word).c_str());
         } else {
             self->editing_ = true;
-            self->print(Describe::listed(candidates) + "\n");
+            self->print(chatsecure::listed(candidates));
             self->editing_ = false;
         }
         return CC_REFRESH;
     }
 
     TerminalUser user_;
+    termios found_{};             // what the terminal was like
     EditLine* editor_ = nullptr;  // given back in the destructor
     History* history_ = nullptr;
     bool editing_ = false;
-    std::string last_;  // what was printed last, if it still stands just above
-    std::vector<std::string> status_;
+    std::deque<std::string> lines_;  // the last that were printed
+    std::string status_;
     std::size_t status_shown_ = 0;  // rows of it that are on the screen
 };
 
@@ -849,38 +804,45 @@ class Terminal {
             if (wait_for_input(true, -1)) input_.read_more();
         }
     }
-    void print(const std::string& text) { std::cout << text << std::flush; }
+    void print(const std::string& line) { std::cout << in_rows(line) << '\n' << std::flush; }
     bool print_again(const std::string&, const std::string&) { return false; }
-    void set_status(const std::vector<std::string>&) {}
+    void set_status(const std::string&) {}
 
   private:
     TerminalUser user_;
-    LineReader input_;
+    chatsecure::LineReader input_;
 };
 
 #endif
 
+std::string row_of(const chatsecure::CommandHelp& help) {
+    return concat("  ", help.usage, std::string(20 - help.usage.size(), ' '), help.meaning);
+}
+
 // A conversation on a terminal.
 class Conversation {
   public:
-    Conversation(chatsecure::Client& client, bool colour)
+    Conversation(Client& client, bool colour, bool bell)
         : client_(client),
           printer_(colour),
+          bell_(bell),
           terminal_({[this] { return show_events(); },
                      [this](std::string_view before) { return complete(before); }}) {}
 
     // `logged_in` is the event that began it.
-    int run(const chatsecure::Event& logged_in) {
+    int run(const Event& logged_in) {
         show(logged_in);
-        terminal_.print("Type a message, or /help.\n");
+        terminal_.print("Type a message, or /help.");
         for (;;) {
             std::optional<std::string> line = terminal_.read_line();
+            unread_.clear();
             if (line && !is_command(*line, "/quit")) {
                 warned_ = false;
                 take(*line);
             } else if (stopped_ || asked_to_leave || may_leave()) {
                 return leave();
             }
+            show_status();
         }
     }
 
@@ -890,45 +852,66 @@ class Conversation {
         while (!stopped_) {
             // To ask for the next event is to say that the last one was shown: was it?
             if (!std::cout) client_.stop();
-            std::optional<chatsecure::Event> event = client_.poll_event();
+            std::optional<Event> event = client_.poll_event();
             if (!event) return true;
             show(*event);
         }
         return false;
     }
 
-    void show(const chatsecure::Event& event) {
-        const auto* file = std::get_if<chatsecure::FileEvent>(&event.what);
-        if (file != nullptr) follow_file(*file);
-        if (Terminal::redraws && file != nullptr &&
-            file->phase == chatsecure::FileEvent::Phase::progress)
-            return;
-        if (!now_and_then_.is_due(event)) return;
-        if (const auto* e = std::get_if<chatsecure::DeliveryChanged>(&event.what))
-            if (!is_news(*e)) return;
+    void show(const Event& event) {
+        note(event);
         std::string text;
-        for (const Line& line : describe(event)) text += printer_.format(line, event.time);
-        if (!text.empty()) terminal_.print(text);
-        if (const auto* e = std::get_if<chatsecure::RoomMessage>(&event.what))
-            if (e->own) own_ = {e->id, event, text};
-        if (const auto* e = std::get_if<chatsecure::PrivateMessage>(&event.what))
-            if (e->own) own_ = {e->id, event, text};
-        if (const auto* message = std::get_if<chatsecure::PrivateMessage>(&event.what))
-            reply_to_ = message->peer;
+        if (needs_lines(event))
+            for (const Line& line : std::visit(Describe{true, me_}, event.what))
+                terminal_.print(text = printer_.format(line, event.time));
+        if (own_.id != 0 && own_.shown.empty()) own_.shown = text;
+        if (rings(event)) std::cout << '\a' << std::flush;
+        show_status();
+    }
+    // What is remembered of an event.
+    void note(const Event& event) {
+        if (const auto* e = std::get_if<FileEvent>(&event.what)) follow_file(*e);
+        if (const auto* e = std::get_if<RoomMessage>(&event.what))
+            if (e->own) own_ = {e->id, event, ""};
+        if (const auto* e = std::get_if<PrivateMessage>(&event.what)) {
+            reply_to_ = e->peer;
+            if (e->own)
+                own_ = {e->id, event, ""};
+            else
+                unread_.insert(e->peer);
+        }
         if (const auto* e = std::get_if<chatsecure::PersonJoined>(&event.what))
             others_.insert(e->user);
         if (const auto* e = std::get_if<chatsecure::PersonLeft>(&event.what))
             others_.erase(e->user);
-        if (const auto* e = std::get_if<chatsecure::LoggedIn>(&event.what))
+        if (const auto* e = std::get_if<LoggedIn>(&event.what)) {
+            me_ = e->user;
             others_ = {e->others.begin(), e->others.end()};
-        if (std::holds_alternative<chatsecure::LoggedIn>(event.what)) online_ = true;
-        if (std::holds_alternative<chatsecure::ConnectionLost>(event.what)) online_ = false;
-        if (const auto* e = std::get_if<chatsecure::Stopped>(&event.what)) stopped_ = *e;
+            lost_ = 0;
+        }
+        if (std::holds_alternative<chatsecure::ConnectionLost>(event.what)) ++lost_;
+        if (const auto* e = std::get_if<Stopped>(&event.what)) stopped_ = *e;
+    }
+    // Of an outage, the status tells what comes after its beginning; of a file, its progress.
+    bool needs_lines(const Event& event) {
+        if (const auto* e = std::get_if<DeliveryChanged>(&event.what)) return is_news(*e);
+        if (std::holds_alternative<chatsecure::Connecting>(event.what)) return false;
+        if (std::holds_alternative<chatsecure::ConnectionLost>(event.what)) return lost_ == 1;
+        const auto* file = std::get_if<FileEvent>(&event.what);
+        bool moves = file != nullptr && file->phase == FileEvent::Phase::progress;
+        return moves && Terminal::redraws ? false : now_and_then_.is_due(event);
+    }
+    bool rings(const Event& event) const {
+        if (const auto* e = std::get_if<RoomMessage>(&event.what))
+            return bell_ && !e->own && chatsecure::mentions(e->text, me_);
+        const auto* e = std::get_if<PrivateMessage>(&event.what);
+        return bell_ && e != nullptr && !e->own;
     }
 
     // Whether it needs a line of its own. Mostly a mark behind the message says all; but when other
     // lines have come since, what was late and what failed must not go unnoticed.
-    bool is_news(const chatsecure::DeliveryChanged& e) {
+    bool is_news(const DeliveryChanged& e) {
         using enum chatsecure::Delivery;
         bool late = late_.note(e), marked = e.id != 0 && e.id == own_.id && mark_own(e);
         if (e.state == failed) return true;
@@ -938,13 +921,14 @@ class Conversation {
     }
     // Prints the last message of our own again, with what has become of it. False if that cannot be
     // done.
-    bool mark_own(const chatsecure::DeliveryChanged& e) {
-        std::string text = printer_.format(describe(own_.event).at(0), own_.event.time, mark_of(e));
+    bool mark_own(const DeliveryChanged& e) {
+        Line line = std::visit(Describe{true, me_}, own_.event.what).at(0);
+        std::string text = printer_.format(line, own_.event.time, mark_of(e));
         if (!terminal_.print_again(own_.shown, text)) return false;
         own_.shown = text;
         return true;
     }
-    static std::string mark_of(const chatsecure::DeliveryChanged& e) {
+    static std::string mark_of(const DeliveryChanged& e) {
         std::string mark = chatsecure::delivery_mark(e.state);
         return e.state == chatsecure::Delivery::waiting ? concat(mark, " ", visible(e.reason))
                                                         : mark;
@@ -952,55 +936,51 @@ class Conversation {
 
     void take(const std::string& line) {
         try {
-            if (is_command(line, "/help")) {
-                std::string text;
-                for (const auto& [command, meaning] : chatsecure::command_help)
-                    text +=
-                        concat("  ", command, std::string(20 - command.size(), ' '), meaning, "\n");
-                terminal_.print(text);
+            if (auto asked = chatsecure::help_asked(line); !asked.empty()) {
+                for (const chatsecure::CommandHelp& help : asked) terminal_.print(row_of(help));
             } else if (std::optional<chatsecure::Command> command =
                            chatsecure::parse_command(line, reply_to_)) {
                 client_.post(std::move(*command));
             }
-        } catch (const chatsecure::Error& e) {
-            terminal_.print(printer_.format({Tone::warning, concat("* ", visible(e.what()))},
-                                            std::chrono::system_clock::now()));
+        } catch (const Error& e) {
+            warn(concat("* ", visible(e.what())));
         }
     }
+    void warn(const std::string& text) { terminal_.print(printer_.now({Tone::warning, text})); }
 
-    // Files that are on their way, as rows above the prompt.
-    void follow_file(const chatsecure::FileEvent& e) {
-        using enum chatsecure::FileEvent::Phase;
+    void follow_file(const FileEvent& e) {
+        using enum FileEvent::Phase;
         if (e.phase == started || e.phase == progress)
             moving_[e.file.number] = e;
         else
             moving_.erase(e.file.number);
-        show_status();
     }
+    // One row says how things are.
     void show_status() {
-        constexpr std::size_t most = 3;
-        std::vector<std::string> rows;
-        for (const auto& [number, e] : moving_) {
-            if (rows.size() == most) break;
-            constexpr std::size_t width = 20;
-            std::size_t full = Describe::share(e.file, e.done, width);
-            rows.push_back(concat("[", std::string(full, '#'), std::string(width - full, '.'), "] ",
-                                  Describe::moving(e), "  ", e.file.sending ? "to " : "from ",
-                                  e.file.user, ": ", visible(e.file.name)));
-        }
-        if (moving_.size() > most)
-            rows.back() += concat("  (and ", moving_.size() - most, " more)");
-        terminal_.set_status(std::move(rows));
+        std::size_t n = others_.size(), waiting = late_.waiting();
+        std::string row = lost_ > 0
+                              ? concat("no connection, ", lost_, lost_ == 1 ? " try" : " tries")
+                          : n == 0 ? "nobody else is here"
+                                   : concat(n, n == 1 ? " other" : " others", " online");
+        if (waiting > 0) row += concat(" | ", waiting, waiting == 1 ? " waits" : " wait");
+        if (!unread_.empty())
+            row += concat(" | from ", chatsecure::listed({unread_.begin(), unread_.end()}));
+        if (!moving_.empty()) row += concat(" | ", bar(moving_.begin()->second));
+        if (moving_.size() > 1) row += concat("  (and ", moving_.size() - 1, " more)");
+        terminal_.set_status(printer_.in("7", concat("-- ", row, " --")));
+    }
+    static std::string bar(const FileEvent& e) {
+        constexpr std::size_t width = 12;
+        std::size_t full = chatsecure::parts_done(e.done, e.file.size, width);
+        return concat("[", std::string(full, '#'), std::string(width - full, '.'), "] ",
+                      chatsecure::progress_text(e), "  ", e.file.sending ? "to " : "from ",
+                      e.file.user, ": ", visible(e.file.name));
     }
 
     // True, except the first time while something would be lost.
     bool may_leave() {
         std::size_t files = moving_.size(), messages = late_.waiting();
         if (files + messages == 0 || std::exchange(warned_, true)) return true;
-        auto warn = [&](const std::string& text) {
-            terminal_.print(
-                printer_.format({Tone::warning, text}, std::chrono::system_clock::now()));
-        };
         if (files > 0)
             warn(concat("* ", files, files == 1 ? " file is" : " files are",
                         " on the way. /quit again to leave all the same; it can go on next time."));
@@ -1038,7 +1018,7 @@ class Conversation {
             return complete_path(word);
         std::vector<std::string> candidates;
         if (word.starts_with('/') && space == before.npos) {
-            for (const auto& help : chatsecure::command_help) {
+            for (const auto& help : command_help) {
                 std::string_view command = help.usage.substr(0, help.usage.find(' '));
                 if (command.starts_with(word)) candidates.emplace_back(command);
             }
@@ -1053,7 +1033,7 @@ class Conversation {
     // What was written and not delivered is named before the end.
     int leave() {
         asked_to_leave = false;
-        if (online_)
+        if (lost_ == 0)
             client_.post(chatsecure::Leave{});
         else
             client_.stop();
@@ -1066,22 +1046,24 @@ class Conversation {
         return exit_code(stopped_->reason);
     }
 
-    chatsecure::Client& client_;
+    Client& client_;
     Printer printer_;
+    bool bell_;
     Terminal terminal_;
     std::set<std::string> others_;
-    std::string reply_to_;
-    std::map<unsigned, chatsecure::FileEvent> moving_;
-    NowAndThen now_and_then_;
-    LateMessages late_;
+    std::set<std::string> unread_;  // who has written to us alone since we last typed a line
+    std::string me_, reply_to_;
+    std::map<unsigned, FileEvent> moving_;
+    chatsecure::NowAndThen now_and_then_;
+    chatsecure::LateMessages late_;
     struct {  // the last message of our own
         std::uint64_t id = 0;
-        chatsecure::Event event;
+        Event event;
         std::string shown;  // as it was printed
     } own_;
-    bool warned_ = false;  // that something would be lost
-    bool online_ = false;
-    std::optional<chatsecure::Stopped> stopped_;
+    bool warned_ = false;   // that something would be lost
+    std::size_t lost_ = 0;  // the connection, and tries to have it back that have failed
+    std::optional<Stopped> stopped_;
 };
 
 // ---- Signing in ---------------------------------------------------------------------------------
@@ -1096,26 +1078,18 @@ struct SignIn {
 std::string ask(const std::string& question) {
     std::cerr << question << std::flush;
     std::string answer;
-    if (!std::getline(std::cin, answer)) throw chatsecure::Error("There was no answer.");
+    if (!std::getline(std::cin, answer)) throw Error("There was no answer.");
     return answer;
-}
-
-// A sentence about what is wrong with an answer; empty if nothing is.
-std::string objection_to(const std::function<void()>& check) {
-    try {
-        check();
-    } catch (const chatsecure::Error& e) {
-        return e.what();
-    }
-    return "";
 }
 
 std::string ask_name() {
     for (;;) {
         std::string name = ask("Name: ");
-        std::string objection = objection_to([&] { name = chatsecure::fold_name(name); });
-        if (objection.empty()) return name;
-        std::cerr << objection << '\n';
+        try {
+            return chatsecure::fold_name(name);
+        } catch (const Error& e) {
+            std::cerr << e.what() << '\n';
+        }
     }
 }
 
@@ -1123,11 +1097,14 @@ chatsecure::SecretBytes ask_new_password(const std::string& user) {
     for (;;) {
         chatsecure::SecretBytes password =
             chatsecure::ask_password(concat("A password for ", user, ": "));
-        std::string objection = objection_to([&] { chatsecure::check_new_password(password); });
-        if (objection.empty() && password != chatsecure::ask_password("The same again: "))
-            objection = "The two are not the same.";
-        if (objection.empty()) return password;
-        std::cerr << objection << '\n';
+        try {
+            chatsecure::check_new_password(password);
+        } catch (const Error& e) {
+            std::cerr << e.what() << '\n';
+            continue;
+        }
+        if (password == chatsecure::ask_password("The same again: ")) return password;
+        std::cerr << "The two are not the same.\n";
     }
 }
 
@@ -1151,10 +1128,10 @@ chatsecure::SecretBytes complete_sign_in(SignIn& sign_in) {
 
 // Shows what happens until the login is done, and answers the question about an unknown server.
 // Returns LoggedIn or Stopped.
-chatsecure::Event wait_for_login(chatsecure::Client& client) {
-    while (std::optional<chatsecure::Event> event = client.next_event()) {
-        if (std::holds_alternative<chatsecure::LoggedIn>(event->what) ||
-            std::holds_alternative<chatsecure::Stopped>(event->what))
+Event wait_for_login(Client& client) {
+    while (std::optional<Event> event = client.next_event()) {
+        if (std::holds_alternative<LoggedIn>(event->what) ||
+            std::holds_alternative<Stopped>(event->what))
             return *event;
         if (const auto* unknown = std::get_if<chatsecure::ServerKeyUnknown>(&event->what)) {
             std::string answer = ask(
@@ -1164,10 +1141,11 @@ chatsecure::Event wait_for_login(chatsecure::Client& client) {
             client.post(
                 chatsecure::AcceptServerKey{answer.starts_with('y') || answer.starts_with('Y')});
         } else {
-            for (const Line& line : describe(*event)) std::cerr << line.text << '\n';
+            for (const Line& line : std::visit(Describe{true}, event->what))
+                std::cerr << line.text << '\n';
         }
     }
-    throw chatsecure::Error("The client ended without a reason.");
+    throw Error("The client ended without a reason.");
 }
 
 bool wants_colour(bool no_colour_flag) {
@@ -1180,66 +1158,95 @@ cxxopts::Options make_options() {
     cxxopts::Options options("client", "The ChatSecure client for the terminal.\n");
     options.positional_help("[HOST[:PORT]]");
     auto add = options.add_options();
-    add("server", "where the server is",
-        cxxopts::value<std::string>()->default_value("localhost:5000"), "HOST[:PORT]");
-    add("u,user", "your user name", cxxopts::value<std::string>()->default_value(""), "NAME");
+    auto text = [] { return cxxopts::value<std::string>(); };
+    add("server", "where the server is", text()->default_value("localhost:5000"), "HOST[:PORT]");
+    add("u,user", "your user name", text(), "NAME");
     add("register", "make the account first");
     add("password-file", "its first line is the password (else CHATSECURE_PASSWORD, else a prompt)",
-        cxxopts::value<std::string>()->default_value(""), "FILE");
-    add("server-key", "the server's public key, or its fingerprint SHA256:...",
-        cxxopts::value<std::string>(), "FILE|FINGERPRINT");
+        text(), "FILE");
+    add("server-key", "the server's public key, or its fingerprint SHA256:...", text(),
+        "FILE|FINGERPRINT");
     add("accept-new", "trust the key of a server that is not known yet");
     add("home", "directory of identities and pins",
-        cxxopts::value<std::string>()->default_value(chatsecure::default_home().string()), "DIR");
+        text()->default_value(chatsecure::default_home().string()), "DIR");
     add("downloads", "where received files go; made when needed",
-        cxxopts::value<std::string>()->default_value("downloads"), "DIR");
+        text()->default_value("downloads"), "DIR");
     add("auto-accept", "accept every file that is offered");
     add("max-size", "the largest file that --auto-accept accepts: 500k, 20M, 1.5G",
-        cxxopts::value<std::string>()->default_value("1G"), "SIZE");
+        text()->default_value("1G"), "SIZE");
     add("verified-room", "what you write to everybody goes to people you have verified only");
     add("wait-limit", "in scripts: how long /wait waits, and leaving for anything to move",
-        cxxopts::value<unsigned>()->default_value("30"), "SECONDS");
+        text()->default_value("30"), "SECONDS");
     add("no-color", "no colour, also if the terminal has some");
+    add("no-bell", "no bell when somebody writes to you alone, or your name");
     add("version", "print the version and exit");
     add("help", "print this and exit");
     options.parse_positional({"server"});
     return options;
 }
 
-// One attempt. Nothing if the login was refused and a person may try again.
-std::optional<int> chat(const cxxopts::ParseResult& flags, SignIn& sign_in) {
+constexpr const char* examples =
+    "\nExamples:\n"
+    "  ./client chat.example.org -u alice --register   make an account, and come in\n"
+    "  echo '/msg bob Done.' | ./client chat.example.org -u robot --password-file secret\n"
+    "\nYou type:\n";
+
+void print_help(const cxxopts::Options& options) {
+    std::cout << options.help() << examples;
+    for (const chatsecure::CommandHelp& help : command_help) std::cout << row_of(help) << '\n';
+}
+
+// What a flag was given; empty if it was not.
+std::string text_of(const cxxopts::ParseResult& flags, const std::string& flag) {
+    return flags.count(flag) > 0 ? flags[flag].as<std::string>() : "";
+}
+
+// Throws Error for what a flag cannot be.
+chatsecure::ClientOptions options_from(const cxxopts::ParseResult& flags) {
     chatsecure::HostPort server =
         chatsecure::parse_host_port(flags["server"].as<std::string>(), 5000);
     chatsecure::ClientOptions options;
     options.host = server.host;
     options.port = server.port;
-    options.home = flags["home"].as<std::string>();
+    if (flags.count("home") > 0)
+        options.home = chatsecure::directory_for("--home", flags["home"].as<std::string>());
     options.accept_new_server = flags.count("accept-new") > 0;
     options.verified_room = flags.count("verified-room") > 0;
+    options.files.downloads =
+        chatsecure::directory_for("--downloads", flags["downloads"].as<std::string>());
+    options.files.auto_accept = flags.count("auto-accept") > 0;
+    options.files.max_size = chatsecure::parse_size(flags["max-size"].as<std::string>());
+    return options;
+}
+std::chrono::seconds wait_limit_from(const cxxopts::ParseResult& flags) {
+    return std::chrono::seconds(chatsecure::number_for<unsigned>(
+        "--wait-limit", flags["wait-limit"].as<std::string>(), 0, 1'000'000));
+}
+
+// One attempt. Nothing if the login was refused and a person may try again.
+std::optional<int> chat(const cxxopts::ParseResult& flags, SignIn& sign_in) {
+    chatsecure::ClientOptions options = options_from(flags);
     options.ask_about_server = sign_in.interactive;
     if (flags.count("server-key") > 0)
         options.server_key = chatsecure::fingerprint_from(flags["server-key"].as<std::string>());
-    options.files.downloads = flags["downloads"].as<std::string>();
-    options.files.auto_accept = flags.count("auto-accept") > 0;
-    options.files.max_size = chatsecure::parse_size(flags["max-size"].as<std::string>());
     if (!sign_in.interactive) options.reconnect_tries = 10;
     options.password = complete_sign_in(sign_in);
     options.user = sign_in.user;
     options.register_account = sign_in.register_account;
     options.on_event = [] { main_waker.load()->wake(); };
 
-    chatsecure::Client client(std::move(options));
+    Client client(std::move(options));
     if (!sign_in.interactive)
-        return Script(client, std::chrono::seconds(flags["wait-limit"].as<unsigned>()),
-                      flags.count("auto-accept") > 0)
-            .run();
-    chatsecure::Event first = wait_for_login(client);
-    if (const auto* stopped = std::get_if<chatsecure::Stopped>(&first.what)) {
+        return Script(client, wait_limit_from(flags), flags.count("auto-accept") > 0).run();
+    Event first = wait_for_login(client);
+    if (const auto* stopped = std::get_if<Stopped>(&first.what)) {
         say_why(*stopped);
-        if (stopped->reason == chatsecure::StopReason::login_refused) return std::nullopt;
+        if (stopped->reason == StopReason::login_refused) return std::nullopt;
         return exit_code(stopped->reason);
     }
-    return Conversation(client, wants_colour(flags.count("no-color") > 0)).run(first);
+    return Conversation(client, wants_colour(flags.count("no-color") > 0),
+                        flags.count("no-bell") == 0)
+        .run(first);
 }
 
 int run(const cxxopts::ParseResult& flags) {
@@ -1247,51 +1254,49 @@ int run(const cxxopts::ParseResult& flags) {
     main_waker = &waker;
     chatsecure::detail::AtExit forget_waker([] { main_waker = nullptr; });
     chatsecure::make_write_errors_errors();
-    SignIn sign_in{flags["user"].as<std::string>(), flags.count("register") > 0,
-                   flags["password-file"].as<std::string>(), isatty(STDIN_FILENO) == 1};
+    SignIn sign_in{text_of(flags, "user"), flags.count("register") > 0,
+                   text_of(flags, "password-file"), isatty(STDIN_FILENO) == 1};
     bool asks = sign_in.interactive && sign_in.password_file.empty() &&
                 std::getenv("CHATSECURE_PASSWORD") == nullptr;
     for (int tries = 1;; ++tries) {
         std::optional<int> code = chat(flags, sign_in);
         if (code) return *code;
         if (!asks || tries == 3) return login_refused;
-        if (flags["user"].as<std::string>().empty()) sign_in.user.clear();
+        sign_in.user = text_of(flags, "user");
     }
 }
 
 }  // namespace
 
 int main(int argc, char** argv) {
+    chatsecure::open_standard_descriptors();
     std::setlocale(LC_ALL, "");
     if (MB_CUR_MAX == 1) std::setlocale(LC_CTYPE, "C.UTF-8");  // chat is UTF-8
     cxxopts::Options options = make_options();
-    cxxopts::ParseResult flags;
+    int wrong = usage;  // whose trouble it is
     try {
-        flags = options.parse(argc, argv);
+        cxxopts::ParseResult flags = options.parse(argc, argv);
         if (!flags.unmatched().empty())
-            throw chatsecure::Error(concat("\"", flags.unmatched()[0], "\" is one word too many."));
-        chatsecure::parse_host_port(flags["server"].as<std::string>(), 5000);
-        chatsecure::parse_size(flags["max-size"].as<std::string>());
-        if (!flags["user"].as<std::string>().empty())
-            chatsecure::fold_name(flags["user"].as<std::string>());
-        else if (isatty(STDIN_FILENO) != 1 && flags.count("help") + flags.count("version") == 0)
-            throw chatsecure::Error("Who are you? Give your user name with -u NAME.");
-    } catch (const std::exception& e) {
-        std::cerr << "client: " << e.what() << "\n./client --help lists the flags.\n";
-        return usage;
-    }
-    try {
+            throw Error(concat("\"", flags.unmatched()[0], "\" is one word too many."));
         if (flags.count("help") > 0) {
-            std::cout << options.help();
+            print_help(options);
             return fine;
         }
         if (flags.count("version") > 0) {
             std::cout << "ChatSecure client " << chatsecure::version << '\n';
             return fine;
         }
+        options_from(flags);
+        wait_limit_from(flags);
+        if (std::string user = text_of(flags, "user"); !user.empty())
+            chatsecure::fold_name(user);
+        else if (isatty(STDIN_FILENO) != 1)
+            throw Error("Who are you? Give your user name with -u NAME.");
+        wrong = trouble;
         return run(flags);
     } catch (const std::exception& e) {
         std::cerr << "client: " << e.what() << '\n';
-        return trouble;
+        if (wrong == usage) std::cerr << "./client --help lists the flags.\n";
+        return wrong;
     }
 }

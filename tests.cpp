@@ -8991,8 +8991,14 @@ class Process {
         for (std::string& word : all) variables.push_back(word.data());
         arguments.push_back(nullptr);
         variables.push_back(nullptr);
-        int failure = ::posix_spawn(&pid_, arguments[0], &actions, nullptr, arguments.data(),
+        // In a group of its own, as a shell starts it: only such a one can be suspended.
+        posix_spawnattr_t attributes;
+        ::posix_spawnattr_init(&attributes);
+        if (input == Input::terminal)
+            ::posix_spawnattr_setflags(&attributes, POSIX_SPAWN_SETPGROUP);
+        int failure = ::posix_spawn(&pid_, arguments[0], &actions, &attributes, arguments.data(),
                                     variables.data());
+        ::posix_spawnattr_destroy(&attributes);
         ::posix_spawn_file_actions_destroy(&actions);
         ::close(in[0]);
         if (out[1] != in[0]) ::close(out[1]);
@@ -9072,6 +9078,24 @@ class Process {
     }
     void signal(int number) {
         if (!ended_) ::kill(pid_, number);
+    }
+    // Waits until it has been stopped, as by Ctrl-Z.
+    void await_stop() const {
+        int status = 0;
+        while (::waitpid(pid_, &status, WUNTRACED) < 0 && errno == EINTR) {
+        }
+        REQUIRE(WIFSTOPPED(status));
+    }
+    // Its terminal: what it shows when one types, and a new size of it.
+    bool terminal_echoes() const {
+        termios modes{};
+        REQUIRE(::tcgetattr(out_, &modes) == 0);
+        return (modes.c_lflag & ECHO) != 0;
+    }
+    void resize(unsigned short rows, unsigned short columns) {
+        winsize size{rows, columns, 0, 0};
+        ::ioctl(out_, TIOCSWINSZ, &size);
+        signal(SIGWINCH);  // it is not this terminal's session, so the system does not
     }
 
     std::string pid() const { return std::to_string(pid_); }
@@ -9156,10 +9180,82 @@ struct Installation {
         return {concat("CHATSECURE_PASSWORD=", password), "TERM=xterm"};
     }
     std::unique_ptr<Process> client(const std::string& user,
-                                    Process::Input input = Process::Input::pipe) const {
-        return std::make_unique<Process>(command(user), input, environment());
+                                    Process::Input input = Process::Input::pipe,
+                                    const std::vector<std::string>& more = {}) const {
+        std::vector<std::string> words = command(user);
+        words.insert(words.end(), more.begin(), more.end());
+        return std::make_unique<Process>(words, input, environment());
     }
 };
+
+// What stands on a terminal of a certain size after it was sent `output`: as much of one as our
+// programs and libedit need. (ECMA-48; the letters are the last ones of its sequences.)
+std::vector<std::string> screen_after(std::string_view output, std::size_t height,
+                                      std::size_t width) {
+    std::vector<std::u32string> rows(height, std::u32string(width, U' '));
+    std::size_t row = 0, column = 0;
+    auto next_row = [&] {
+        if (row + 1 < height) {
+            ++row;
+        } else {
+            rows.erase(rows.begin());
+            rows.emplace_back(width, U' ');
+        }
+    };
+    while (!output.empty()) {
+        char32_t point = take_code_point(output);
+        if (point == U'\x1b' && output.starts_with('[')) {
+            std::size_t end = output.find_first_not_of("[?;0123456789");
+            REQUIRE(end != output.npos);
+            std::string digits(output.substr(1, end - 1));
+            bool given = !digits.empty() && std::isdigit(static_cast<unsigned char>(digits[0]));
+            std::size_t n = given ? std::stoul(digits) : 1;
+            char what = output[end];
+            output.remove_prefix(end + 1);
+            std::size_t at = std::min(column, width - 1);
+            if (what == 'A') row -= std::min(n, row);
+            if (what == 'B') row = std::min(row + n, height - 1);
+            if (what == 'C') column = std::min(column + n, width - 1);
+            if (what == 'D') column -= std::min(n, column);
+            if (what == 'G') column = n - 1;
+            if (what == 'H') row = column = 0;
+            if (what == 'P')
+                rows[row] = rows[row].erase(at, n).append(width, U' ').substr(0, width);
+            if (what == '@') rows[row] = rows[row].insert(at, n, U' ').substr(0, width);
+            if (what == 'J' || what == 'K')
+                std::fill(rows[row].begin() + static_cast<std::ptrdiff_t>(at), rows[row].end(),
+                          U' ');
+            if (what == 'J')
+                for (std::size_t i = row + 1; i < height; ++i) rows[i].assign(width, U' ');
+        } else if (point == U'\n') {
+            next_row();
+        } else if (point == U'\r') {
+            column = 0;
+        } else if (point == U'\b') {
+            column -= std::min<std::size_t>(column, 1);
+        } else if (point >= U' ') {
+            if (column == width) {
+                next_row();
+                column = 0;
+            }
+            rows[row][column++] = point;
+        }
+    }
+    std::vector<std::string> texts;
+    for (const std::u32string& letters : rows) {
+        std::string text;
+        for (char32_t point : letters)
+            text += point < 0x80 ? concat(static_cast<char>(point)) : std::string("#");
+        text.erase(text.find_last_not_of(' ') + 1);
+        texts.push_back(text);
+    }
+    return texts;
+}
+std::size_t count_of(std::string_view part, std::string_view text) {
+    std::size_t count = 0;
+    for (std::size_t at = 0; (at = text.find(part, at)) != text.npos; at += part.size()) ++count;
+    return count;
+}
 
 // Runs a program that must fail at once; returns its exit code and what it says.
 std::pair<int, std::string> complaint_of(std::vector<std::string> command,
@@ -9583,7 +9679,7 @@ TEST_CASE("programs: on a terminal, what is being typed survives incoming messag
     alice->write("half a li");
     alice->wait_for("half a li");
     bob->write("here I come\n");
-    alice->wait_for("bob: here I come");
+    alice->wait_for(": here I come");
     if (alice->output().find("\x1b[J") != std::string::npos) {  // with libedit it is drawn again
         alice->wait_for("half a li");
     }
@@ -9603,19 +9699,19 @@ TEST_CASE("programs: on a terminal, a mark behind one's own message says what be
     auto bob = here.client("bob");
     alice->wait_for("bob joined");
     alice->write("/msg bob hi\r");
-    alice->wait_for("you -> bob: hi");
+    alice->wait_for(": hi");
     alice->wait_for("first contact with bob");  // stands below it now: no mark
     bob->wait_for("alice -> you: hi\n");
     alice->write("/msg bob again\r");
     alice->wait_for("\u2713\u2713");
     alice->write("hello\r");
-    alice->wait_for("alice: hello");
+    alice->wait_for(": hello");
     alice->wait_for("\u2713");
     here.server->signal(SIGKILL);
     here.server->end();
     alice->wait_for("connection lost");
     alice->write("/msg bob meanwhile\r");
-    alice->wait_for("you -> bob: meanwhile");  // at once
+    alice->wait_for(": meanwhile");  // at once
     alice->wait_for("\u2026 until ");
     here.start();
     bob->wait_for("alice -> you: meanwhile\n");
@@ -9634,6 +9730,275 @@ TEST_CASE(
     alice->write("nobody will read it\r/quit\r/quit\r");
     CHECK(alice->await_end() == 0);
     CHECK(contains(alice->output(), "not sent"));
+}
+
+TEST_CASE("programs: on a terminal, what is pasted is one message, and Enter alone sends it") {
+    Installation here({"alice", "bob"});
+    auto alice = here.client("alice", Process::Input::terminal);
+    alice->wait_for("Type a message");
+    if (!contains(alice->output(), "\x1b[J")) return;  // without libedit the terminal edits lines
+    auto bob = here.client("bob");
+    alice->wait_for("bob joined");
+    alice->write("\x1b[200~see the docs\r/msg bob stolen\r\n/quit\n\x1b]0;x\x07thanks\n\x1b[201~");
+    alice->wait_for("/msg bob stolen");
+    alice->wait_for("thanks");
+    bob->write("nothing yet?\n");
+    alice->wait_for("nothing yet?");
+    CHECK_FALSE(contains(bob->output(), "stolen"));
+    alice->write("\r");
+    bob->wait_for("alice: see the docs\\n/msg bob stolen\\n/quit\\n\\x1b]0;x\\x07thanks\n");
+    alice->write("\x1b[200~/file bob /etc/passwd\nthanks\x1b[201~\r");
+    alice->wait_for("a command has one line");
+    alice->write("/quit\r");
+    CHECK(alice->await_end() == 0);
+    CHECK(contains(alice->output(), "\x1b[?2004l"));  // the next program pastes as it likes
+}
+
+TEST_CASE("programs: on a terminal, what is nearly a command is not sent to everybody") {
+    Installation here({"alice", "bob"});
+    auto alice = here.client("alice", Process::Input::terminal);
+    alice->wait_for("Type a message");
+    auto bob = here.client("bob");
+    alice->wait_for("bob joined");
+    alice->write(" /MSG bob a secret\r");
+    bob->wait_for("alice -> you: a secret\n");
+    alice->write("/hlep\r");
+    alice->wait_for("Did you mean /help?");
+    alice->write("/Help MSG\r");
+    alice->wait_for("/msg USER TEXT");
+    alice->write("/ignore nobody-known\r");
+    alice->wait_for("There is nobody called nobody-known here.");
+    alice->write("/quit now\r");
+    alice->wait_for("Usage: /quit");
+    alice->write("still here\r");
+    bob->wait_for("alice: still here\n");
+    alice->write(" /Quit \r");
+    CHECK(alice->await_end() == 0);
+}
+
+TEST_CASE("programs: on a terminal, people have colours, and one's own name stands out and rings") {
+    Installation here({"alice", "bob"});
+    auto alice = here.client("alice", Process::Input::terminal);
+    auto quiet = [&] { return count_of("\a", alice->output()) == 0; };
+    alice->wait_for("Type a message");
+    auto bob = here.client("bob");
+    alice->wait_for("bob joined");
+    bob->write("hello\n");
+    alice->wait_for("mbob\x1b[0m: hello");
+    CHECK(quiet());
+    bob->write("are you there, Alice?\n");
+    alice->wait_for("\x1b[7mbob\x1b[0m\x1b[0m\x1b[1m: are you there, Alice?");
+    alice->wait_for("\a");
+    bob->write("/msg alice psst\n");
+    alice->wait_for("mbob -> you\x1b[0m\x1b[35m: psst");
+    alice->wait_for("\a");
+    alice->write("/quit\r");
+    CHECK(alice->await_end() == 0);
+    alice = here.client("alice", Process::Input::terminal, {"--no-bell", "--no-color"});
+    alice->wait_for("Type a message");
+    bob->wait_for("alice joined");
+    bob->write("alice!\n/msg alice psst\n");
+    alice->wait_for("bob: alice!");
+    alice->wait_for("bob -> you: psst");
+    alice->write("/quit\r");
+    CHECK(alice->await_end() == 0);
+    CHECK(quiet());
+    CHECK_FALSE(contains(alice->output(), "\x1b[1;"));
+}
+
+TEST_CASE("programs: on a terminal, the first screen is short, and rows end between words") {
+    Installation here({"alice", "bob"});
+    auto alice = here.client("alice", Process::Input::terminal, {"--no-color"});
+    alice->wait_for("Type a message");
+    CHECK_FALSE(contains(alice->output(), "SHA256:"));
+    CHECK_FALSE(contains(alice->output(), here.homes.path.string()));
+    CHECK(lines_in(alice->output()) <= 5);
+    auto bob = here.client("bob");
+    alice->wait_for("bob joined");
+    std::string text;
+    for (int i = 0; i < 30; ++i) text += concat(i == 0 ? "" : " ", "word", i);
+    bob->write(text + "\n");
+    alice->wait_for("bob: word0 word1");
+    alice->wait_for("word29");
+    for (int i = 0; i < 30; ++i) CHECK(contains(alice->output(), concat("word", i)));
+    CHECK(contains(alice->output(), "\r\n      word"));
+    alice->write("/verify bob\r");
+    alice->wait_for("not verified");
+    std::string shown = alice->output();
+    shown.erase(0, shown.find("safety number with bob:"));
+    std::vector<std::size_t> groups;  // in each row
+    std::istringstream rows(shown.substr(0, shown.find("you are")));
+    for (std::string row; std::getline(rows, row);) groups.push_back(split_words(row).size());
+    CHECK(groups.size() >= 4);
+    for (std::size_t i = 1; i <= 3; ++i) CHECK(groups[i] == 4);
+}
+
+TEST_CASE("programs: on a terminal, one row says how things are, an outage too") {
+    Installation here({"alice", "bob"});
+    auto alice = here.client("alice", Process::Input::terminal, {"--no-color"});
+    alice->wait_for("Type a message");
+    if (!contains(alice->output(), "\x1b[J")) return;
+    alice->wait_for("-- nobody else is here --");
+    auto bob = here.client("bob");
+    alice->wait_for("-- 1 other online --");
+    bob->write("/msg alice psst\n");
+    alice->wait_for("-- 1 other online | from bob --");
+    alice->write("thanks\r");
+    alice->wait_for("-- 1 other online --");
+    bob->wait_for("alice: thanks\n");
+    alice->wait_for("\u2713");
+    here.server->signal(SIGKILL);
+    here.server->end();
+    alice->wait_for("no connection, 1 try --");
+    alice->write("meanwhile\r");
+    alice->wait_for(" | 1 waits --");
+    alice->wait_for("no connection, 3 tries | 1 waits --");
+    CHECK(count_of("connection lost", alice->output()) == 1);
+    CHECK(count_of("connecting to", alice->output()) == 1);  // at the beginning
+    here.start();
+    alice->wait_for("logged in again");
+    alice->wait_for("-- 1 other online --");
+    bob->wait_for("alice: meanwhile\n");
+}
+
+TEST_CASE("programs: on a terminal, another size of the window damages nothing") {
+    Installation here({"alice", "bob"});
+    auto alice = here.client("alice", Process::Input::terminal, {"--no-color"});
+    alice->wait_for("Type a message");
+    if (!contains(alice->output(), "\x1b[J")) return;
+    auto bob = here.client("bob");
+    alice->wait_for("bob joined");
+    bob->write("an earlier word\n");
+    alice->wait_for("an earlier word");
+    std::string typed(100, 'x');
+    alice->write(typed + "end");
+    alice->wait_for("xend");
+    for (int columns : {30, 120, 50}) {
+        alice->resize(24, static_cast<unsigned short>(columns));
+        alice->wait_for("\x1b[H");
+        alice->wait_for("an earlier word");
+        alice->wait_for("-- 1 other online --");
+        alice->wait_for("end");
+    }
+    alice->write("\r");
+    bob->wait_for(concat("alice: ", typed, "end\n"));
+    alice->wait_for("\u2713");
+    alice->write("last\r");
+    bob->wait_for("alice: last\n");
+    bob->write("good\n");
+    alice->wait_for("good");
+    alice->wait_for("> ");
+    std::string screen;
+    for (const std::string& row : screen_after(alice->output(), 24, 50)) screen += row + "\n";
+    CAPTURE(screen);
+    CHECK(count_of("bob: an earlier word\n", screen) == 1);
+    CHECK(count_of("-- 1 other online --\n", screen) == 1);
+    CHECK(count_of("xend", screen) == 1);
+    CHECK(contains(screen, "-- 1 other online --\n>\n"));
+}
+
+TEST_CASE("programs: on a terminal, Ctrl-C clears a line that has begun, the next one leaves") {
+    Installation here({"alice", "bob"});
+    auto alice = here.client("alice", Process::Input::terminal);
+    alice->wait_for("Type a message");
+    if (!contains(alice->output(), "\x1b[J")) return;
+    auto bob = here.client("bob");
+    alice->wait_for("bob joined");
+    alice->write("half a \u00edzzz");
+    alice->wait_for("zzz");
+    alice->signal(SIGINT);
+    alice->wait_for("\x1b[J");
+    alice->write("whole\r");
+    bob->wait_for("alice: whole\n");
+    alice->signal(SIGINT);
+    CHECK(alice->await_end() == 0);
+}
+
+TEST_CASE("programs: on a terminal, Ctrl-Z suspends, at the question for the password too") {
+    Installation here({"alice", "bob"});
+    Process alice(here.command("alice"), Process::Input::terminal, {"TERM=xterm"});
+    alice.wait_for("Password of alice: ");
+    CHECK_FALSE(alice.terminal_echoes());
+    alice.write("correct\x1a");
+    alice.await_stop();
+    CHECK(alice.terminal_echoes());
+    alice.signal(SIGCONT);
+    alice.wait_for("Password of alice: ");
+    CHECK_FALSE(alice.terminal_echoes());
+    alice.write(" horse\r");
+    alice.wait_for("Type a message");
+    if (!contains(alice.output(), "\x1b[J")) return;
+    alice.write("half");
+    alice.wait_for("half");
+    alice.signal(SIGTSTP);
+    alice.await_stop();
+    CHECK(alice.terminal_echoes());
+    alice.signal(SIGCONT);
+    alice.wait_for("half");
+    auto bob = here.client("bob");
+    alice.wait_for("bob joined");
+    alice.write(" a line\r");
+    bob->wait_for("alice: half a line\n");
+}
+
+TEST_CASE("programs: what is wrong with a flag or a password file is said of it by name") {
+    TempDir dir;
+    auto says = [&](std::vector<std::string> words, int code, const std::string& part) {
+        CAPTURE(words.back());
+        const auto ended = complaint_of(std::move(words));
+        CAPTURE(ended.second);
+        CHECK(ended.first == code);
+        CHECK(contains(ended.second, part));
+    };
+    says({"server", "--port", "80000"}, 2, "--port takes a number from 0 to 65535");
+    says({"server", "--port", "abc"}, 2, "--port takes a number from 0 to 65535, and not \"abc\"");
+    says({"server", "--max-clients", "-1"}, 2, "--max-clients takes a number");
+    says({"server", "--data="}, 2, "--data takes a directory");
+    says({"client", "-u", "alice", "--downloads="}, 2, "--downloads takes a directory");
+    says({"client", "-u", "alice", "--home="}, 2, "--home takes a directory");
+    says({"client", "-u", "alice", "--wait-limit", "x"}, 2, "--wait-limit takes a number");
+    says({"client", "-u", "alice", "::1:5000"}, 2, "[::1]:5000");
+    says({"client", "-u", "alice", "http://host"}, 2, "without http://");
+    says({"client", "alice@host"}, 2, "-u alice");
+    std::string file = (dir.path / "pw").string();
+    write_text(file, "\xef\xbb\xbf\n");
+    says({"client", "-u", "alice", "--password-file", file}, 1, concat(file, " has no password"));
+    for (const char* program : {"server", "client"}) {
+        auto [code, text] = complaint_of({program, "--help"});
+        CHECK(code == 0);
+        CHECK(contains(text, "Examples:\n"));
+        CHECK_FALSE(contains(text, "(default: \"\")"));
+    }
+}
+
+TEST_CASE("programs: a first contact is not refused: its client has gone to ask its user") {
+    Installation here({"alice"});
+    std::vector<std::string> words = here.command("alice");
+    words.pop_back();  // --accept-new
+    Process asks(words, Process::Input::terminal, here.environment());
+    asks.wait_for("is not known yet");
+    here.server->wait_for("went before it was logged in");
+    asks.write("y\r");
+    asks.wait_for("Type a message");
+    CHECK_FALSE(contains(here.server->output(), "refused"));
+}
+
+TEST_CASE("programs: started without standard descriptors, no file or socket of ours is one") {
+    if (!std::filesystem::exists("/proc/self/fd")) return;  // how one can see it, on Linux
+    Installation here({"alice"});
+    here.server->signal(SIGTERM);
+    here.server->end();
+    std::string server = std::filesystem::absolute(program_directory / "server").string();
+    Process blind({"/bin/sh", "-c",
+                   concat("exec ", server, " --port ", here.port, " --data ",
+                          here.data.path.string(), " <&- >&- 2>&-")});
+    auto alice = here.client("alice");  // tries until the server is there
+    alice->wait_for("logged in as alice");
+    for (int i = 0; i < 3; ++i)
+        CHECK(std::filesystem::read_symlink(concat("/proc/", blind.pid(), "/fd/", i)) ==
+              "/dev/null");
+    blind.signal(SIGTERM);
+    CHECK(blind.end() == 0);
 }
 
 TEST_CASE("programs: on a terminal, Ctrl-C and a closed window leave cleanly") {
