@@ -150,15 +150,129 @@ run-gui: $(O)/server $(O)/gui_client_fltk
 	while kill -0 $$server 2>/dev/null && ! grep -q 'server key' run-gui.log; do sleep 0.1; done; \
 	$(O)/gui_client_fltk localhost:5000; kill $$server 2>/dev/null || true
 
+# ---- make install -------------------------------------------------------------------------------
+#
+# What a system wants to have of a program is made here: manual pages out of what --help says, the
+# shell's completion, a service, an icon.
+
+# An awk program: --help becomes a page for man(1). A line that ends in a colon is a heading; two
+# blanks stand between a flag and what it means; what has no flag goes on with the line before.
+define MAN_PAGE
+BEGIN { print ".TH " toupper(name) " 1" }
+{ gsub(/\\/, "\\\\"); gsub(/-/, "\\-") }
+NR == 1 { print ".SH NAME"; print name " \\- " $$0; next }
+/^[A-Z].*:$$/ { sub(/:$$/, ""); usage = /Usage/; verbatim = /Example/
+               print ".SH " (usage ? "SYNOPSIS" : toupper($$0))
+               print verbatim ? ".nf" : ".P"; next }
+verbatim { if ($$0 == "") { print ".fi"; verbatim = 0 } else print; next }
+usage { sub(/^ +[^ ]+/, name); print; print ".SH OPTIONS"; usage = 0; next }
+{ sub(/^ +/, ""); at = match($$0, /   *[^ ]/)
+  if (at > 0 || /^\\-/) { print ".TP"; print ".B " (at > 0 ? substr($$0, 1, at - 1) : $$0)
+                          $$0 = at > 0 ? substr($$0, at) : ""; sub(/^ +/, "") }
+  if ($$0 != "") print (/^[.]/ ? "\\&" : "") $$0 }
+endef
+
+define COMPLETION
+_chatsecure() {
+    local word="$${COMP_WORDS[COMP_CWORD]}"
+    if [[ $$word == -* ]]; then
+        COMPREPLY=($$(compgen -W "$$("$$1" --help | grep -o -e ' --[a-z-]*')" -- "$$word"))
+    fi
+}
+complete -o default -F _chatsecure chatsecure-server chatsecure-client chatsecure-window
+endef
+
+# The server for everybody who can reach this machine, as a user that exists while it runs and that
+# can do nothing but that. Its data is in /var/lib/chatsecure.
+define SERVICE
+[Unit]
+Description=ChatSecure server
+After=network-online.target
+Wants=network-online.target
+
+[Service]
+ExecStart=$(PREFIX)/bin/chatsecure-server --bind :: --data %S/chatsecure
+Restart=on-failure
+DynamicUser=yes
+StateDirectory=chatsecure
+StateDirectoryMode=0700
+UMask=0077
+LimitNOFILE=16384
+CapabilityBoundingSet=
+NoNewPrivileges=yes
+ProtectSystem=strict
+ProtectHome=yes
+ProtectProc=invisible
+ProtectClock=yes
+ProtectHostname=yes
+ProtectKernelLogs=yes
+ProtectKernelModules=yes
+ProtectKernelTunables=yes
+ProtectControlGroups=yes
+PrivateTmp=yes
+PrivateDevices=yes
+PrivateUsers=yes
+RestrictAddressFamilies=AF_INET AF_INET6 AF_UNIX
+RestrictNamespaces=yes
+RestrictRealtime=yes
+RestrictSUIDSGID=yes
+LockPersonality=yes
+MemoryDenyWriteExecute=yes
+SystemCallArchitectures=native
+SystemCallFilter=@system-service
+SystemCallFilter=~@privileged
+
+[Install]
+WantedBy=multi-user.target
+endef
+
+define DESKTOP
+[Desktop Entry]
+Type=Application
+Name=ChatSecure
+Comment=Encrypted chat
+Exec=chatsecure-window
+Icon=chatsecure
+Categories=Network;Chat;InstantMessaging;
+StartupNotify=false
+endef
+
+define ICON
+<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 64 64">
+<rect width="64" height="64" rx="14" fill="steelblue"/>
+<path d="M11 13h42v30H31L20 54V43h-9z" fill="white"/>
+<path d="M27 27v-4a5 5 0 0 1 10 0v4" fill="none" stroke="steelblue" stroke-width="3"/>
+<rect x="24" y="26" width="16" height="12" rx="2" fill="steelblue"/>
+</svg>
+endef
+
+export MAN_PAGE COMPLETION SERVICE DESKTOP ICON
+SHARE = $(DESTDIR)$(PREFIX)/share
+# With a home that is nobody's: what --help says of it is true for everybody.
+man = env -u XDG_DATA_HOME HOME=/home/YOU $(O)/$(1) --help | \
+      sed 's|/home/YOU|~|; s|\./$(1)|chatsecure-$(2)|' | \
+      awk -v name=chatsecure-$(2) "$$MAN_PAGE" >$(SHARE)/man/man1/chatsecure-$(2).1
+
 install: $(O)/server $(O)/client
-	install -d $(DESTDIR)$(PREFIX)/bin $(DESTDIR)$(PREFIX)/include
-	install -d $(DESTDIR)$(PREFIX)/share/doc/chatsecure
+	install -d $(DESTDIR)$(PREFIX)/bin $(DESTDIR)$(PREFIX)/include $(SHARE)/man/man1
+	install -d $(DESTDIR)$(PREFIX)/lib/systemd/system $(SHARE)/bash-completion/completions
+	install -d $(SHARE)/doc/chatsecure
 	install -m 755 $(O)/server $(DESTDIR)$(PREFIX)/bin/chatsecure-server
 	install -m 755 $(O)/client $(DESTDIR)$(PREFIX)/bin/chatsecure-client
-	if [ -e $(O)/gui_client_fltk ]; then install -m 755 $(O)/gui_client_fltk \
-	    $(DESTDIR)$(PREFIX)/bin/chatsecure-window; fi
 	install -m 644 chatsecure.hpp $(DESTDIR)$(PREFIX)/include/chatsecure.hpp
-	install -m 644 README.md users.db.example $(DESTDIR)$(PREFIX)/share/doc/chatsecure/
+	install -m 644 README.md users.db.example $(SHARE)/doc/chatsecure/
+	$(call man,server,server)
+	$(call man,client,client)
+	for name in server client window; do \
+	    printf '%s\n' "$$COMPLETION" >$(SHARE)/bash-completion/completions/chatsecure-$$name; done
+	printf '%s\n' "$$SERVICE" >$(DESTDIR)$(PREFIX)/lib/systemd/system/chatsecure-server.service
+ifneq ($(wildcard $(O)/gui_client_fltk),)
+	install -d $(SHARE)/applications $(SHARE)/icons/hicolor/scalable/apps
+	install -m 755 $(O)/gui_client_fltk $(DESTDIR)$(PREFIX)/bin/chatsecure-window
+	$(call man,gui_client_fltk,window)
+	printf '%s\n' "$$DESKTOP" >$(SHARE)/applications/chatsecure-window.desktop
+	printf '%s\n' "$$ICON" >$(SHARE)/icons/hicolor/scalable/apps/chatsecure.svg
+endif
 
 clean:
 	rm -rf server client gui_client_fltk tests build
@@ -174,7 +288,8 @@ help:
 	@echo "make run-gui   starts a server, if none runs, and opens a window"
 	@echo "make check-gui drives that window, in a display that nobody sees"
 	@echo "make bench-gui measures it under a flood of messages"
-	@echo "make install   into PREFIX ($(PREFIX)), below DESTDIR; the header too"
+	@echo "make install   into PREFIX ($(PREFIX)), below DESTDIR: programs, header, man pages,"
+	@echo "               completion for bash, a service for systemd, the window's menu entry"
 	@echo "make clean     removes what was built"
 	@echo "Variables: CXX, CXXFLAGS, O (where to build):"
 	@echo "               make test O=build/asan CXXFLAGS=-fsanitize=address"

@@ -1012,17 +1012,17 @@ class Conversation {
 
     // Commands at the beginning of a line, files behind /file USER, names everywhere else.
     std::vector<std::string> complete(std::string_view before) const {
-        std::size_t space = before.find_last_of(' ');
-        std::string_view word = before.substr(space == before.npos ? 0 : space + 1);
+        std::size_t begin = before.find_last_of(' ') + 1;  // npos + 1 is 0
+        std::string_view word = before.substr(begin);
         if (before.starts_with("/file ") && before.find(' ', 6) != before.npos)
             return complete_path(word);
         std::vector<std::string> candidates;
-        if (word.starts_with('/') && space == before.npos) {
+        if (word.starts_with('/') && begin == 0) {
             for (const auto& help : command_help) {
                 std::string_view command = help.usage.substr(0, help.usage.find(' '));
                 if (command.starts_with(word)) candidates.emplace_back(command);
             }
-        } else if (!word.empty() || space != before.npos) {
+        } else if (!before.empty()) {
             for (const std::string& name : others_)
                 if (name.starts_with(word)) candidates.push_back(name);
         }
@@ -1191,11 +1191,6 @@ constexpr const char* examples =
     "  echo '/msg bob Done.' | ./client chat.example.org -u robot --password-file secret\n"
     "\nYou type:\n";
 
-void print_help(const cxxopts::Options& options) {
-    std::cout << options.help() << examples;
-    for (const chatsecure::CommandHelp& help : command_help) std::cout << row_of(help) << '\n';
-}
-
 // What a flag was given; empty if it was not.
 std::string text_of(const cxxopts::ParseResult& flags, const std::string& flag) {
     return flags.count(flag) > 0 ? flags[flag].as<std::string>() : "";
@@ -1279,7 +1274,9 @@ int main(int argc, char** argv) {
         if (!flags.unmatched().empty())
             throw Error(concat("\"", flags.unmatched()[0], "\" is one word too many."));
         if (flags.count("help") > 0) {
-            print_help(options);
+            std::cout << options.help() << examples;
+            for (const chatsecure::CommandHelp& help : command_help)
+                std::cout << row_of(help) << '\n';
             return fine;
         }
         if (flags.count("version") > 0) {

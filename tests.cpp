@@ -10015,6 +10015,52 @@ TEST_CASE("programs: on a terminal, Ctrl-C and a closed window leave cleanly") {
     here.server->wait_for("\"alice\" left: said goodbye");
 }
 
+TEST_CASE("programs: make install gives the system what it wants to have of a program") {
+    if (!std::filesystem::exists("Makefile")) return;
+    TempDir root;
+    shell(concat("env -u MAKEFLAGS -u MAKELEVEL make -s install O=", program_directory.string(),
+                 " DESTDIR=", root.path.string(), " PREFIX=/usr"));
+    auto installed = [&](const std::string& name) { return root.path / "usr" / name; };
+    for (std::string program : {"server", "client"}) {
+        CAPTURE(program);
+        std::string help = complaint_of({program, "--help"}).second;
+        std::string name = "chatsecure-" + program;
+        std::string page = read_text(installed(concat("share/man/man1/", name, ".1")));
+        CHECK(contains(page, concat(".SH NAME\n", name, " \\- ")));
+        CHECK(contains(page, concat(".SH SYNOPSIS\n.P\n", name, " [OPTION...]")));
+        CHECK(contains(page, ".SH EXAMPLES\n.nf\n"));
+        CHECK_FALSE(contains(page, std::getenv("HOME")));  // it is everybody's page
+        std::size_t flags = 0;
+        std::istringstream lines(help);
+        for (std::string line; std::getline(lines, line); flags += line.starts_with(" ") ? 1 : 0) {
+            std::size_t flag = line.find("--");
+            if (flag != 2 && flag != 6) continue;
+            std::string escaped;
+            for (char c : line.substr(flag, line.find(' ', flag) - flag))
+                escaped += c == '-' ? "\\-" : std::string(1, c);
+            CHECK(contains(page, escaped));
+        }
+        CHECK(flags > 5);
+        std::string words = shell(
+            concat("bash -c '. ", installed("share/bash-completion/completions/" + name).string(),
+                   "; COMP_WORDS=(x --vers) COMP_CWORD=1; _chatsecure ",
+                   installed("bin/" + name).string(), "; echo ${COMPREPLY[@]}'"));
+        CHECK(words == "--version\n");
+    }
+    CHECK(contains(read_text(installed("share/man/man1/chatsecure-client.1")),
+                   ".TP\n.B /msg USER TEXT\nto one person\n"));
+    std::string unit = read_text(installed("lib/systemd/system/chatsecure-server.service"));
+    CHECK(
+        contains(unit, "\nExecStart=/usr/bin/chatsecure-server --bind :: --data %S/chatsecure\n"));
+    for (std::string_view line : {"DynamicUser=yes", "NoNewPrivileges=yes", "ProtectSystem=strict"})
+        CHECK(contains(unit, concat("\n", line, "\n")));
+    if (!std::filesystem::exists(program_directory / "gui_client_fltk")) return;
+    std::string entry = read_text(installed("share/applications/chatsecure-window.desktop"));
+    CHECK(contains(entry, "\nExec=chatsecure-window\nIcon=chatsecure\n"));
+    CHECK(contains(read_text(installed("share/icons/hicolor/scalable/apps/chatsecure.svg")),
+                   "</svg>"));
+}
+
 // ---- Files, with the real programs --------------------------------------------------------------
 
 namespace {
