@@ -664,11 +664,11 @@ class Terminal {
         std::cout << std::flush;
         if (editing_) el_set(editor_, EL_REFRESH);
     }
-    void draw_last_lines() {
+    void draw_last_lines() {  // at least one
         std::size_t room = window().ws_row, first = lines_.size();
         for (std::size_t rows = 3; first > 0; --first) {  // the status, the line, and one below it
             rows += rows_taken(lines_[first - 1]);
-            if (rows > room) break;
+            if (rows > room && first < lines_.size()) break;
         }
         for (; first < lines_.size(); ++first) std::cout << in_rows(lines_[first]) << '\n';
     }
