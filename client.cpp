@@ -590,13 +590,13 @@ class Terminal {
         const char* typed = el_gets(editor_, &count);
         half_typed = false;
         if (typed == nullptr || count <= 0) {
-            std::cout << '\n' << std::flush;
+            draw_from(status_shown_ + rows_of(prompt_text + before_cursor(editor_)), "");
             return std::nullopt;
         }
         std::string line(typed);
         if (line.ends_with('\n')) line.pop_back();
         // The line stands on the screen as it was typed; it will come back as a message.
-        draw_from(rows_of(prompt_text + line) + 1 + std::exchange(status_shown_, 0), "");
+        draw_from(rows_of(prompt_text + line) + 1 + status_shown_, "");
         HistEvent ignored;
         if (!line.empty()) history(history_, &ignored, H_ENTER, line.c_str());
         return line;

@@ -10738,7 +10738,11 @@ TEST_CASE("programs: started without standard descriptors, no file or socket of 
     Process blind({"/bin/sh", "-c",
                    concat("exec ", server, " --port ", here.port, " --data ",
                           here.data.path.string(), " <&- >&- 2>&-")});
-    auto alice = here.client("alice");  // tries until the server is there
+    Waker never;  // it cannot say that it listens
+    auto port = static_cast<std::uint16_t>(std::stoi(here.port));
+    for (auto until = Clock::now() + long_enough; Clock::now() < until; std::this_thread::yield())
+        if (complaint([&] { connect_to("127.0.0.1", port, long_enough, never); }).empty()) break;
+    auto alice = here.client("alice");
     alice->wait_for("logged in as alice");
     for (int i = 0; i < 3; ++i)
         CHECK(std::filesystem::read_symlink(concat("/proc/", blind.pid(), "/fd/", i)) ==
