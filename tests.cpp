@@ -10514,13 +10514,13 @@ class Window {
     Process* operator->() { return &*gui_; }
 
     // Clicks in the middle of something, wherever it is now.
-    void click(const std::string& name) {
+    void click(const std::string& name, const std::string& clicks = "1") {
         std::string place = concat("place ", name, " ");
         if (gui_->output().find(place) == std::string::npos) gui_->wait_for(place);
         std::string line = line_with(gui_->output(), place);
         xdotool(concat(
             "mousemove --window $(xdotool search --onlyvisible --name ChatSecure | tail -1) ",
-            line.substr(place.size()), " click 1"));
+            line.substr(place.size()), " click ", clicks));
     }
     void type(const std::string& text) { xdotool(concat("type --delay 2 -- '", text, "'")); }
     void key(const std::string& name) { xdotool("key " + name); }
@@ -10572,20 +10572,24 @@ int check_gui() {
     auto bob = start_bob();
     bob->wait_for(" online");
 
-    step("a password that is too short is refused, beside its field");
+    step("a weak password, and one typed in two ways, are refused before any server is asked");
     window->click("name");
     window->fill("name", "alice");
     window->fill("password", "short");
     window->click("register");
+    window->click("enter");
+    (*window)->wait_for("place error-password ");
+    window->fill("password", std::string(password));
+    window->fill("repeat", "something else");
+    window->click("enter");
+    (*window)->wait_for("place error-repeat ");
+    window->fill("repeat", std::string(password));
     window->click("enter");
     (*window)->wait_for("asks-about-key ");
     std::string key = line_with((*window)->output(), "asks-about-key ").substr(15);
     if (!contains(here.server->output(), key)) throw Error("The window shows another key.");
     step("the server's fingerprint is shown, and accepted");
     window->click("accept-key");
-    (*window)->wait_for("sign-in-error ");
-    window->fill("password", std::string(password));
-    window->click("enter");
     step("alice registers, and is online");
     (*window)->wait_for("state online as alice");
     bob->wait_for("alice joined");
@@ -10614,7 +10618,7 @@ int check_gui() {
     write_bytes(here.homes.path / "first.bin", noise(3'000'000));
     bob->write(concat("/file alice ", (here.homes.path / "first.bin").string(), "\n"));
     (*window)->wait_for("card 1 first.bin");
-    window->click("Accept-1");
+    window->click("Save-1");
     bob->wait_for("first.bin to alice: has arrived");
     (*window)->wait_for("file-done from bob first.bin");
     if (!same_content(here.homes.path / "first.bin", downloads / "first.bin"))
@@ -10646,7 +10650,9 @@ int check_gui() {
     std::string digits = line.substr(line.find(": ") + 2);
     window->click("details");
     (*window)->wait_for("safety-number bob " + digits);
-    window->click("verify");
+    window->click("settle");  // does nothing without a tick
+    window->click("compared");
+    window->click("settle");
     (*window)->wait_for("verified bob");
 
     step("the server is killed and comes back: the window too, and what was written meanwhile");
@@ -10680,19 +10686,20 @@ int check_gui() {
     line = line_with(bob->output(), "safety number with alice: ");
     if (line.substr(line.find(": ") + 2) == digits) throw Error("The number has not changed.");
     (*window)->wait_for("safety-number bob " + line.substr(line.find(": ") + 2));
-    window->click("trust");  // does nothing without a tick
+    window->click("settle");  // does nothing without a tick
     window->click("row-bob");
     window->type("is it you?");  // goes to the input, although the list was clicked
     window->key("Return");
-    (*window)->wait_for("shown bob | *: Not delivered to bob, who has another identity");
+    (*window)->wait_for("blocked bob");
     window->click("compared");
-    window->click("trust");
+    window->click("settle");
     (*window)->wait_for("verified bob");  // compared and trusted: both in one act
-    window->click("row-bob");
-    window->type("welcome back");
-    window->key("Return");
-    bob->wait_for("alice -> you: welcome back\n");
+    bob->write("/msg alice and?\n");
+    (*window)->wait_for("shown bob | bob: and?");
     if (contains(bob->output(), "is it you?")) throw Error("Something went to a stranger.");
+    window->click("input");  // what was blocked is still there
+    window->key("Return");
+    bob->wait_for("alice -> you: is it you?\n");
 
     step("a slip in a name is shown where one looks, and /who answers");
     window->type("/msg bbo hello");
