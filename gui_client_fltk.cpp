@@ -63,53 +63,23 @@ using Time = std::chrono::system_clock::time_point;
 // A colour is a place in FLTK's own table of colours. Another theme is another content of that
 // table and one redraw: no widget has to be told.
 namespace ink {
-enum : Fl_Color {
-    window = FL_FREE_COLOR,
-    panel,
-    field,
-    text,
-    quiet,
-    line,
-    accent,
-    on_accent,
-    own,
-    other,
-    warning,
-    alarm,  // what a warning stands on
-    online,
-    selected,
-};
+constexpr Fl_Color window = 16, panel = 17, field = 18, text = 19, quiet = 20, line = 21,
+                   accent = 22, on_accent = 23, own = 24, other = 25, warning = 26, alarm = 27,
+                   online = 28, selected = 29;  // FLTK leaves us 16 to 31
 }
-struct Shade {
-    unsigned light, dark;
-};
-constexpr std::array<Shade, 14> shades{{{0xffffff, 0x181a1f},
-                                        {0xf3f4f6, 0x21242a},
-                                        {0xffffff, 0x2b2f36},
-                                        {0x181c22, 0xe8eaed},
-                                        {0x5c6370, 0xa4aab6},
-                                        {0xd8dbe0, 0x40454e},
-                                        {0x155cc0, 0x8ab4f8},
-                                        {0xffffff, 0x101828},
-                                        {0xd6e7ff, 0x26426e},
-                                        {0xeff0f3, 0x2f333b},
-                                        {0xba1a1a, 0xff897d},
-                                        {0xfdeceb, 0x432623},
-                                        {0x1e8e3e, 0x81c995},
-                                        {0xa8c7fa, 0x46608c}}};
+template <std::size_t count>
+using Shades = std::array<std::array<unsigned, count>, 2>;  // light, dark
+constexpr Shades<14> theme{
+    {{0xffffff, 0xf3f4f6, 0xffffff, 0x181c22, 0x5c6370, 0xd8dbe0, 0x155cc0, 0xffffff, 0xd6e7ff,
+      0xeff0f3, 0xba1a1a, 0xfdeceb, 0x1e8e3e, 0xa8c7fa},
+     {0x181a1f, 0x21242a, 0x2b2f36, 0xe8eaed, 0xa4aab6, 0x40454e, 0x8ab4f8, 0x101828, 0x26426e,
+      0x2f333b, 0xff897d, 0x432623, 0x81c995, 0x46608c}}};
 // Those of people: each can be read on the window, and the window's own colour on each.
-constexpr std::array<Shade, 12> shades_of_people{{{0xb3261e, 0xf28b82},
-                                                  {0x9c4a08, 0xfcad70},
-                                                  {0x7a5c00, 0xf0c75e},
-                                                  {0x4d6b00, 0xc5d86d},
-                                                  {0x1b7a34, 0x81c995},
-                                                  {0x00766c, 0x6fd6c6},
-                                                  {0x00708f, 0x78d9ec},
-                                                  {0x1967d2, 0x8ab4f8},
-                                                  {0x4a52c8, 0xa9b1ff},
-                                                  {0x8430ce, 0xc58af9},
-                                                  {0xa8268f, 0xf29be8},
-                                                  {0xb80657, 0xff8bb0}}};
+constexpr Shades<12> colours_of_people{
+    {{0xb3261e, 0x9c4a08, 0x7a5c00, 0x4d6b00, 0x1b7a34, 0x00766c, 0x00708f, 0x1967d2, 0x4a52c8,
+      0x8430ce, 0xa8268f, 0xb80657},
+     {0xf28b82, 0xfcad70, 0xf0c75e, 0xc5d86d, 0x81c995, 0x6fd6c6, 0x78d9ec, 0x8ab4f8, 0xa9b1ff,
+      0xc58af9, 0xf29be8, 0xff8bb0}}};
 
 // The two things about the looks that a user chooses.
 struct Style {
@@ -124,32 +94,25 @@ constexpr Fl_Font plain = FL_HELVETICA, bold = FL_HELVETICA_BOLD, fixed_pitch = 
 constexpr int smallest_zoom = 70, largest_zoom = 200;
 int scaled(int pixels) { return pixels * style.zoom / 100; }
 
-std::array<unsigned char, 3> rgb(Shade shade) {
-    unsigned value = style.dark ? shade.dark : shade.light;
-    auto byte = [&](int shift) { return static_cast<unsigned char>(value >> shift & 0xff); };
-    return {byte(16), byte(8), byte(0)};
-}
+// Of the twelve colours, in the theme of now.
+Fl_Color colour_number(std::size_t i) { return colours_of_people[style.dark ? 1 : 0][i] << 8; }
 Fl_Color colour_of(const std::string& person) {
-    auto [r, g, b] =
-        rgb(shades_of_people[chatsecure::person_colour(person, shades_of_people.size())]);
-    return fl_rgb_color(r, g, b);
+    return colour_number(chatsecure::person_colour(person, colours_of_people[0].size()));
 }
 
 // Fills the table; FLTK's own widgets (menus, check marks, the file chooser) take from it as well.
 void set_theme() {
-    for (std::size_t i = 0; i < shades.size(); ++i) {
-        auto [r, g, b] = rgb(shades[i]);
-        Fl::set_color(ink::window + static_cast<Fl_Color>(i), r, g, b);
-    }
-    auto set = [](auto function, Fl_Color from) {
+    Fl_Color place = ink::window;
+    for (unsigned shade : theme[style.dark ? 1 : 0]) Fl::set_color(place++, shade << 8);
+    auto copy = [](Fl_Color from, auto to) {
         unsigned char r = 0, g = 0, b = 0;
         Fl::get_color(from, r, g, b);
-        function(r, g, b);
+        to(r, g, b);
     };
-    set(Fl::background, ink::panel);
-    set(Fl::background2, ink::field);
-    set(Fl::foreground, ink::text);
-    set([](auto r, auto g, auto b) { Fl::set_color(FL_SELECTION_COLOR, r, g, b); }, ink::accent);
+    copy(ink::panel, Fl::background);
+    copy(ink::field, Fl::background2);
+    copy(ink::text, Fl::foreground);
+    copy(ink::accent, [](auto... rgb) { Fl::set_color(FL_SELECTION_COLOR, rgb...); });
 }
 
 // ---- Small pieces of drawing --------------------------------------------------------------------
@@ -197,6 +160,13 @@ void draw_round(int x, int y, int w, int h, int radius, Fl_Color colour) {
 }
 void draw_disc(int x, int y, int diameter, Fl_Color colour) { disc(diameter, colour).draw(x, y); }
 
+// Takes the first letter of `text`, which must not be empty.
+std::string_view take_letter(std::string_view& text) {
+    std::string_view before = text;
+    chatsecure::take_code_point(text);
+    return before.substr(0, before.size() - text.size());
+}
+
 // Emoji come from a font of their own: FLTK 1.3 takes all letters of a text from one font, and
 // those for letters have boxes for them. `draw` gets the pieces of a text, each with its font set.
 constexpr Fl_Font emoji_font = FL_FREE_FONT;
@@ -232,19 +202,14 @@ double measure(std::string_view text) {
 }
 int width_of(std::string_view text) { return static_cast<int>(std::ceil(measure(text))); }
 
-// `text`, or as much of it as fits, with an ellipsis. In the current font.
+// `text`, or about as much of it as fits, with an ellipsis. In the current font.
 std::string fitting(std::string_view text, int width) {
     if (width_of(text) <= width) return std::string(text);
     std::string part;
-    for (std::string_view left = text; !left.empty();) {
-        std::string_view before = left;
-        chatsecure::take_code_point(left);
-        std::string longer = part + std::string(before.substr(0, before.size() - left.size()));
-        if (width_of(longer + "\u2026") > width) break;
-        part = longer;
-    }
+    while (width_of(concat(part, text.substr(0, 4), "\u2026")) < width) part += take_letter(text);
     return part + "\u2026";
 }
+
 // FLTK 1.3 draws Hebrew and Arabic letters from left to right. This turns each run of them (with
 // the spaces between two such words) around, which is right for words and phrases; FLTK 1.4 with
 // Pango does the whole of Unicode's bidirectional algorithm itself.
@@ -292,73 +257,42 @@ void draw_text(std::string_view text, int x, int y, int width) {
     draw_at(fitting(text, width), x, y);
 }
 
-// Where lines of `text` begin and end, if they are at most `width` wide in the current font. Lines
-// break at spaces: as many words as fit are taken, each measured once. A line whose first word
-// already is too long (nothing was taken) is filled letter by letter.
+// Where lines of `text` begin and end, if they are at most `width` wide in the current font. They
+// break at spaces; a word that is too long for a line, between two letters.
 struct Span {
     std::size_t begin = 0, end = 0;
 };
 std::vector<Span> wrap(std::string_view text, int width) {
     std::vector<Span> lines;
-    std::size_t begin = 0;
-    auto put_paragraph = [&](std::size_t end) {
-        while (begin < end) {
-            std::size_t last = begin, at = begin;  // `last`: the end of what fits, at a space
-            double used = 0;
-            bool full = false;
-            while (at < end && !full) {
-                std::size_t word_end = std::min(text.find(' ', at), end);
-                // Measuring a word of 32 KiB anew for each of its lines would take long.
-                bool endless = word_end - at > 1000;
-                double word = endless ? 0 : measure(text.substr(at, word_end - at));
-                if (endless || used + word > width) {
-                    full = true;
-                } else {
-                    last = word_end;
-                    used += word + fl_width(" ", 1);
-                    at = std::min(word_end + 1, end);
-                    if (word_end == end) last = at = end;
-                }
-            }
-            if (last == begin && full) {
-                std::string_view left = text.substr(begin, end - begin);
-                used = 0;
-                while (!left.empty()) {
-                    std::string_view before = left;
-                    chatsecure::take_code_point(left);
-                    std::size_t bytes = before.size() - left.size();
-                    used += measure(before.substr(0, bytes));
-                    if (used > width && last > begin) break;
-                    last += bytes;
-                }
-            }
-            lines.push_back({begin, last});
-            begin = last;
-            while (begin < end && text[begin] == ' ') ++begin;
+    for (std::size_t begin = 0;;) {
+        std::size_t at = begin, end = begin, next = begin;  // `end`: after the last whole word
+        double used = 0;
+        while (at < text.size() && text[at] != '\n') {
+            if (text[at] == ' ' && at > begin) next = 1 + (end = at);
+            std::string_view left = text.substr(at), letter = take_letter(left);
+            used += measure(letter);
+            if (used > width && at > begin) break;
+            at += letter.size();
         }
-    };
-    for (;;) {
-        std::size_t end = std::min(text.find('\n', begin), text.size());
-        if (begin == end) lines.push_back({begin, end});
-        put_paragraph(end);
-        if (end == text.size()) return lines;
-        begin = end + 1;
+        bool is_last = at == text.size();
+        if (is_last || text[at] == '\n') {
+            lines.push_back({begin, at});
+            if (is_last) return lines;
+            begin = at + 1;
+        } else {
+            if (next == begin) next = end = at;
+            lines.push_back({begin, end});
+            begin = std::min(text.find_first_not_of(' ', next), text.size());
+        }
     }
 }
 
 // What somebody wrote, safe to draw: line ends stay, everything else that could drive is visible.
 std::string shown(std::string_view text) {
     std::string out;
-    for (bool more = true; more;) {
-        std::size_t end = text.find('\n');
-        more = end != text.npos;
-        out += visible(text.substr(0, end));
-        if (more) {
-            out += '\n';
-            text.remove_prefix(end + 1);
-        }
-    }
-    return out;
+    for (std::size_t end; (end = text.find('\n')) != text.npos; text.remove_prefix(end + 1))
+        out += visible(text.substr(0, end)) + '\n';
+    return out + visible(text);
 }
 
 std::string time_text(Time time, const char* format) {
@@ -386,10 +320,30 @@ void draw_avatar(const std::string& name, int x, int y, int size) {
     fl_draw(std::string(1, letter).c_str(), x, y, size, size, FL_ALIGN_CENTER, nullptr, 0);
 }
 
+// A method as FLTK's callback: widget.callback(call<&SignIn::submit>, this).
+template <class T>
+T class_of(void (T::*)());
+template <auto method>
+void call(Fl_Widget*, void* self) {
+    (static_cast<decltype(class_of(method))*>(self)->*method)();
+}
+
 // After a click: the keyboard stays with whom it was, for whoever types goes on typing.
 void leave_focus(Fl_Widget* before) {
     if (before != nullptr && before != Fl::focus() && before->visible_r() != 0)
         before->take_focus();
+}
+
+// The face of a button, in the current font: flat, with round corners.
+void draw_face(int x, int y, int w, int h, const std::string& label, bool important, bool focus,
+               bool pressed = false, bool active = true) {
+    int edge = focus ? 2 : 1;
+    Fl_Color face = important ? ink::accent : active ? ink::field : ink::panel;
+    draw_round(x, y, w, h, 6, focus ? ink::text : important ? ink::accent : ink::line);
+    draw_round(x + edge, y + edge, w - 2 * edge, h - 2 * edge, 5, pressed ? ink::line : face);
+    fl_color(!active ? ink::quiet : important ? ink::on_accent : ink::text);
+    std::string text = fitting(label, w - gap);
+    fl_draw(text.c_str(), x, y, w, h, FL_ALIGN_CENTER, nullptr, 0);
 }
 
 // A flat button with round corners. Tab reaches it, Space and Enter press it.
@@ -406,18 +360,9 @@ class Button : public Fl_Button {
         return width_of(label()) + 3 * gap;
     }
     void draw() override {
-        bool strong = important_ && active_r(), focus = Fl::focus() == this;
-        int edge = focus ? 2 : 1;
-        draw_round(x(), y(), w(), h(), 6, focus ? ink::text : strong ? ink::accent : ink::line);
-        draw_round(x() + edge, y() + edge, w() - 2 * edge, h() - 2 * edge, 6 - edge,
-                   value() != 0  ? ink::line
-                   : strong      ? ink::accent
-                   : !active_r() ? ink::panel
-                                 : ink::field);
-        fl_color(!active_r() ? ink::quiet : strong ? ink::on_accent : ink::text);
         use_font(text_size - 1);
-        std::string text = fitting(label(), w() - gap);
-        fl_draw(text.c_str(), x(), y(), w(), h(), FL_ALIGN_CENTER, nullptr, 0);
+        draw_face(x(), y(), w(), h(), label(), important_ && active_r(), Fl::focus() == this,
+                  value() != 0, active_r() != 0);
     }
     int handle(int event) override {
         if (event == FL_KEYBOARD && Fl::focus() == this &&
@@ -436,11 +381,14 @@ class Button : public Fl_Button {
     bool important_;
 };
 
-// A field of FLTK that is drawn anew when the focus comes or goes: its box shows it.
+// A field of FLTK that is drawn anew when the focus comes or goes: its box shows it. Its label is
+// what tests call it; nobody sees that.
 template <class Input>
 class InputField : public Input {
   public:
-    InputField() : Input(0, 0, 0, 0) {}
+    explicit InputField(const char* name) : Input(0, 0, 0, 0, name) {
+        this->labeltype(FL_NO_LABEL);
+    }
     int handle(int event) override {
         if (event == FL_FOCUS || event == FL_UNFOCUS) this->redraw();
         return Input::handle(event);
@@ -483,15 +431,6 @@ void pop_up(const std::vector<MenuLine>& lines, int x, int y, bool upwards = fal
 
 // ---- The model: what there is to show -----------------------------------------------------------
 
-struct FileCard {
-    enum class State { offered, moving, interrupted, done, stopped } state = State::offered;
-    chatsecure::FileInfo file;
-    std::uint64_t done = 0;
-    double bytes_per_second = 0;
-    std::string note;            // why it stopped
-    std::filesystem::path path;  // where it is
-};
-
 struct Entry {
     enum class Kind { message, system, warning, file } kind = Kind::message;
     std::string from{}, text{};
@@ -502,7 +441,7 @@ struct Entry {
     std::string reason{};                         // for what it waits
     bool first = true;                            // of a group by one sender
     bool new_day = true;                          // the entry before is of another one
-    unsigned file = 0;                            // number of a FileCard
+    unsigned file = 0;                            // number of a file
     int laid_out_for = -1;                        // the width that `lines` and `links` are for
     std::vector<Span> lines{}, links{};
     int widest = 0;  // of the lines
@@ -519,6 +458,12 @@ struct Conversation {
     unsigned unread = 0;
     bool online = false, verified = false, trusted = true, ignored = false;
     std::string draft;  // what is half typed, while another conversation is shown
+    std::optional<chatsecure::IdentityChanged> changed;  // and it was not trusted since
+    std::optional<chatsecure::SafetyNumber> number;
+    bool number_asked = false;  // once, until something has happened
+
+    // The safety number is that of the identity that somebody has now.
+    bool knows_number() const { return number && (!changed || number->theirs == changed->seen); }
 
     Entry& add(Entry entry) {
         if (!entries.empty()) {
@@ -550,6 +495,13 @@ struct Conversation {
     }
     std::string title() const { return name.empty() ? "Everyone" : name; }
 };
+
+using chatsecure::FileEvent;
+bool has_bar(const FileEvent& card) {
+    using enum FileEvent::Phase;
+    return card.phase == queued || card.phase == started || card.phase == progress ||
+           card.phase == interrupted;
+}
 
 class Model {
   public:
@@ -608,27 +560,21 @@ class Model {
                       c.ignored ? " \u00b7 ignored" : "");
     }
 
-    FileCard& card(const chatsecure::FileInfo& file, FileCard::State state) {
-        if (cards_.size() > Conversation::scrollback) {  // those of long ago go, as messages do
-            using enum FileCard::State;
-            auto over = std::find_if(cards_.begin(), cards_.end(), [](const auto& entry) {
-                return entry.second.state == done || entry.second.state == stopped;
-            });
-            if (over != cards_.end()) cards_.erase(over);
-        }
-        FileCard& c = cards_[file.number];
-        c.file = file;
-        c.state = state;
-        return c;
+    // What is known last of a file. Those of long ago go, as messages do.
+    void set_card(const FileEvent& e) {
+        if (cards_.size() > Conversation::scrollback)
+            if (auto over = std::find_if(cards_.begin(), cards_.end(), is_over);
+                over != cards_.end())
+                cards_.erase(over);
+        cards_[e.file.number] = e;
     }
-    const FileCard* card(unsigned number) const {
+    const FileEvent* card(unsigned number) const {
         auto found = cards_.find(number);
         return found == cards_.end() ? nullptr : &found->second;
     }
     bool is_any_moving() const {
-        return std::any_of(cards_.begin(), cards_.end(), [](const auto& entry) {
-            return entry.second.state == FileCard::State::moving;
-        });
+        return std::any_of(cards_.begin(), cards_.end(),
+                           [](const auto& card) { return has_bar(card.second); });
     }
 
   private:
@@ -640,8 +586,12 @@ class Model {
         });
         forget_at_ = 2 * conversations.size() + 1000;
     }
-    std::size_t forget_at_ = 5000;        // so many are too many
-    std::map<unsigned, FileCard> cards_;  // by number
+    static bool is_over(const std::pair<const unsigned, FileEvent>& card) {
+        return card.second.phase == FileEvent::Phase::finished ||
+               card.second.phase == FileEvent::Phase::stopped;
+    }
+    std::size_t forget_at_ = 5000;         // so many are too many
+    std::map<unsigned, FileEvent> cards_;  // by number
 };
 
 // What stands beside a message of our own: nothing for the moment until it is known.
@@ -652,62 +602,76 @@ const char* mark_of(const std::optional<chatsecure::Delivery>& state) {
 // What can be done with something in a conversation: a file's card, or a link.
 enum class Action { save, decline, cancel, open, open_folder, open_link };
 const char* label_of(Action action) {
-    switch (action) {
-        case Action::save:
-            return "Save";
-        case Action::decline:
-            return "Decline";
-        case Action::cancel:
-            return "Cancel";
-        case Action::open:
-            return "Open";
-        case Action::open_folder:
-            return "Open folder";
-        case Action::open_link:
-            return "Link";
-    }
-    return "";
+    constexpr std::array<const char*, 6> labels{"Save", "Decline",     "Cancel",
+                                                "Open", "Open folder", "Link"};
+    return labels[static_cast<std::size_t>(action)];
 }
-std::vector<Action> actions_of(const FileCard& card) {
-    switch (card.state) {
-        case FileCard::State::offered:
-            if (!card.file.sending) return {Action::save, Action::decline};
-            return {Action::cancel};
-        case FileCard::State::moving:
-        case FileCard::State::interrupted:
-            return {Action::cancel};
-        case FileCard::State::done:
-            if (!card.file.sending) return {Action::open, Action::open_folder};
-            return {};
-        case FileCard::State::stopped:
-            return {};
-    }
-    return {};
+std::vector<Action> actions_of(const FileEvent& card) {
+    using enum FileEvent::Phase;
+    if (card.phase == offered) return {Action::save, Action::decline};
+    if (card.phase == stopped) return {};
+    if (card.phase != finished) return {Action::cancel};
+    if (card.file.sending) return {};
+    return {Action::open, Action::open_folder};
 }
-std::string describe(const FileCard& card) {
+std::string describe(const FileEvent& card) {
+    using enum FileEvent::Phase;
     using chatsecure::readable_size;
-    std::string size = readable_size(card.file.size);
-    switch (card.state) {
-        case FileCard::State::offered:
-            return card.file.sending ? concat(size, " \u00b7 waits for ", card.file.user)
-                                     : concat(card.file.user, " offers a file \u00b7 ", size);
-        case FileCard::State::moving: {
+    std::string size = readable_size(card.file.size), point = " \u00b7 ";
+    switch (card.phase) {
+        case offered:
+            return concat(card.file.user, " offers a file", point, size);
+        case offer_sent:
+            return concat(size, point, "waits for ", card.file.user);
+        case queued:
+        case started:
+        case progress: {
             if (card.bytes_per_second < 1) return size;
             auto rate = static_cast<std::uint64_t>(card.bytes_per_second);
-            return concat(readable_size(card.done), " of ", size, " \u00b7 ", readable_size(rate),
-                          "/s \u00b7 ",
+            return concat(readable_size(card.done), " of ", size, point, readable_size(rate), "/s",
+                          point,
                           chatsecure::time_left(card.file.size - card.done, card.bytes_per_second));
         }
-        case FileCard::State::interrupted:
-        case FileCard::State::stopped:
-            return concat(size, " \u00b7 ", visible(card.note));
-        case FileCard::State::done:
-            return card.file.sending ? concat("Sent \u2713 \u00b7 ", size)
-                                     : concat("Saved \u2713 \u00b7 ", size, " \u00b7 ",
-                                              visible(card.path.string()));
+        case interrupted:
+        case stopped:
+            return concat(size, point, visible(card.sentence));
+        case finished:
+            if (card.file.sending) return concat("Sent \u2713", point, size);
+            return concat("Saved \u2713", point, size, point, visible(card.path.string()));
     }
     return size;
 }
+
+// ---- What the windows want done -----------------------------------------------------------------
+
+struct SignInForm {
+    std::string server, user;
+    chatsecure::SecretBytes password;
+    bool register_account = false;
+};
+
+// The App does it.
+class Wishes {
+  public:
+    virtual void submit(const SignInForm& form) = 0;
+    virtual void answer_key(bool accept) = 0;
+    virtual void choose(const std::string& name) = 0;     // a conversation
+    virtual bool send_line(const std::string& line) = 0;  // false: not taken
+    virtual void reply(const std::string& user, bool alone) = 0;
+    virtual void press(Action action, unsigned file) = 0;
+    virtual void open_link(const std::string& address) = 0;
+    virtual void drop_files(const std::string& text) = 0;  // addresses or paths, one a line
+    virtual void send_file() = 0;
+    virtual void toggle_details() = 0;
+    virtual void settle() = 0;  // the identity that Details shows was compared
+    virtual void zoom(int by) = 0;
+    virtual std::vector<MenuLine> menu() = 0;
+    virtual void close() = 0;
+    virtual void drawn() = 0;  // the places of things may have changed
+
+  protected:
+    ~Wishes() = default;
+};
 
 // ---- The conversation in the middle -------------------------------------------------------------
 //
@@ -747,30 +711,19 @@ class ConversationView : public Fl_Group {
         std::size_t number = 0, at = 0;
         friend bool operator==(const Target&, const Target&) = default;
     };
-    struct Owner {
-        std::function<void(Action, unsigned)> act;
-        std::function<void(const std::string&)> open_link, drop_files;  // paths, one a line
-        std::function<void(const std::string&)> reply, write_to;        // to a person
-    };
-
-    ConversationView(const Model& model, Owner owner)
+    ConversationView(const Model& model, Wishes& wishes)
         : Fl_Group(0, 0, 0, 0),
           bar_(FL_VERT_SLIDER, 0, 0, 0, 0, nullptr),
           model_(model),
-          owner_(std::move(owner)) {
+          wishes_(wishes) {
         end();
-        box(FL_NO_BOX);
+        label("view");
         bar_.box(FL_FLAT_BOX);
         bar_.slider(FL_FLAT_BOX);
         bar_.color(ink::window, ink::line);
         bar_.step(1);
         bar_.clear_visible_focus();
-        bar_.callback(
-            [](Fl_Widget* bar, void* self) {
-                static_cast<ConversationView*>(self)->scroll_to(
-                    static_cast<std::size_t>(static_cast<Fl_Slider*>(bar)->value()));
-            },
-            this);
+        bar_.callback(call<&ConversationView::use_bar>, this);
     }
 
     void show_conversation(Conversation* conversation) {
@@ -804,8 +757,6 @@ class ConversationView : public Fl_Group {
         bool holds(int px, int py) const { return px >= x && px < x + w && py >= y && py < y + h; }
     };
     const std::vector<Place>& places() const { return places_; }
-    // The letters of the last line of text that was drawn: for tests.
-    const Place& last_row() const { return last_row_; }
 
     void resize(int x, int y, int w, int h) override {
         Fl_Widget::resize(x, y, w, h);
@@ -862,17 +813,12 @@ class ConversationView : public Fl_Group {
             case FL_KEYBOARD:
                 if (!is_window_key() && key()) return 1;
                 break;
-            case FL_DND_ENTER:
-            case FL_DND_DRAG:
-            case FL_DND_LEAVE:
-            case FL_DND_RELEASE:
-                return 1;
             case FL_PASTE:
-                owner_.drop_files(
+                wishes_.drop_files(
                     std::string(Fl::event_text(), static_cast<std::size_t>(Fl::event_length())));
                 return 1;
             default:
-                break;
+                if (event >= FL_DND_ENTER && event <= FL_DND_RELEASE) return 1;
         }
         return Fl_Group::handle(event);
     }
@@ -1049,7 +995,6 @@ class ConversationView : public Fl_Group {
             draw_selection(number, line, part(entry, line), left, at, step);
             draw_line(entry, number, line, left, at, step, colour);
             rows_.push_back({number, line.begin, line.end, left, at, step});
-            last_row_ = {{}, left, at, 2 * gap, step};
             at += step;
         }
     }
@@ -1092,16 +1037,13 @@ class ConversationView : public Fl_Group {
         draw_round(left + offset, at, wide, step, 3, ink::selected);
     }
 
-    static bool has_bar(const FileCard& card) {
-        return card.state == FileCard::State::moving || card.state == FileCard::State::interrupted;
-    }
-    static int card_height(const FileCard* card) {
+    static int card_height(const FileEvent* card) {
         if (card == nullptr) return 0;
         return scaled(text_size + small_size) + 27 + (has_bar(*card) ? 16 : 0) +
                (actions_of(*card).empty() ? 0 : scaled(26) + gap);
     }
     void draw_file(const Entry& entry, int at) {
-        const FileCard* card = model_.card(entry.file);
+        const FileEvent* card = model_.card(entry.file);
         if (card == nullptr) return;
         int wide = std::min(inner(), scaled(440)), high = card_height(card);
         int left = entry.own ? right_edge() - wide : text_edge();
@@ -1114,7 +1056,7 @@ class ConversationView : public Fl_Group {
         draw_text(chatsecure::visible(card->file.name), text_x, at + scaled(text_size) + 7,
                   text_width);
         use_font(small_size);
-        fl_color(card->state == FileCard::State::stopped ? ink::warning : ink::quiet);
+        fl_color(card->phase == FileEvent::Phase::stopped ? ink::warning : ink::quiet);
         draw_text(describe(*card), text_x, at + scaled(text_size + small_size) + 14, text_width);
         int below = at + scaled(text_size + small_size) + 25;
         if (has_bar(*card)) {
@@ -1130,23 +1072,17 @@ class ConversationView : public Fl_Group {
 
     // A sheet of paper in the colour of its kind, with the end of its name. Gives its width.
     static int draw_icon(const std::string& name, int left, int at) {
-        using namespace std::string_view_literals;
         std::string end = std::filesystem::path(name).extension().string();
         for (char& c : end) c = c >= 'A' && c <= 'Z' ? static_cast<char>(c + 32) : c;
         auto is = [&](std::string_view kinds) {
             return end.size() > 1 && kinds.find(end + " ") != kinds.npos;
         };
-        int colour = is(".png .jpg .jpeg .gif .webp .svg "sv)        ? 4
-                     : is(".mp3 .ogg .flac .wav .mp4 .mkv .webm "sv) ? 9
-                     : is(".zip .gz .xz .bz2 .zst .tar .7z .deb "sv) ? 1
-                     : is(".pdf .txt .md .doc .docx .odt .csv "sv)   ? 7
-                                                                     : -1;
+        Fl_Color paper = is(".png .jpg .jpeg .gif .webp .svg ")        ? colour_number(4)
+                         : is(".mp3 .ogg .flac .wav .mp4 .mkv .webm ") ? colour_number(9)
+                         : is(".zip .gz .xz .bz2 .zst .tar .7z .deb ") ? colour_number(1)
+                         : is(".pdf .txt .md .doc .docx .odt .csv ")   ? colour_number(7)
+                                                                       : ink::quiet;
         int wide = scaled(30), high = scaled(34);
-        Fl_Color paper = ink::quiet;
-        if (colour >= 0) {
-            auto [r, g, b] = rgb(shades_of_people[static_cast<std::size_t>(colour)]);
-            paper = fl_rgb_color(r, g, b);
-        }
         draw_round(left, at, wide, high, 4, paper);
         fl_color(ink::panel);
         fl_polygon(left + wide - 8, at, left + wide, at, left + wide, at + 8);
@@ -1160,17 +1096,8 @@ class ConversationView : public Fl_Group {
     void draw_action(Action action, unsigned file, int& button_x, int at) {
         use_font(small_size, bold);
         int wide = width_of(label_of(action)) + 24, high = scaled(26);
-        bool focus = Fl::focus() == this && focused_ == Target{action, file};
-        bool strong = action == Action::save;
-        int edge_width = focus ? 2 : 1;
-        draw_round(button_x, at, wide, high, 6,
-                   focus    ? ink::text
-                   : strong ? ink::accent
-                            : ink::line);
-        draw_round(button_x + edge_width, at + edge_width, wide - 2 * edge_width,
-                   high - 2 * edge_width, 5, strong ? ink::accent : ink::field);
-        fl_color(strong ? ink::on_accent : ink::text);
-        fl_draw(label_of(action), button_x, at, wide, high, FL_ALIGN_CENTER, nullptr, 0);
+        draw_face(button_x, at, wide, high, label_of(action), action == Action::save,
+                  Fl::focus() == this && focused_ == Target{action, file});
         places_.push_back({{action, file}, button_x, at, wide, high});
         button_x += wide + gap;
     }
@@ -1191,26 +1118,17 @@ class ConversationView : public Fl_Group {
         shown_ = 0;
         const std::string& name = conversation_->name;
         std::string text =
-            concat("Nothing has been said here yet.\nWhat you write now is read by ", name,
-                   " alone, and not by the server.\n \nTo offer a file, drop "
-                   "it here or press File\u2026\nDetails has the number that tells "
-                   "whether it is really ",
+            concat("Nothing has been said here yet.\n\nWhat you write is read by ", name,
+                   " alone. To offer a file, drop it here or press File\u2026 "
+                   "Details has the number that tells whether it is really ",
                    name, ".");
-        int wide = std::min(right_edge() - edge(), scaled(360));
-        use_font(small_size + 1);
-        std::vector<Span> lines = wrap(text, wide);
-        int big = scaled(56), step = scaled(small_size + 7);
-        int high = big + 2 * gap + static_cast<int>(lines.size()) * step;
-        int at = y() + std::max(h() - high, 0) / 2, middle = x() + w() / 2;
+        int wide = std::min(w() - 4 * gap, scaled(340)), middle = x() + w() / 2, big = scaled(56);
+        int at = y() + std::max((h() - scaled(180)) / 2, gap);
         draw_avatar(name, middle - big / 2, at, big);
-        at += big + 2 * gap;
         use_font(small_size + 1);
         fl_color(ink::quiet);
-        for (const Span& line : lines) {
-            std::string_view one = std::string_view(text).substr(line.begin, line.end - line.begin);
-            at += step;
-            draw_at(one, middle - width_of(one) / 2, at);
-        }
+        fl_draw(text.c_str(), middle - wide / 2, at + big + 2 * gap, wide, scaled(110),
+                Fl_Align(FL_ALIGN_TOP | FL_ALIGN_WRAP), nullptr, 0);
     }
 
     // ---- Scrolling ------------------------------------------------------------------------------
@@ -1222,6 +1140,7 @@ class ConversationView : public Fl_Group {
         bar_.range(0, std::max(total - seen, 0.0));
         bar_.value(static_cast<double>(top_));
     }
+    void use_bar() { scroll_to(static_cast<std::size_t>(bar_.value())); }
     void scroll_to(std::size_t entry) {
         if (count() == 0) return;
         at_end_ = entry + shown_ >= count() && entry > top_;
@@ -1272,10 +1191,10 @@ class ConversationView : public Fl_Group {
     }
     void press(Target target) {
         if (target.action != Action::open_link)
-            return owner_.act(target.action, static_cast<unsigned>(target.number));
+            return wishes_.press(target.action, static_cast<unsigned>(target.number));
         const Entry& entry = entry_of(target.number);
         for (const Span& link : entry.links)
-            if (link.begin == target.at) return owner_.open_link(std::string(part(entry, link)));
+            if (link.begin == target.at) return wishes_.open_link(std::string(part(entry, link)));
     }
     const Place* place_at(int mx, int my) const {
         for (const Place& place : places_)
@@ -1300,15 +1219,16 @@ class ConversationView : public Fl_Group {
                                  if (!copy_selection(1)) copy(text, 1);
                              }});
         if (entry.is_said() && !entry.own) {
-            lines.push_back({"Reply", [this, who = entry.from] { owner_.reply(who); }});
+            lines.push_back({"Reply", [this, who = entry.from] { wishes_.reply(who, false); }});
             if (conversation_->name.empty())
                 lines.push_back({concat("Write to ", entry.from, " alone"),
-                                 [this, who = entry.from] { owner_.write_to(who); }});
+                                 [this, who = entry.from] { wishes_.reply(who, true); }});
         }
-        if (const FileCard* card = model_.card(entry.file); card != nullptr)
+        if (const FileEvent* card = model_.card(entry.file); card != nullptr)
             for (Action action : actions_of(*card))
-                lines.push_back({label_of(action),
-                                 [this, action, file = entry.file] { owner_.act(action, file); }});
+                lines.push_back({label_of(action), [this, action, file = entry.file] {
+                                     wishes_.press(action, file);
+                                 }});
         if (!lines.empty()) pop_up(lines, mx, my);
     }
 
@@ -1324,9 +1244,7 @@ class ConversationView : public Fl_Group {
         std::string_view text = part(entry, {best->begin, best->end});
         std::size_t at = 0;
         for (std::string_view left = text; !left.empty() && my < best->y + best->h;) {
-            std::string_view before = left;
-            chatsecure::take_code_point(left);
-            std::size_t next = at + before.size() - left.size();
+            std::size_t next = at + take_letter(left).size();
             int middle = (width_of(text.substr(0, at)) + width_of(text.substr(0, next))) / 2;
             if (mx < best->x + middle) return {best->entry, best->begin + at};
             at = next;
@@ -1365,47 +1283,27 @@ class ConversationView : public Fl_Group {
     }
 
     bool key() {
-        switch (Fl::event_key()) {
-            case FL_Up:
-                scroll_by(-2 * line_height());
-                return true;
-            case FL_Down:
-                scroll_by(2 * line_height());
-                return true;
-            case FL_Page_Up:
-                scroll_pages(-1);
-                return true;
-            case FL_Page_Down:
-                scroll_pages(1);
-                return true;
-            case FL_Home:
-                scroll_to(0);
-                return true;
-            case FL_End:
-                jump_to_end();
-                return true;
-            case FL_Left:
-                move_focus(-1);
-                return true;
-            case FL_Right:
-                move_focus(1);
-                return true;
-            case FL_Menu:
-                show_menu(entry_at(y() + h()), text_edge(), y() + h() / 2);
-                return true;
-            case FL_Enter:
-            case FL_KP_Enter:
-            case ' ':
-                if (focused_place() == places_.size()) return false;
-                press(*focused_);
-                return true;
-            case 'c':
-                if (!Fl::event_command()) return false;
-                copy_selection(1);
-                return true;
-            default:
-                return false;
-        }
+        int key = Fl::event_key();
+        if (key == FL_Up || key == FL_Down)
+            scroll_by((key == FL_Up ? -2 : 2) * line_height());
+        else if (key == FL_Page_Up || key == FL_Page_Down)
+            scroll_pages(key == FL_Page_Up ? -1 : 1);
+        else if (key == FL_Home)
+            scroll_to(0);
+        else if (key == FL_End)
+            jump_to_end();
+        else if (key == FL_Left || key == FL_Right)
+            move_focus(key == FL_Left ? -1 : 1);
+        else if (key == FL_Menu)
+            show_menu(entry_at(y() + h()), text_edge(), y() + h() / 2);
+        else if (key == 'c' && Fl::event_command() != 0)
+            copy_selection(1);
+        else if ((key == FL_Enter || key == FL_KP_Enter || key == ' ') &&
+                 focused_place() < places_.size())
+            press(*focused_);
+        else
+            return false;
+        return true;
     }
 
     // What Enter presses, if it can be seen; otherwise places_.size().
@@ -1428,7 +1326,7 @@ class ConversationView : public Fl_Group {
 
     Fl_Slider bar_;
     const Model& model_;
-    Owner owner_;
+    Wishes& wishes_;
     Conversation* conversation_ = nullptr;
     bool at_end_ = true;       // then the two that follow are computed anew at each drawing
     std::size_t top_ = 0;      // the entry at the top, counted from the oldest that is there
@@ -1439,7 +1337,7 @@ class ConversationView : public Fl_Group {
     unsigned newer_ = 0;       // entries that came while reading back
     std::vector<Row> rows_;
     std::vector<Place> places_;
-    Place jump_{}, last_row_{};
+    Place jump_{};
     std::optional<Target> focused_;
     std::optional<std::pair<Point, Point>> selection_;
     bool selecting_ = false;
@@ -1449,10 +1347,11 @@ class ConversationView : public Fl_Group {
 
 class PeopleList : public Fl_Widget {
   public:
-    PeopleList(const Model& model, std::function<void(const std::string&)> choose)
-        : Fl_Widget(0, 0, 0, 0), model_(model), choose_(std::move(choose)) {}
+    PeopleList(const Model& model, Wishes& wishes)
+        : Fl_Widget(0, 0, 0, 0), model_(model), wishes_(wishes) {}
 
     static int row_height() { return scaled(44); }
+    std::vector<const Conversation*> rows() const { return model_.rows(); }
 
     void draw() override {
         fl_push_clip(x(), y(), w(), h());
@@ -1477,7 +1376,7 @@ class PeopleList : public Fl_Widget {
                 take_focus();
                 int row = (Fl::event_y() - y() - gap + scroll_) / row_height();
                 if (row >= 0 && static_cast<std::size_t>(row) < rows.size())
-                    choose_(rows[static_cast<std::size_t>(row)]->name);
+                    wishes_.choose(rows[static_cast<std::size_t>(row)]->name);
                 return 1;
             }
             case FL_MOUSEWHEEL: {
@@ -1504,7 +1403,7 @@ class PeopleList : public Fl_Widget {
         row = std::clamp(row + by, 0, count - 1);
         scroll_ = std::clamp(scroll_, std::max((row + 1) * row_height() + 2 * gap - h(), 0),
                              row * row_height());
-        choose_(rows[static_cast<std::size_t>(row)]->name);
+        wishes_.choose(rows[static_cast<std::size_t>(row)]->name);
     }
 
   private:
@@ -1549,7 +1448,7 @@ class PeopleList : public Fl_Widget {
     }
 
     const Model& model_;
-    std::function<void(const std::string&)> choose_;
+    Wishes& wishes_;
     int scroll_ = 0;
 };
 
@@ -1557,19 +1456,12 @@ class PeopleList : public Fl_Widget {
 
 class MessageInput : public InputField<Fl_Multiline_Input> {
   public:
-    struct Owner {
-        std::function<bool(const std::string&)> send;  // false: not taken, so it stays here
-        std::function<void()> resized;
-        std::function<void(int)> scroll;
-        std::function<void(const std::string&)> drop_files;
-    };
-    MessageInput(const Model& model, Owner owner) : model_(model), owner_(std::move(owner)) {
+    MessageInput(const Model& model, Wishes& wishes, ConversationView& view)
+        : InputField("input"), model_(model), wishes_(wishes), view_(view) {
         wrap(1);
         maximum_size(2 * static_cast<int>(chatsecure::max_text_bytes));  // more: a sentence says so
         tab_nav(1);
-        when(FL_WHEN_CHANGED);
-        callback(
-            [](Fl_Widget* self, void*) { static_cast<MessageInput*>(self)->owner_.resized(); });
+        when(FL_WHEN_CHANGED);  // the callback makes room for it
     }
 
     // How high it wants to be: one line to six.
@@ -1594,7 +1486,7 @@ class MessageInput : public InputField<Fl_Multiline_Input> {
         if (event == FL_PASTE && std::exchange(dropping_, false)) {
             std::string text(Fl::event_text(), static_cast<std::size_t>(Fl::event_length()));
             if (text.starts_with("file://")) {
-                owner_.drop_files(text);
+                wishes_.drop_files(text);
                 return 1;
             }
         }
@@ -1609,15 +1501,15 @@ class MessageInput : public InputField<Fl_Multiline_Input> {
         if (history_.size() > 200) history_.pop_front();
         at_ = history_.size();
         value("");
-        if (!owner_.send(text) && size() == 0) put(text);
-        owner_.resized();
+        if (!wishes_.send_line(text) && size() == 0) put(text);
+        do_callback();
     }
 
     // Another text, as if it had been typed.
     void put(const std::string& text) {
         value(text.c_str());
         cursor(size());
-        owner_.resized();
+        do_callback();
     }
 
   private:
@@ -1628,7 +1520,7 @@ class MessageInput : public InputField<Fl_Multiline_Input> {
             case FL_KP_Enter:
                 if (shift) {
                     replace(cursor(), mark(), "\n", 1);
-                    owner_.resized();
+                    do_callback();
                 } else {
                     send();
                 }
@@ -1645,7 +1537,7 @@ class MessageInput : public InputField<Fl_Multiline_Input> {
                 return true;
             case FL_Page_Up:
             case FL_Page_Down:
-                owner_.scroll(Fl::event_key() == FL_Page_Up ? -1 : 1);
+                view_.scroll_pages(Fl::event_key() == FL_Page_Up ? -1 : 1);
                 return true;
             case FL_Tab:
                 return !shift && complete();
@@ -1684,7 +1576,7 @@ class MessageInput : public InputField<Fl_Multiline_Input> {
                 common.end());
         if (found.size() == 1) common += ' ';
         insert(common.substr(word.size()).c_str());
-        owner_.resized();
+        do_callback();
         return true;
     }
 
@@ -1698,7 +1590,8 @@ class MessageInput : public InputField<Fl_Multiline_Input> {
 #endif
 
     const Model& model_;
-    Owner owner_;
+    Wishes& wishes_;
+    ConversationView& view_;
     bool dropping_ = false;
     std::deque<std::string> history_;
     std::size_t at_ = 0;  // which of them is shown; the number of them: the draft
@@ -1711,28 +1604,31 @@ class MessageInput : public InputField<Fl_Multiline_Input> {
 class Text : public Fl_Widget {
   public:
     Text(int size, Fl_Color colour, Fl_Font font = plain, const std::string& text = "")
-        : Fl_Widget(0, 0, 0, 0), text_(text), size_(size), colour_(colour), font_(font) {}
+        : Fl_Widget(0, 0, 0, 0), size_(size), colour_(colour), font_(font) {
+        copy_label(text.c_str());
+    }
     void ground(Fl_Color colour) { ground_ = colour; }
     void set(const std::string& text) {
-        if (text == text_) return;
-        text_ = text;
+        if (text == label()) return;
+        copy_label(text.c_str());
         if (window() != nullptr) window()->redraw();
     }
-    const std::string& get() const { return text_; }
+    bool is_empty() const { return *label() == '\0'; }
     void colour(Fl_Color colour) { colour_ = colour; }
     int wanted_height(int width) const {
-        if (text_.empty()) return 0;
+        if (is_empty()) return 0;
         use_font(size_, font_);
-        return static_cast<int>(::wrap(text_, width - 2 * margin()).size()) * step() + 2 * margin();
+        return static_cast<int>(::wrap(label(), width - 2 * margin()).size()) * step() +
+               2 * margin();
     }
     void draw() override {
         fl_push_clip(x(), y(), w(), h());
-        if (ground_ && !text_.empty()) draw_round(x(), y(), w(), h(), 8, *ground_);
+        if (ground_ && !is_empty()) draw_round(x(), y(), w(), h(), 8, *ground_);
         use_font(size_, font_);
         fl_color(colour_);
         int at = y() + margin() + scaled(size_) + 1;
-        for (const Span& line : ::wrap(text_, w() - 2 * margin())) {
-            draw_at(std::string_view(text_).substr(line.begin, line.end - line.begin),
+        for (const Span& line : ::wrap(label(), w() - 2 * margin())) {
+            draw_at(std::string_view(label()).substr(line.begin, line.end - line.begin),
                     x() + margin(), at);
             at += step();
         }
@@ -1742,7 +1638,6 @@ class Text : public Fl_Widget {
   private:
     int step() const { return scaled(size_ + 5); }
     int margin() const { return ground_ ? gap : 0; }
-    std::string text_;
     int size_;
     Fl_Color colour_;
     Fl_Font font_;
@@ -1822,43 +1717,19 @@ std::string grouped(const chatsecure::Fingerprint& fingerprint) {
 
 // ---- Signing in ---------------------------------------------------------------------------------
 
-struct SignInForm {
-    std::string server, user;
-    chatsecure::SecretBytes password;
-    bool register_account = false;
-};
-
 class SignIn : public Fl_Double_Window {
   public:
-    struct Owner {
-        std::function<void(const SignInForm&)> submit;
-        std::function<void(bool)> answer_key;
-        std::function<void()> close, drawn;
-    };
-
-    explicit SignIn(Owner owner)
-        : Fl_Double_Window(420, 480, "ChatSecure"), owner_(std::move(owner)) {
+    explicit SignIn(Wishes& wishes) : Fl_Double_Window(420, 480, "ChatSecure"), wishes_(wishes) {
         end();
         color(ink::window);
         warning_.ground(ink::alarm);
         for (auto* field : {&password_, &repeat_}) {
             field->when(FL_WHEN_ENTER_KEY_ALWAYS);
-            field->callback([](Fl_Widget*, void* self) { static_cast<SignIn*>(self)->submit(); },
-                            this);
+            field->callback(call<&SignIn::submit>, this);
         }
-        show_password_.callback(
-            [](Fl_Widget*, void* s) {
-                auto* self = static_cast<SignIn*>(s);
-                int type = self->show_password_.value() != 0 ? FL_NORMAL_INPUT : FL_SECRET_INPUT;
-                for (auto* field : {&self->password_, &self->repeat_}) {
-                    field->input_type(type);
-                    field->redraw();
-                }
-            },
-            this);
-        register_.callback([](Fl_Widget*, void* self) { static_cast<SignIn*>(self)->layout(); },
-                           this);
-        callback([](Fl_Widget*, void* self) { static_cast<SignIn*>(self)->owner_.close(); }, this);
+        show_password_.callback(call<&SignIn::layout>, this);
+        register_.callback(call<&SignIn::layout>, this);
+        callback(call<&SignIn::close>, this);
         show_key(std::nullopt);
     }
 
@@ -1884,23 +1755,15 @@ class SignIn : public Fl_Double_Window {
     void set_busy(const std::string& what) {
         status_.set(what);
         bool busy = !what.empty();
-        for (Fl_Widget* field : std::initializer_list<Fl_Widget*>{
-                 &server_, &name_, &password_, &show_password_, &repeat_, &register_, &enter_})
-            activate_if(*field, !busy);
-        if (busy) {
-            clear_errors();
-            dots_ = 0;
-            Fl::remove_timeout(&SignIn::tick, this);
-            Fl::add_timeout(0.4, &SignIn::tick, this);
-        }
+        activate_if(enter_, !busy);
+        if (busy) clear_errors();
         layout();
     }
     enum class Field { server, name, password, repeat };
     void show_error(Field field, const std::string& sentence) {
         set_busy("");
         errors_[static_cast<std::size_t>(field)].set(sentence);
-        std::array<Fl_Input*, 4> fields{&server_, &name_, &password_, &repeat_};
-        fields[static_cast<std::size_t>(field)]->take_focus();
+        fields()[static_cast<std::size_t>(field)]->take_focus();
         layout();
     }
     // First contact: shows the fingerprint, and asks.
@@ -1924,24 +1787,13 @@ class SignIn : public Fl_Double_Window {
 
     void draw() override {
         Fl_Double_Window::draw();
-        owner_.drawn();
-    }
-
-    struct Place {
-        const char* name;
-        const Fl_Widget* widget;
-    };
-    std::vector<Place> places() const {
-        return {{"server", &server_},         {"name", &name_},
-                {"password", &password_},     {"repeat", &repeat_},
-                {"register", &register_},     {"enter", &enter_},
-                {"accept-key", &accept_},     {"refuse-key", &refuse_},
-                {"error-name", &errors_[1]},  {"error-password", &errors_[2]},
-                {"error-repeat", &errors_[3]}};
+        wishes_.drawn();
     }
 
   private:
     bool is_new() const { return register_.value() != 0; }
+    std::array<Fl_Input*, 4> fields() { return {&server_, &name_, &password_, &repeat_}; }
+    void close() { wishes_.close(); }
     void clear_errors() {
         for (Text& error : errors_) error.set("");
         show_warning("");
@@ -1952,30 +1804,22 @@ class SignIn : public Fl_Double_Window {
         clear_errors();
         SignInForm form{server_.value(), name_.value(), chatsecure::to_secret(password_.value()),
                         is_new()};
-        if (form.server.empty()) return show_error(Field::server, "Where is the server?");
-        if (form.user.empty()) return show_error(Field::name, "Who are you?");
-        if (form.password.empty()) return show_error(Field::password, "The password is missing.");
-        if (is_new()) {  // before a server hears of it
-            try {
-                chatsecure::check_new_password(form.password);
-            } catch (const chatsecure::Error& e) {
-                return show_error(Field::password, e.what());
-            }
-            if (form.password != chatsecure::to_secret(repeat_.value()))
-                return show_error(Field::repeat, "This is not what you typed above.");
+        Field field = Field::server;  // which is looked at, before any server hears of it
+        try {
+            chatsecure::parse_host_port(form.server, 5000);
+            field = Field::name;
+            chatsecure::fold_name(form.user);
+            field = Field::password;
+            if (form.password.empty()) throw chatsecure::Error("The password is missing.");
+            if (is_new()) chatsecure::check_new_password(form.password);
+            field = Field::repeat;
+            if (is_new() && form.password != chatsecure::to_secret(repeat_.value()))
+                throw chatsecure::Error("This is not what you typed above.");
+        } catch (const chatsecure::Error& e) {
+            return show_error(field, e.what());
         }
-        owner_.submit(form);
+        wishes_.submit(form);
     }
-    // The busy indication.
-    static void tick(void* data) {
-        auto* self = static_cast<SignIn*>(data);
-        if (self->status_.get().empty() || self->enter_.active() != 0) return;
-        std::string text = self->status_.get();
-        text.erase(std::min(text.find_last_not_of('.') + 1, text.size()));
-        self->status_.set(text + std::string(1 + self->dots_++ % 3, '.'));
-        Fl::repeat_timeout(0.4, &SignIn::tick, self);
-    }
-
     // Each error stands below its field; the window is as high as all of it.
     void layout() {
         Column column{30, 24, 360};
@@ -1992,8 +1836,14 @@ class SignIn : public Fl_Double_Window {
         int beside = column.y;
         put_field(labels_[2], password_, errors_[2]);
         show_password_.resize(320, beside - 4, 70, 22);
+        bool busy = enter_.active() == 0;
+        for (auto* field : {&password_, &repeat_})
+            field->input_type(show_password_.value() != 0 ? FL_NORMAL_INPUT : FL_SECRET_INPUT);
+        for (Fl_Input* field : fields()) field->readonly(busy ? 1 : 0);
         show_if(repeat_, is_new());
         show_if(labels_[3], is_new());
+        show_if(show_password_, !busy);
+        show_if(register_, !busy);
         if (is_new()) put_field(labels_[3], repeat_, errors_[3]);
         register_.resize(26, column.y + gap, 210, 30);
         enter_.copy_label(is_new() ? "Create account" : "Log in");
@@ -2012,17 +1862,16 @@ class SignIn : public Fl_Double_Window {
         redraw();
     }
 
-    Owner owner_;
-    unsigned dots_ = 0;
+    Wishes& wishes_;
     Text title_{24, ink::text, bold, "ChatSecure"};
     std::array<Text, 4> labels_{Text{small_size, ink::quiet, plain, "Server"},
                                 Text{small_size, ink::quiet, plain, "Name"},
                                 Text{small_size, ink::quiet, plain, "Password"},
                                 Text{small_size, ink::quiet, plain, "The password once more"}};
-    InputField<Fl_Input> server_, name_;
-    InputField<Fl_Secret_Input> password_;
+    InputField<Fl_Input> server_{"server"}, name_{"name"};
+    InputField<Fl_Secret_Input> password_{"password"};
     Fl_Check_Button show_password_{0, 0, 0, 0, "Show"};
-    InputField<Fl_Secret_Input> repeat_;
+    InputField<Fl_Secret_Input> repeat_{"repeat"};
     std::array<Text, 4> errors_{Text{small_size, ink::warning}, Text{small_size, ink::warning},
                                 Text{small_size, ink::warning}, Text{small_size, ink::warning}};
     Fl_Check_Button register_{0, 0, 0, 0, "This is a new account"};
@@ -2033,8 +1882,8 @@ class SignIn : public Fl_Double_Window {
                     "This server is not known yet. Compare its fingerprint with the one that its "
                     "operator gave you:"};
     Text key_{small_size + 1, ink::text, fixed_pitch};
-    Button accept_{"It is the same", [this] { owner_.answer_key(true); }};
-    Button refuse_{"Do not connect", [this] { owner_.answer_key(false); }, true};
+    Button accept_{"It is the same", [this] { wishes_.answer_key(true); }};
+    Button refuse_{"Do not connect", [this] { wishes_.answer_key(false); }, true};
 };
 
 // ---- Who somebody is, on the right --------------------------------------------------------------
@@ -2044,28 +1893,22 @@ class SignIn : public Fl_Double_Window {
 class Details : public Fl_Scroll {
   public:
     struct Content {
-        std::string title, story, number, prints;
+        std::string title, story{}, number{}, prints{};
         const char* act = nullptr;  // what a comparison allows
     };
-    Details(std::function<void()> close, std::function<void()> act)
-        : Fl_Scroll(0, 0, 0, 0), close_("\u2715", std::move(close)), act_("", std::move(act)) {
+    explicit Details(Wishes& wishes) : Fl_Scroll(0, 0, 0, 0), wishes_(wishes) {
         end();
         type(Fl_Scroll::VERTICAL);
         box(FL_FLAT_BOX);
         color(ink::panel);
         number_.ground(ink::field);
-        compared_.callback(
-            [](Fl_Widget* check, void* button) {
-                activate_if(*static_cast<Button*>(button),
-                            static_cast<Fl_Check_Button*>(check)->value() != 0);
-            },
-            &act_);
+        compared_.callback(call<&Details::ticked>, this);
     }
     // Whoever has ticked "I compared" has compared what was shown then: anything else takes the
     // tick away.
     void set(const Content& content) {
-        if (content.title != title_.get() || content.number != number_.get() ||
-            content.prints != prints_.get())
+        if (content.title != title_.label() || content.number != number_.label() ||
+            content.prints != prints_.label())
             compared_.value(0);
         title_.set(content.title);
         story_.set(content.story);
@@ -2074,7 +1917,7 @@ class Details : public Fl_Scroll {
         show_if(compared_, content.act != nullptr);
         show_if(act_, content.act != nullptr);
         if (content.act != nullptr) act_.copy_label(content.act);
-        activate_if(act_, compared_.value() != 0);
+        ticked();
         resize(x(), y(), w(), h());
     }
     void resize(int nx, int ny, int nw, int nh) override {
@@ -2094,53 +1937,38 @@ class Details : public Fl_Scroll {
         column.put(act_, scaled(text_size) + 16);
         redraw();
     }
-    const Fl_Widget& compared() const { return compared_; }
-    const Fl_Widget& act() const { return act_; }
-    const Fl_Widget& cross() const { return close_; }
 
   private:
+    void ticked() { activate_if(act_, compared_.value() != 0); }
+
+    Wishes& wishes_;
     Text title_{text_size, ink::text, bold};
     Text story_{small_size, ink::text};
     Text number_{number_size, ink::text, fixed_pitch};
     Text prints_{small_size - 1, ink::text, fixed_pitch};
     Fl_Check_Button compared_{0, 0, 0, 0, "I compared the number"};
-    Button close_, act_;
+    Button act_{"", [this] { wishes_.settle(); }};
+    Button close_{"\u2715", [this] { wishes_.toggle_details(); }};
 };
 
 // ---- The main window ----------------------------------------------------------------------------
 
 class MainWindow : public Fl_Double_Window {
   public:
-    struct Owner {
-        std::function<void(const std::string&)> choose;  // a conversation
-        ConversationView::Owner view;
-        MessageInput::Owner input;
-        std::function<void()> send_file, settle, toggle_details;
-        std::function<void()> toggle_theme, toggle_sound, help, close, drawn;
-        std::function<void(int by)> zoom;
-        std::function<bool()> has_sound;
-    };
-
-    MainWindow(const Model& model, Owner owner)
-        : Fl_Double_Window(960, 640, "ChatSecure"),
-          model_(model),
-          owner_(with_layout(std::move(owner))) {
+    MainWindow(const Model& model, Wishes& wishes)
+        : Fl_Double_Window(960, 640, "ChatSecure"), model_(model), wishes_(wishes) {
         end();
         color(ink::window);
         resizable(nullptr);
         size_range(480, 360);
-        callback([](Fl_Widget*, void* self) { static_cast<MainWindow*>(self)->owner_.close(); },
-                 this);
-        details_.hide();
+        callback(call<&MainWindow::close>, this);
+        input.callback(call<&MainWindow::layout>, this);
+        details.hide();
         banner_text_.ground(ink::alarm);
         side_.box(FL_FLAT_BOX);
         side_.color(ink::panel);
         layout();
     }
-
-    ConversationView& view() { return view_; }
-    MessageInput& input() { return input_; }
-    PeopleList& list() { return list_; }
 
     void set_state(const std::string& text, Fl_Color colour) {
         state_.set(text);
@@ -2149,26 +1977,25 @@ class MainWindow : public Fl_Double_Window {
         redraw();
     }
     void end_input() {
-        for (Fl_Widget* part : std::initializer_list<Fl_Widget*>{&input_, &send_, &send_file_})
+        for (Fl_Widget* part : std::initializer_list<Fl_Widget*>{&input, &send_, &send_file_})
             part->deactivate();
     }
     // A sentence above the conversation that must not be overlooked; empty: none. It stays as long
     // as what it says is true.
     void set_banner(const std::string& text) {
-        if (text == banner_text_.get()) return;
+        if (text == banner_text_.label()) return;
         banner_text_.set(text);
         layout();
     }
     void pop_up_at_file(const std::vector<MenuLine>& lines) {
         pop_up(lines, send_file_.x(), send_file_.y() + send_file_.h());
     }
-    bool has_details() const { return details_.visible() != 0; }
+    bool has_details() const { return details.visible() != 0; }
     void show_details(bool show) {
-        show_if(details_, show);
-        if (!show && Fl::focus() == nullptr) input_.take_focus();
+        show_if(details, show);
+        if (!show && Fl::focus() == nullptr) input.take_focus();
         layout();
     }
-    void set_details(const Details::Content& content) { details_.set(content); }
 
     void resize(int nx, int ny, int nw, int nh) override {
         Fl_Double_Window::resize(nx, ny, nw, nh);
@@ -2178,9 +2005,9 @@ class MainWindow : public Fl_Double_Window {
         Fl_Double_Window::draw();
         fl_color(ink::line);
         fl_line(list_width(), 0, list_width(), h());
-        if (details_.visible() != 0) fl_line(details_.x(), 0, details_.x(), h());
+        if (details.visible() != 0) fl_line(details.x(), 0, details.x(), h());
         draw_disc(14, menu_.y() + 11, 9, state_colour_);
-        if (view_.visible() != 0) {
+        if (view.visible() != 0) {
             int left = list_width() + 2 * gap, room = send_file_.x() - gap - left;
             fl_line(list_width(), head() - 1, list_width() + middle(), head() - 1);
             use_font(title_size, bold);
@@ -2190,7 +2017,7 @@ class MainWindow : public Fl_Double_Window {
             fl_color(model_.shown().trusted ? ink::quiet : ink::warning);
             draw_text(model_.subtitle(), left, scaled(title_size + small_size) + 13, room);
         }
-        owner_.drawn();
+        wishes_.drawn();
     }
     int handle(int event) override {
         if ((event == FL_SHORTCUT || event == FL_KEYBOARD) && key(event)) return 1;
@@ -2200,14 +2027,14 @@ class MainWindow : public Fl_Double_Window {
     void layout() {
         const int bottom = 46;
         side_.resize(0, 0, list_width(), h());
-        list_.resize(0, 0, list_width(), h() - bottom);
+        list.resize(0, 0, list_width(), h() - bottom);
         menu_.resize(list_width() - 38, h() - 39, 30, 30);
         show_if(state_, list_width() > 100);
         state_.resize(30, h() - 33, list_width() - 72, 34);
         // A narrow window shows either the conversation or the details.
         bool conversation = middle() > 0;
-        for (Fl_Widget* part : std::initializer_list<Fl_Widget*>{&view_, &input_, &send_,
-                                                                 &send_file_, &details_button_})
+        for (Fl_Widget* part : std::initializer_list<Fl_Widget*>{&view, &input, &send_, &send_file_,
+                                                                 &details_button_})
             show_if(*part, conversation);
         int left = list_width() + 2 * gap, right = list_width() + middle() - 2 * gap;
         int wide = details_button_.wanted_width();
@@ -2216,38 +2043,20 @@ class MainWindow : public Fl_Double_Window {
         send_file_.resize(details_button_.x() - gap - wide, gap + 2, wide, head() - 2 * gap - 4);
 
         int top = head();
-        bool banner = conversation && !banner_text_.get().empty();
+        bool banner = conversation && !banner_text_.is_empty();
         show_if(banner_text_, banner);
         show_if(compare_, banner && !model_.shown().trusted && !has_details());
         if (banner) top = layout_banner(left, right, top);
-        input_.textsize(scaled(text_size));
+        input.textsize(scaled(text_size));
         int send_width = send_.wanted_width();
-        input_.resize(left, 0, right - left - send_width - gap, 10);
-        int high = std::min(input_.wanted_height(), h() / 3), one = scaled(text_size) + 20;
-        input_.resize(left, h() - high - gap, input_.w(), high);
+        input.resize(left, 0, right - left - send_width - gap, 10);
+        int high = std::min(input.wanted_height(), h() / 3), one = scaled(text_size) + 20;
+        input.resize(left, h() - high - gap, input.w(), high);
         send_.resize(right - send_width, h() - one - gap, send_width, one);
-        view_.resize(list_width() + 1, top, std::max(middle() - 1, 0), input_.y() - gap - top);
-        details_.resize(list_width() + middle(), 0, w() - list_width() - middle(), h());
+        view.resize(list_width() + 1, top, std::max(middle() - 1, 0), input.y() - gap - top);
+        details.resize(list_width() + middle(), 0, w() - list_width() - middle(), h());
         init_sizes();
         redraw();
-    }
-
-    struct Place {
-        const char* name;
-        const Fl_Widget* widget;
-    };
-    std::vector<Place> places() const {
-        return {{"input", &input_},
-                {"send", &send_},
-                {"send-file", &send_file_},
-                {"details", &details_button_},
-                {"compare", &compare_},
-                {"compared", &details_.compared()},
-                {"settle", &details_.act()},
-                {"cross", &details_.cross()},
-                {"people", &list_},
-                {"menu", &menu_},
-                {"view", &view_}};
     }
 
   private:
@@ -2259,48 +2068,33 @@ class MainWindow : public Fl_Double_Window {
     bool key(int event) {
         int key = Fl::event_key();
         if (is_window_key()) {
-            if (key == FL_Page_Up) list_.step(-1);
-            if (key == FL_Page_Down) list_.step(1);
-            if (key == 'o') owner_.send_file();
-            if (key == 'd') owner_.toggle_details();
-            if (key == '+' || key == '=' || key == FL_KP + '+') owner_.zoom(1);
-            if (key == '-' || key == FL_KP + '-') owner_.zoom(-1);
-            if (key == '0') owner_.zoom(0);
-            if (key == 'q') owner_.close();
+            if (key == FL_Page_Up) list.step(-1);
+            if (key == FL_Page_Down) list.step(1);
+            if (key == 'o') wishes_.send_file();
+            if (key == 'd') wishes_.toggle_details();
+            if (key == '+' || key == '=' || key == FL_KP + '+') wishes_.zoom(1);
+            if (key == '-' || key == FL_KP + '-') wishes_.zoom(-1);
+            if (key == '0') wishes_.zoom(0);
+            if (key == 'q') wishes_.close();
             return true;
         }
         if (key == FL_Escape) {  // never closes the window
-            if (middle() == 0) owner_.toggle_details();
-            return input_.take_focus(), true;
+            if (middle() == 0) wishes_.toggle_details();
+            return input.take_focus(), true;
         }
-        if (event == FL_KEYBOARD && is_text() && input_.active_r() != 0 && input_.visible() != 0)
-            return input_.take_focus(), input_.handle(event) != 0;  // nobody else wanted it
+        if (event == FL_KEYBOARD && is_text() && input.active_r() != 0 && input.visible() != 0)
+            return input.take_focus(), input.handle(event) != 0;  // nobody else wanted it
         return false;
     }
-    void show_menu() {
-        pop_up({{"Dark theme", [this] { owner_.toggle_theme(); },
-                 FL_MENU_TOGGLE | (style.dark ? FL_MENU_VALUE : 0)},
-                {"Sound for messages", [this] { owner_.toggle_sound(); },
-                 FL_MENU_TOGGLE | (owner_.has_sound() ? FL_MENU_VALUE : 0)},
-                {"Larger text (Ctrl +)", [this] { owner_.zoom(1); }},
-                {"Smaller text (Ctrl \u2212)", [this] { owner_.zoom(-1); }},
-                {"Commands and keys", [this] { owner_.help(); }},
-                {"Quit (Ctrl Q)", [this] { owner_.close(); }}},
-               menu_.x(), menu_.y(), true);
-    }
-    // What the input asks of this window is answered here, all else by the App.
-    Owner with_layout(Owner owner) {
-        owner.input.resized = [this] { layout(); };
-        owner.input.scroll = [this](int pages) { view_.scroll_pages(pages); };
-        return owner;
-    }
+    void close() { wishes_.close(); }
 
     int list_width() const {  // room for the faces only, in a narrow window
-        return w() < 640 ? scaled(34) + 3 * gap : std::min(scaled(210), w() / 4);
+        return w() < 640 ? scaled(34) + 3 * gap : scaled(200);
     }
     int middle() const {  // of the conversation: 0 if the details take its place
-        int all = w() - list_width(), details = has_details() ? scaled(details_width) : 0;
-        return all - details < 320 ? (has_details() ? 0 : all) : all - details;
+        int all = w() - list_width();
+        if (!has_details()) return all;
+        return all - scaled(details_width) < 320 ? 0 : all - scaled(details_width);
     }
     int head() const { return scaled(title_size + small_size) + 22; }
     int layout_banner(int left, int right, int top) {
@@ -2313,20 +2107,25 @@ class MainWindow : public Fl_Double_Window {
     }
 
     const Model& model_;
-    Owner owner_;
+    Wishes& wishes_;
     Fl_Color state_colour_ = ink::quiet;
     Fl_Box side_{0, 0, 0, 0};
-    PeopleList list_{model_, owner_.choose};
-    Text state_{small_size, ink::quiet};
-    Button menu_{"\u2261", [this] { show_menu(); }};
-    Button send_file_{"File\u2026", [this] { owner_.send_file(); }};
-    Button details_button_{"Details", [this] { owner_.toggle_details(); }};
-    Text banner_text_{small_size, ink::warning, bold};
-    Button compare_{"Compare\u2026", [this] { owner_.toggle_details(); }};
-    ConversationView view_{model_, owner_.view};
-    MessageInput input_{model_, owner_.input};
-    Button send_{"Send", [this] { input_.send(); }, true};
-    Details details_{[this] { owner_.toggle_details(); }, [this] { owner_.settle(); }};
+
+  public:  // in the order of Tab
+    PeopleList list{model_, wishes_};
+    ConversationView view{model_, wishes_};
+    MessageInput input{model_, wishes_, view};
+
+  private:
+    Button send_{"Send", [this] { input.send(); }, true};
+    Button menu_{"\u2261", [this] { pop_up(wishes_.menu(), menu_.x(), menu_.y(), true); }};
+    Button send_file_{"File\u2026", [this] { wishes_.send_file(); }};
+    Button details_button_{"Details", [this] { wishes_.toggle_details(); }};
+    Button compare_{"Compare\u2026", [this] { wishes_.toggle_details(); }};
+    Text banner_text_{small_size, ink::warning, bold}, state_{small_size, ink::quiet};
+
+  public:
+    Details details{wishes_};
 };
 
 // ---- What is kept, what is known, what tests see ------------------------------------------------
@@ -2337,13 +2136,13 @@ struct Settings {  // what is remembered from one time to the next: everything b
     int zoom = 100;
 };
 
-// Where they are kept. They are saved on a thread of its own, one at a time: a window must not wait
-// for a disk.
+// Where they are kept. They are saved on a thread: a window must not wait for a disk.
 class SettingsFile {
   public:
     explicit SettingsFile(std::filesystem::path home) : home_(std::move(home)) {}
-    std::function<void(const std::string&)> on_problem;
-
+    ~SettingsFile() {
+        for (std::thread& saver : savers_) saver.join();
+    }
     Settings load() const {
         Settings settings;
         std::optional<chatsecure::SecretBytes> file;
@@ -2369,116 +2168,59 @@ class SettingsFile {
         return settings;
     }
     void save(const Settings& s) {
-        if (saver_.joinable()) {
-            next_ = s;
-            return;
-        }
         std::string text = concat("server=", s.server, "\nuser=", s.user, "\ndark=", s.dark ? 1 : 0,
                                   "\nsound=", s.sound ? 1 : 0, "\nzoom=", s.zoom, "\n");
-        saver_ = std::thread([this, text] {
+        savers_.emplace_back([this, text, number = ++newest_] {
+            std::lock_guard lock(file_mutex_);
+            if (number != newest_) return;  // a newer one is on its way
             try {
                 chatsecure::make_private_directory(home_);
                 chatsecure::write_file(home_ / "window", chatsecure::as_bytes(text),
                                        chatsecure::FileMode::owner_only);
             } catch (const chatsecure::Error& e) {
-                problem_ = e.what();
+                std::cerr << "gui_client_fltk: " << e.what() << std::endl;
             }
-            Fl::awake(&SettingsFile::saved, this);
         });
     }
-    void finish() {
-        while (saver_.joinable()) Fl::wait(1000);  // saved() joins it
-    }
 
   private:
-    static void saved(void* data) {
-        auto* self = static_cast<SettingsFile*>(data);
-        self->saver_.join();  // to call us was the last that it did
-        if (!self->problem_.empty()) self->on_problem(std::exchange(self->problem_, ""));
-        if (self->next_) self->save(*std::exchange(self->next_, std::nullopt));
-    }
     std::filesystem::path home_;
-    std::thread saver_;             // joinable while settings are being saved
-    std::string problem_;           // why they could not be; written by saver_ before it ends
-    std::optional<Settings> next_;  // they have changed since
+    std::mutex file_mutex_;  // one writes the file at a time
+    std::atomic<unsigned> newest_ = 0;
+    std::vector<std::thread> savers_;
 };
 
-// Who is who: safety numbers, identities that have changed, and what Details says of both.
-class Identities {
-  public:
-    std::map<std::string, chatsecure::SafetyNumber> numbers;
-    std::map<std::string, chatsecure::IdentityChanged> changed;
-
-    // The safety number, if it is that of the identity that somebody has now.
-    const chatsecure::SafetyNumber* number_of(const std::string& user) const {
-        auto number = numbers.find(user);
-        auto change = changed.find(user);
-        bool known = number != numbers.end() &&
-                     (change == changed.end() || number->second.theirs == change->second.seen);
-        return known ? &number->second : nullptr;
+// What Details says of who somebody is.
+Details::Content describe(const Conversation& c) {
+    if (c.name.empty())
+        return {"Everyone",
+                "Each message is sealed for each of those who are online. The server passes on "
+                "what it cannot read.\n \nChoose a person on the left to see their identity."};
+    Details::Content content{c.name};
+    bool known = c.knows_number();
+    if (c.changed) {
+        content.story = "This is not the identity that you know. ";
+        content.prints =
+            concat("Known:\n", grouped(c.changed->pinned), "\nNow:\n", grouped(c.changed->seen));
+        content.act = known ? "Trust the new identity" : nullptr;
+    } else if (known) {
+        content.story = c.verified ? "\u2713 You have compared the number. " : "";
+        content.prints = concat("Identity:\n", grouped(c.number->theirs));
+        content.act = c.verified ? nullptr : "Mark as verified";
     }
-    // Whether it is to be asked for: once, until something has happened.
-    bool wants_number(const std::string& user) {
-        return number_of(user) == nullptr && asked_.insert(user).second;
-    }
-    void ask_again(const std::string& user) { asked_.erase(user); }
-    void forget_who_is_gone(const Model& model) {
-        auto is_gone = [&](const auto& e) { return !model.conversations.contains(e.first); };
-        std::erase_if(numbers, is_gone);
-        std::erase_if(changed, is_gone);
-        std::erase_if(asked_,
-                      [&](const auto& name) { return !model.conversations.contains(name); });
-    }
-    // What pressing the button of Details means, which wants the tick "I compared the number".
-    std::optional<chatsecure::Verify> confirmation(const std::string& user) const {
-        const chatsecure::SafetyNumber* number = number_of(user);
-        if (number == nullptr) return std::nullopt;
-        return chatsecure::Verify{user, true, number->theirs};
-    }
-
-    Details::Content describe(const Conversation& c) const {
-        if (c.name.empty())
-            return {"Everyone",
-                    "Each message is sealed for each of those who are online. The server passes on "
-                    "what it cannot read.\n \nChoose a person on the left to see their identity.",
-                    "", ""};
-        const chatsecure::SafetyNumber* number = number_of(c.name);
-        auto change = changed.find(c.name);
-        Details::Content content{c.name, "", "", ""};
-        if (change != changed.end()) {
-            content.story = concat("This is not the identity that you know. ",
-                                   number != nullptr || c.online
-                                       ? "Compare the safety number by telephone, or face to face, "
-                                         "before you trust it."
-                                       : concat(c.name,
-                                                " is offline. When they are back, compare "
-                                                "safety numbers."));
-            content.prints = concat("Known:\n", grouped(change->second.pinned), "\nNow:\n",
-                                    grouped(change->second.seen));
-        } else if (number != nullptr) {
-            content.story = concat(number->verified ? "\u2713 You have compared it. " : "",
-                                   "The safety number: compare it by telephone, or face to face.");
-            content.prints = concat("Identity:\n", grouped(number->theirs));
-        } else {
-            content.story = c.online ? "Asking for the safety number \u2026"
-                                     : concat(c.name, " is offline, and was not met yet.");
-        }
-        if (number == nullptr) return content;
-        content.number = grouped(number->digits);
-        if (change != changed.end()) content.act = "Trust the new identity";
-        if (change == changed.end() && !number->verified) content.act = "Mark as verified";
-        return content;
-    }
-
-  private:
-    std::set<std::string> asked_;  // whose safety number we have asked for
-};
+    if (known) content.number = grouped(c.number->digits);
+    content.story += known ? "Compare the safety number by telephone, or face to face."
+                     : c.online
+                         ? "Asking for the safety number \u2026"
+                         : concat(c.name, " is offline: the safety number is there when they are.");
+    return content;
+}
 
 // For tests: what the window shows, as lines, and where to click.
 class Reports {
   public:
     explicit Reports(bool wanted) : wanted_(wanted) {
-        if (wanted) Fl::add_timeout(tick_seconds, &Reports::tick, this);
+        if (wanted) Fl::add_timeout(tick_seconds, tick, this);
     }
     ~Reports() { Fl::remove_timeout(&Reports::tick, this); }
     bool wanted() const { return wanted_; }
@@ -2486,31 +2228,16 @@ class Reports {
         if (wanted_) std::cout << line << std::endl;
     }
     // Whenever that has changed.
-    void places(SignIn& sign_in, MainWindow& main, const Model& model) {
+    void places(const Fl_Group& window, const ConversationView& view, const PeopleList& list) {
         if (!wanted_) return;
-        std::string places;
-        auto put = [&](const std::string& name, int x, int y, int w, int h) {
-            places += concat("place ", name, " ", x + w / 2, " ", y + h / 2, "\n");
-        };
-        auto put_all = [&](const auto& all) {
-            for (const auto& [name, widget] : all)
-                if (widget->visible_r() != 0 && widget->h() > 0)
-                    put(name, widget->x(), widget->y(), widget->w(), widget->h());
-        };
-        if (sign_in.shown() != 0 && main.shown() == 0) put_all(sign_in.places());
-        if (main.shown() != 0) {
-            put_all(main.places());
-            for (const auto& place : main.view().places())
-                put(concat(label_of(place.target.action), "-", place.target.number), place.x,
-                    place.y, place.w, place.h);
-            const auto& row = main.view().last_row();
-            put("last-row", row.x, row.y, row.w, row.h);
-            int at = main.list().y() + gap;
-            for (const Conversation* c : model.rows()) {
-                put(concat("row-", c->title()), main.list().x(), at, main.list().w(),
-                    PeopleList::row_height());
-                at += PeopleList::row_height();
-            }
+        std::string places = places_in(window);
+        for (const auto& place : view.places())
+            places += line_of(concat(label_of(place.target.action), "-", place.target.number),
+                              place.x, place.y, place.w, place.h);
+        int at = list.y() + gap, high = PeopleList::row_height();
+        for (const Conversation* c : list.rows()) {
+            places += line_of("row-" + c->title(), list.x(), at, list.w(), high);
+            at += high;
         }
         if (places == places_) return;
         places_ = places;
@@ -2518,6 +2245,22 @@ class Reports {
     }
 
   private:
+    static std::string line_of(const std::string& name, int x, int y, int w, int h) {
+        return concat("place ", name, " ", x + w / 2, " ", y + h / 2, "\n");
+    }
+    // All that has a label, by its label.
+    static std::string places_in(const Fl_Group& group) {
+        std::string places;
+        for (int i = 0; i < group.children(); ++i) {
+            Fl_Widget& child = *group.child(i);
+            if (child.visible_r() == 0 || child.h() == 0) continue;
+            if (child.label() != nullptr && *child.label() != '\0')
+                places +=
+                    line_of(visible(child.label()), child.x(), child.y(), child.w(), child.h());
+            if (child.as_group() != nullptr) places += places_in(*child.as_group());
+        }
+        return places;
+    }
     // How late the window's own timer is, at worst: how long it ever did not listen.
     static constexpr double tick_seconds = 0.02;
     static void tick(void* data) {
@@ -2565,65 +2308,55 @@ std::string file_address(const std::filesystem::path& path) {
 struct Flags {
     SignInForm form;
     bool ready = false;  // there is a password: sign in at once
-    bool accept_new = false, report = false;
-    std::filesystem::path home;
-    chatsecure::FileTransfers::Options files;
-    std::optional<chatsecure::Fingerprint> server_key;
+    bool report = false;
+    chatsecure::ClientOptions options{};  // as far as flags tell
 };
 
-class App {
+class App final : Wishes {
   public:
     explicit App(Flags flags) : flags_(std::move(flags)) {
-        settings_file_.on_problem = [this](const std::string& why) { warn(model_.current, why); };
         SignInForm form = flags_.form;
         if (form.server.empty()) form.server = settings_.server;
         if (form.user.empty()) form.user = settings_.user;
         sign_in_.fill(form);
         sign_in_.show();
         Fl::add_check(&App::mark_read, this);
-        reports_.line(concat("downloads ", flags_.files.downloads.string()));
+        reports_.line(concat("downloads ", flags_.options.files.downloads.string()));
         if (flags_.ready) submit(form);
     }
 
     int run() {
         while (!quit_) Fl::wait(1000);
         client_.reset();
-        settings_file_.finish();
         return 0;
     }
 
   private:
     // ---- Signing in -----------------------------------------------------------------------------
 
-    void submit(const SignInForm& form) {
-        chatsecure::ClientOptions options;
-        try {
-            chatsecure::HostPort server = chatsecure::parse_host_port(form.server, 5000);
-            options.host = server.host;
-            options.port = server.port;
-        } catch (const chatsecure::Error& e) {
-            return sign_in_.show_error(SignIn::Field::server, e.what());
-        }
-        try {
-            options.user = chatsecure::fold_name(form.user);
-        } catch (const chatsecure::Error& e) {
-            return sign_in_.show_error(SignIn::Field::name, e.what());
-        }
+    void submit(const SignInForm& form) override {
+        chatsecure::HostPort server = chatsecure::parse_host_port(form.server, 5000);
+        chatsecure::ClientOptions options = flags_.options;
+        options.host = server.host;
+        options.port = server.port;
+        options.user = chatsecure::fold_name(form.user);
         options.password = form.password;
         options.register_account = registering_ = form.register_account;
-        options.home = flags_.home;
-        options.files = flags_.files;
-        options.server_key = flags_.server_key;
-        options.accept_new_server = flags_.accept_new;
         options.ask_about_server = true;
         options.on_event = [this] {
             if (!woken_.exchange(true)) Fl::awake(&App::take_events, this);
         };
         settings_.server = form.server;
         settings_.user = options.user;
-        sign_in_.set_busy("Connecting");
+        sign_in_.set_busy("Connecting \u2026");
         client_.reset();
         client_ = std::make_unique<chatsecure::Client>(std::move(options));
+    }
+
+    void answer_key(bool accept) override {
+        sign_in_.show_key(std::nullopt);
+        sign_in_.set_busy("Connecting \u2026");
+        client_->try_post(chatsecure::AcceptServerKey{accept});
     }
 
     void sign_in_failed(const chatsecure::Stopped& stopped) {
@@ -2671,9 +2404,11 @@ class App {
         sign_in_.show_key(e.fingerprint);
         reports_.line(concat("asks-about-key ", e.fingerprint.text()));
     }
-    void on(const chatsecure::MakingIdentity&) { sign_in_.set_busy("Making your identity key"); }
+    void on(const chatsecure::MakingIdentity&) {
+        sign_in_.set_busy("Making your identity key \u2026");
+    }
     void on(const chatsecure::LoggedIn& e) {
-        for (const std::string& user : e.others) person(user).online = true;
+        for (const std::string& user : e.others) model_.person(user).online = true;
         online_ = true;
         set_state(concat("online as ", e.user), ink::online);
         ask_about_people();
@@ -2685,7 +2420,7 @@ class App {
         sign_in_.set_busy("");
         main_.show();
         choose("");
-        main_.input().take_focus();
+        main_.input.take_focus();
         note(concat("You are ", e.user, " at ", visible(e.server),
                     ". Everything written here is read by everyone who is online, and by nobody "
                     "else. To write to one person, choose them on the left."));
@@ -2698,14 +2433,14 @@ class App {
                     " What you write is sent when it is back."));
     }
     void on(const chatsecure::PersonJoined& e) {
-        person(e.user).online = true;
-        identities_.ask_again(e.user);
-        add("", {.kind = Entry::Kind::system, .text = concat(e.user, " joined")});
+        model_.person(e.user).online = true;
+        model_.person(e.user).number_asked = false;
+        note("", concat(e.user, " joined"));
         ask_about_people();
     }
     void on(const chatsecure::PersonLeft& e) {
-        person(e.user).online = false;
-        add("", {.kind = Entry::Kind::system, .text = concat(e.user, " left")});
+        model_.person(e.user).online = false;
+        note("", concat(e.user, " left"));
     }
     void on(const chatsecure::RoomMessage& e) {
         check_trust(e.from);
@@ -2741,8 +2476,7 @@ class App {
     }
     // Where it belongs, and no louder: others could fill the list with alarms.
     void on(const chatsecure::Complaint& e) {
-        add(model_.find(e.user) != nullptr ? e.user : "",
-            {.kind = Entry::Kind::system, .text = visible(e.text)});
+        note(model_.find(e.user) != nullptr ? e.user : "", visible(e.text));
     }
     void on(const chatsecure::IdentityReplaced& e) {
         warn("",
@@ -2752,28 +2486,26 @@ class App {
                     e.now.text()));
     }
     void on(const chatsecure::IdentityPinned& e) {
-        identities_.ask_again(e.user);
-        add(e.user, {.kind = Entry::Kind::system,
-                     .text = concat("First contact with ", e.user,
-                                    ". Whoever wants to be certain compares the safety number: "
-                                    "Details.")});
+        model_.person(e.user).number_asked = false;
+        note(e.user, concat("First contact with ", e.user,
+                            ". Whoever wants to be certain compares the safety number: Details."));
         show_details();
     }
     void on(const chatsecure::IdentityChanged& e) {
-        Conversation& c = person(e.user);
+        Conversation& c = model_.person(e.user);
         c.trusted = c.verified = false;
-        identities_.changed[e.user] = e;
-        identities_.numbers.erase(e.user);  // it was another one's
-        identities_.ask_again(e.user);
+        c.changed = e;
+        c.number.reset();  // it was another one's
+        c.number_asked = false;
         warn(e.user,
              concat("THE IDENTITY OF ", e.user, " HAS CHANGED. Nothing is sent to or shown from ",
                     e.user, " until you trust the new one: Details."));
         show_details();
     }
     void on(const chatsecure::SafetyNumber& e) {
-        identities_.numbers[e.user] = e;
-        Conversation& c = person(e.user);
-        if (e.verified && identities_.changed.erase(e.user) > 0) c.trusted = true;  // in one act
+        Conversation& c = model_.person(e.user);
+        c.number = e;
+        if (e.verified && std::exchange(c.changed, std::nullopt)) c.trusted = true;  // in one act
         check_trust(e.user);
         set_verified(c, e.verified);
         reports_.line(concat("safety-number ", e.user, " ", e.digits));
@@ -2792,9 +2524,9 @@ class App {
             c->ignored = p.ignored;
             if (p.met) {  // otherwise what we knew of them still stands
                 c->trusted = p.trusted;
-                if (p.trusted && identities_.changed.erase(p.user) > 0) {
-                    identities_.numbers.erase(p.user);  // perhaps of somebody who is not trusted
-                    identities_.ask_again(p.user);
+                if (p.trusted && std::exchange(c->changed, std::nullopt)) {
+                    c->number.reset();  // perhaps of somebody who is not trusted
+                    c->number_asked = false;
                 }
             }
             set_verified(*c, p.verified && c->trusted);
@@ -2813,43 +2545,18 @@ class App {
     void on(const chatsecure::FileEvent& e) {
         using enum chatsecure::FileEvent::Phase;
         bool is_new = model_.card(e.file.number) == nullptr;
-        FileCard& c = model_.card(e.file, state_after(e.phase));
-        c.done = e.done;
-        c.bytes_per_second = e.bytes_per_second;
-        c.note = e.sentence;
-        c.path = e.path;
+        model_.set_card(e);
         if (is_new)
             add(e.file.user, {.kind = Entry::Kind::file,
                               .from = e.file.sending ? client_->user() : e.file.user,
                               .own = e.file.sending,
                               .file = e.file.number});
-        auto report_file = [&](const char* what) {
-            reports_.line(concat(what, e.file.sending ? " to " : " from ", e.file.user, " ",
+        bool ends = e.phase == interrupted || e.phase == stopped;
+        if (ends) reports_.line(concat("file-stopped ", visible(e.sentence)));
+        if (e.phase == started || e.phase == finished)
+            reports_.line(concat(e.phase == started ? "file-moving" : "file-done",
+                                 e.file.sending ? " to " : " from ", e.file.user, " ",
                                  visible(e.file.name)));
-        };
-        if (e.phase == started) report_file("file-moving");
-        if (e.phase == finished) report_file("file-done");
-        if (e.phase == interrupted || e.phase == stopped)
-            reports_.line(concat("file-stopped ", visible(e.sentence)));
-    }
-    static FileCard::State state_after(chatsecure::FileEvent::Phase phase) {
-        using enum chatsecure::FileEvent::Phase;
-        switch (phase) {
-            case offered:
-            case offer_sent:
-                return FileCard::State::offered;
-            case queued:
-            case started:
-            case progress:
-                return FileCard::State::moving;
-            case finished:
-                return FileCard::State::done;
-            case interrupted:
-                return FileCard::State::interrupted;
-            case stopped:
-                return FileCard::State::stopped;
-        }
-        return FileCard::State::stopped;
     }
     void on(const chatsecure::FileList& e) {
         if (e.files.empty()) note("No files are offered or on their way.");
@@ -2877,27 +2584,22 @@ class App {
 
     // ---- The model changes ----------------------------------------------------------------------
 
-    Conversation& person(const std::string& user) {
-        std::size_t before = model_.conversations.size();
-        Conversation& c = model_.person(user);
-        if (model_.conversations.size() < before) identities_.forget_who_is_gone(model_);
-        return c;
-    }
     // The identity had changed, and here is a sign that it is settled: is it?
     void check_trust(const std::string& user) {
-        if (identities_.changed.contains(user)) ask_about_people();
+        if (const Conversation* c = model_.find(user); c != nullptr && c->changed)
+            ask_about_people();
     }
     void set_verified(Conversation& c, bool verified) {
         if (verified && !c.verified) reports_.line(concat("verified ", c.name));
         c.verified = verified;
     }
     void add(const std::string& where, Entry entry) {
-        Conversation& c = person(where);
+        Conversation& c = model_.person(where);
         entry.time = time_;
         bool from_others = entry.is_said() && !entry.own;
         bool news = from_others || entry.kind == Entry::Kind::warning;
         const Entry& added = c.add(std::move(entry));
-        if (where == model_.current) main_.view().update(added.own);
+        if (where == model_.current) main_.view.update(added.own);
         bool seen = where == model_.current && is_reading();
         if (news && !seen) ++c.unread;
         if (from_others && !seen && settings_.sound) fl_beep(FL_BEEP_MESSAGE);
@@ -2906,17 +2608,16 @@ class App {
             reports_.line(concat("attention ", where));
         }
         if (added.new_day) reports_.line(concat("day ", day_text(added.time)));
-        if (reports_.wanted() && added.kind != Entry::Kind::file)
-            reports_.line(concat("shown ", c.title(), " | ",
-                                 added.is_said() ? added.from : std::string("*"), ": ",
-                                 visible(added.text)));
-        if (reports_.wanted() && added.kind == Entry::Kind::file)
-            reports_.line(
-                concat("card ", added.file, " ", visible(model_.card(added.file)->file.name)));
+        if (!reports_.wanted()) return;
+        const FileEvent* card = model_.card(added.file);
+        reports_.line(card != nullptr
+                          ? concat("card ", added.file, " ", visible(card->file.name))
+                          : concat("shown ", c.title(), " | ", added.is_said() ? added.from : "*",
+                                   ": ", visible(added.text)));
     }
     // Whether the end of the current conversation is before somebody's eyes. No widget has the
     // focus while another program has the keyboard.
-    bool is_reading() { return main_.view().is_at_end() && Fl::focus() != nullptr; }
+    bool is_reading() { return main_.view.is_at_end() && Fl::focus() != nullptr; }
     // FLTK calls it whenever something has happened.
     static void mark_read(void* data) {
         auto* self = static_cast<App*>(data);
@@ -2928,14 +2629,15 @@ class App {
     void warn(const std::string& where, const std::string& text) {
         add(where, {.kind = Entry::Kind::warning, .text = text});
     }
-    // A line of our own, where the user looks.
-    void note(const std::string& text) {
-        add(model_.current, {.kind = Entry::Kind::system, .text = text});
+    // A line of our own, where the user looks or elsewhere.
+    void note(const std::string& text) { note(model_.current, text); }
+    void note(const std::string& where, const std::string& text) {
+        add(where, {.kind = Entry::Kind::system, .text = text});
     }
     // What somebody must not read yet is not lost for that.
     void give_back(Conversation& c, const std::string& text) {
-        if (c.name == model_.current && main_.input().size() == 0)
-            main_.input().put(text);
+        if (c.name == model_.current && main_.input.size() == 0)
+            main_.input.put(text);
         else if (c.name != model_.current && c.draft.empty())
             c.draft = text;
     }
@@ -2990,21 +2692,29 @@ class App {
     }
 
     // Each conversation has its own half-typed line, so none goes to the wrong one.
-    void choose(const std::string& name) {
-        MessageInput& input = main_.input();
-        if (name != model_.current) person(model_.current).draft = input.value();
+    void choose(const std::string& name) override {
+        MessageInput& input = main_.input;
+        if (name != model_.current) model_.person(model_.current).draft = input.value();
         model_.current = name;
-        Conversation& c = person(name);
+        Conversation& c = model_.person(name);
         c.unread = 0;
         input.put(std::exchange(c.draft, ""));
-        main_.view().show_conversation(&c);
+        main_.view.show_conversation(&c);
         show_details();
         refresh();
         reports_.line(concat("chosen ", c.title()));
     }
 
+    // In Everyone to all, with the name in front; or `alone`.
+    void reply(const std::string& user, bool alone) override {
+        if (alone)
+            choose(user);
+        else if (model_.current.empty())
+            main_.input.put(concat(user, ": ", main_.input.value()));
+        main_.input.take_focus();
+    }
     // What was written, or a command. False if nothing came of it: then the line can be corrected.
-    bool send_line(const std::string& line) {
+    bool send_line(const std::string& line) override {
         using namespace chatsecure;
         try {
             if (is_command(line, "/help")) return show_help(), true;
@@ -3059,23 +2769,14 @@ class App {
     }
 
     // A button on the card of a file.
-    void press(Action action, unsigned number) {
-        const FileCard* card = model_.card(number);
+    void press(Action action, unsigned number) override {
+        const FileEvent* card = model_.card(number);
         if (card == nullptr) return;
-        switch (action) {
-            case Action::save:
-                return static_cast<void>(post(chatsecure::AcceptFile{number, ""}));
-            case Action::decline:
-                return static_cast<void>(post(chatsecure::DeclineFile{number}));
-            case Action::cancel:
-                return static_cast<void>(post(chatsecure::CancelFile{number}));
-            case Action::open:
-                return open(file_address(card->path));
-            case Action::open_folder:
-                return open(file_address(card->path.parent_path()));
-            case Action::open_link:
-                return;
-        }
+        if (action == Action::save) post(chatsecure::AcceptFile{number, ""});
+        if (action == Action::decline) post(chatsecure::DeclineFile{number});
+        if (action == Action::cancel) post(chatsecure::CancelFile{number});
+        if (action == Action::open) open(file_address(card->path));
+        if (action == Action::open_folder) open(file_address(card->path.parent_path()));
     }
     // With the program that the desktop has for it.
     void open(const std::string& address) {
@@ -3087,7 +2788,7 @@ class App {
         refresh();
     }
     // Whoever sends a link chooses where it leads; whoever clicks sees that first, all of it.
-    void open_link(const std::string& address) {
+    void open_link(const std::string& address) override {
         if (address.size() > 400)
             return warn(model_.current, "This address is too long to be shown whole: not opened.");
         reports_.line(concat("asks-about-link ", address));
@@ -3104,7 +2805,7 @@ class App {
             post(chatsecure::SendFile{model_.current, path});
         refresh();
     }
-    void send_file() {
+    void send_file() override {
         if (model_.current.empty()) {  // to whom?
             std::vector<MenuLine> people;
             for (const std::string& name : model_.online())
@@ -3122,7 +2823,7 @@ class App {
         if (chooser.show() == 0) offer(chooser.filename());
     }
     // Absolute paths, or file:// addresses, one on each line.
-    void drop_files(const std::string& text) {
+    void drop_files(const std::string& text) override {
         std::istringstream in(text);
         for (std::string line; std::getline(in, line);) {
             while (line.ends_with('\r') || line.ends_with(' ')) line.pop_back();
@@ -3141,22 +2842,22 @@ class App {
     }
 
     // Opens or closes the details, and says what is known now.
-    void toggle_details() {
+    void toggle_details() override {
         main_.show_details(!main_.has_details());
-        identities_.ask_again(model_.current);
+        model_.person(model_.current).number_asked = false;
         show_details();
     }
     void show_details() {
         if (!main_.has_details()) return;
-        const std::string& user = model_.current;
-        if (!user.empty() && identities_.wants_number(user))
-            client_->try_post(chatsecure::Verify{user});
-        main_.set_details(identities_.describe(model_.shown()));
+        Conversation& c = model_.person(model_.current);
+        if (!c.name.empty() && !c.knows_number() && !std::exchange(c.number_asked, true))
+            client_->try_post(chatsecure::Verify{c.name});
+        main_.details.set(describe(c));
     }
-    void settle() {
-        std::optional<chatsecure::Verify> verify = identities_.confirmation(model_.current);
-        if (!verify) return;
-        post(*verify);
+    void settle() override {
+        const Conversation& c = model_.shown();
+        if (!c.knows_number()) return;
+        post(chatsecure::Verify{c.name, true, c.number->theirs});
         ask_about_people();
     }
 
@@ -3167,6 +2868,16 @@ class App {
         settings_.zoom = style.zoom;
         settings_file_.save(settings_);
     }
+    std::vector<MenuLine> menu() override {
+        auto tick = [](bool yes) { return FL_MENU_TOGGLE | (yes ? FL_MENU_VALUE : 0); };
+        return {{"Dark theme", [this] { toggle_theme(); }, tick(style.dark)},
+                {"Sound for messages", [this] { settings_.sound ^= true, save_settings(); },
+                 tick(settings_.sound)},
+                {"Larger text (Ctrl +)", [this] { zoom(1); }},
+                {"Smaller text (Ctrl \u2212)", [this] { zoom(-1); }},
+                {"Commands and keys", [this] { show_help(); }},
+                {"Quit (Ctrl Q)", [this] { close(); }}};
+    }
     void toggle_theme() {
         style.dark = !style.dark;
         set_theme();
@@ -3174,7 +2885,7 @@ class App {
         reports_.line(concat("dark ", style.dark ? 1 : 0));
         save_settings();
     }
-    void zoom(int by) {
+    void zoom(int by) override {
         style.zoom = by == 0 ? 100 : std::clamp(style.zoom + 10 * by, smallest_zoom, largest_zoom);
         main_.layout();
         reports_.line(concat("zoom ", style.zoom));
@@ -3183,22 +2894,18 @@ class App {
 
     // ---- Leaving --------------------------------------------------------------------------------
 
-    void close() {
+    void close() override {
         if (!client_ || main_.shown() == 0) {  // nothing has begun
             quit_ = true;
             if (client_) client_->stop();
             return;
         }
-        if (model_.is_any_moving() && !quitting_) {
-            reports_.line("asks-about-leaving");
-            if (!ask(main_, "Files are on their way. They can go on next time.", "Leave", "Stay"))
-                return reports_.line("stays");
-        }
-        bool unsent = !over_ && client_->waiting() > 0;
-        if (unsent && !quitting_) {
-            reports_.line("asks-about-messages");
-            if (!ask(main_, "What waits to be sent is lost if you leave now.", "Leave", "Stay"))
-                return reports_.line("stays");
+        bool moving = model_.is_any_moving(), unsent = !over_ && client_->waiting() > 0;
+        if ((moving || unsent) && !quitting_) {
+            reports_.line(moving ? "asks-about-leaving" : "asks-about-messages");
+            std::string files = moving ? "Files are on their way. They can go on next time. " : "";
+            std::string texts = unsent ? "What waits to be sent is lost if you leave now." : "";
+            if (!ask(main_, files + texts, "Leave", "Stay")) return reports_.line("stays");
         }
         // Asked twice, or nobody is there to say goodbye to. Otherwise the engine waits a little
         // for what is still on its way; what is lost without our having said so keeps the window.
@@ -3218,57 +2925,15 @@ class App {
             this);
     }
 
-    // ---- The windows call us --------------------------------------------------------------------
-
-    SignIn::Owner sign_in_owner() {
-        return {[this](const SignInForm& form) { submit(form); },
-                [this](bool accept) {
-                    sign_in_.show_key(std::nullopt);
-                    sign_in_.set_busy("Connecting");
-                    client_->try_post(chatsecure::AcceptServerKey{accept});
-                },
-                [this] { close(); }, [this] { reports_.places(sign_in_, main_, model_); }};
-    }
-    MainWindow::Owner main_owner() {
-        MainWindow::Owner owner;
-        owner.choose = [this](const std::string& name) { choose(name); };
-        owner.view = {[this](Action action, unsigned number) { press(action, number); },
-                      [this](const std::string& address) { open_link(address); },
-                      [this](const std::string& text) { drop_files(text); },
-                      [this](const std::string& user) {
-                          if (model_.current.empty())
-                              main_.input().put(concat(user, ": ", main_.input().value()));
-                          main_.input().take_focus();
-                      },
-                      [this](const std::string& user) {
-                          choose(user);
-                          main_.input().take_focus();
-                      }};
-        owner.input = {[this](const std::string& line) { return send_line(line); },
-                       {},
-                       {},
-                       [this](const std::string& text) { drop_files(text); }};
-        owner.send_file = [this] { send_file(); };
-        owner.settle = [this] { settle(); };
-        owner.toggle_details = [this] { toggle_details(); };
-        owner.toggle_theme = [this] { toggle_theme(); };
-        owner.toggle_sound = [this] {
-            settings_.sound = !settings_.sound;
-            save_settings();
-        };
-        owner.has_sound = [this] { return settings_.sound; };
-        owner.zoom = [this](int by) { zoom(by); };
-        owner.help = [this] { show_help(); };
-        owner.close = [this] { close(); };
-        owner.drawn = [this] { reports_.places(sign_in_, main_, model_); };
-        return owner;
+    void drawn() override {
+        const Fl_Group& window = main_.shown() != 0 ? static_cast<Fl_Group&>(main_) : sign_in_;
+        reports_.places(window, main_.view, main_.list);
     }
 
     Flags flags_;
     Model model_;
-    Identities identities_;
     Reports reports_{flags_.report};
-    SettingsFile settings_file_{flags_.home};
+    SettingsFile settings_file_{flags_.options.home};
     Settings settings_ = load_settings();
     std::string verifying_;                         // whose safety number a line has asked for
     bool people_asked_ = false;                     // ListPeople is on its way,
@@ -3279,8 +2944,8 @@ class App {
     bool registering_ = false, online_ = false, over_ = false, quitting_ = false, quit_ = false;
     std::size_t lost_ = 0;     // messages that failed while we were leaving,
     bool quiet_loss_ = false;  // which the user had not agreed to
-    SignIn sign_in_{sign_in_owner()};
-    MainWindow main_{model_, main_owner()};
+    SignIn sign_in_{*this};
+    MainWindow main_{model_, *this};
     std::atomic<bool> woken_ = false;             // take_events is on its way
     std::unique_ptr<chatsecure::Client> client_;  // last: its thread uses the line above
 
@@ -3319,19 +2984,15 @@ void set_icon() {
     std::vector<unsigned char> pixels;
     for (int y = 0; y < size; ++y)
         for (int x = 0; x < size; ++x) {
-            auto inside = [&](double left, double top, double right, double bottom, double r) {
-                double dx = std::max({left + r - x, x - right + r, 0.0});
-                double dy = std::max({top + r - y, y - bottom + r, 0.0});
-                return dx * dx + dy * dy <= r * r;
+            auto in_disc = [&](double left, double top, double r) {
+                return std::hypot(x - left, y - top) < r;
             };
-            bool tail = y > 40 && y < 54 && x > 18 && x < 18 + (54 - y);
-            bool line = inside(20, 22, 43, 26, 2) || inside(20, 32, 36, 36, 2);
-            bool bubble = (inside(10, 12, 53, 45, 10) || tail) && !line;
-            unsigned char opaque = inside(0, 0, 63, 63, 14) ? 255 : 0;
-            if (bubble)
-                pixels.insert(pixels.end(), {255, 255, 255, opaque});
-            else
-                pixels.insert(pixels.end(), {0x15, 0x5c, 0xc0, opaque});
+            bool bubble = in_disc(32, 29, 20) || (y > 40 && y < 54 && x > 16 && x < 70 - y);
+            for (int dot : {22, 32, 42}) bubble = bubble && !in_disc(dot, 29, 3.5);
+            unsigned char paper = bubble ? 255 : 0x30, opaque = in_disc(31.5, 31.5, 32) ? 255 : 0;
+            pixels.insert(pixels.end(),
+                          {paper, bubble ? paper : static_cast<unsigned char>(0x70),
+                           bubble ? paper : static_cast<unsigned char>(0xd0), opaque});
         }
     Fl_RGB_Image icon(pixels.data(), size, size, 4);
     Fl_Window::default_icon(&icon);
@@ -3377,14 +3038,16 @@ int main(int argc, char** argv) {
             return std::cout << "ChatSecure window " << chatsecure::version << '\n', 0;
         flags.form.server = given["server"].as<std::string>();
         if (!flags.form.server.empty()) chatsecure::parse_host_port(flags.form.server, 5000);
+        if (!flags.form.user.empty()) chatsecure::fold_name(flags.form.user);
         flags.form.user = given["user"].as<std::string>();
         flags.form.register_account = given.count("register") > 0;
-        flags.accept_new = given.count("accept-new") > 0;
+        flags.options.accept_new_server = given.count("accept-new") > 0;
         flags.report = given.count("report") > 0;
-        flags.home = given["home"].as<std::string>();
-        flags.files.downloads = given["downloads"].as<std::string>();
+        flags.options.home = given["home"].as<std::string>();
+        flags.options.files.downloads = given["downloads"].as<std::string>();
         if (given.count("server-key") > 0)
-            flags.server_key = chatsecure::fingerprint_from(given["server-key"].as<std::string>());
+            flags.options.server_key =
+                chatsecure::fingerprint_from(given["server-key"].as<std::string>());
         if (std::optional<chatsecure::SecretBytes> password =
                 chatsecure::find_password(given["password-file"].as<std::string>()))
             flags.form.password = *password;

@@ -10576,20 +10576,20 @@ int check_gui() {
     window->click("name");
     window->fill("name", "alice");
     window->fill("password", "short");
-    window->click("register");
-    window->click("enter");
-    (*window)->wait_for("place error-password ");
+    window->click("This is a new account");
+    window->click("Create account");
+    (*window)->wait_for("place This password is too weak");
     window->fill("password", std::string(password));
     window->fill("repeat", "something else");
-    window->click("enter");
-    (*window)->wait_for("place error-repeat ");
+    window->click("Create account");
+    (*window)->wait_for("place This is not what you typed above.");
     window->fill("repeat", std::string(password));
-    window->click("enter");
+    window->click("Create account");
     (*window)->wait_for("asks-about-key ");
     std::string key = line_with((*window)->output(), "asks-about-key ").substr(15);
     if (!contains(here.server->output(), key)) throw Error("The window shows another key.");
     step("the server's fingerprint is shown, and accepted");
-    window->click("accept-key");
+    window->click("It is the same");
     step("alice registers, and is online");
     (*window)->wait_for("state online as alice");
     bob->wait_for("alice joined");
@@ -10648,11 +10648,11 @@ int check_gui() {
     bob->wait_for("\n");
     std::string line = line_with(bob->output(), "safety number with alice: ");
     std::string digits = line.substr(line.find(": ") + 2);
-    window->click("details");
+    window->click("Details");
     (*window)->wait_for("safety-number bob " + digits);
-    window->click("settle");  // does nothing without a tick
-    window->click("compared");
-    window->click("settle");
+    window->click("Mark as verified");  // does nothing without a tick
+    window->click("I compared the number");
+    window->click("Mark as verified");
     (*window)->wait_for("verified bob");
 
     step("the server is killed and comes back: the window too, and what was written meanwhile");
@@ -10686,13 +10686,13 @@ int check_gui() {
     line = line_with(bob->output(), "safety number with alice: ");
     if (line.substr(line.find(": ") + 2) == digits) throw Error("The number has not changed.");
     (*window)->wait_for("safety-number bob " + line.substr(line.find(": ") + 2));
-    window->click("settle");  // does nothing without a tick
+    window->click("Trust the new identity");  // does nothing without a tick
     window->click("row-bob");
     window->type("is it you?");  // goes to the input, although the list was clicked
     window->key("Return");
     (*window)->wait_for("blocked bob");
-    window->click("compared");
-    window->click("settle");
+    window->click("I compared the number");
+    window->click("Trust the new identity");
     (*window)->wait_for("verified bob");  // compared and trusted: both in one act
     bob->write("/msg alice and?\n");
     (*window)->wait_for("shown bob | bob: and?");
@@ -10719,7 +10719,7 @@ int check_gui() {
     (*window)->wait_for("shown Everyone | bob: message 4999\n", std::chrono::minutes(1));
 
     step("the menu: the dark theme is chosen, and remembered");
-    window->click("menu");
+    window->click("\u2261");
     window->key("Down Return");
     (*window)->wait_for("dark 1");
 
