@@ -120,29 +120,22 @@ void set_theme() {
 void use_font(int size, Fl_Font font = plain) { fl_font(font, scaled(size)); }
 
 // A disc with a soft edge, which X11 cannot draw: made once for each size and colour.
-Fl_RGB_Image& disc(int diameter, Fl_Color colour) {
-    struct Picture {
-        std::vector<unsigned char> pixels;
-        std::unique_ptr<Fl_RGB_Image> image;
-    };
-    static std::map<std::pair<int, unsigned>, Picture> made;
+Fl_Image& disc(int diameter, Fl_Color colour) {
+    static std::map<std::pair<int, unsigned>, std::unique_ptr<Fl_Image>> made;
     unsigned char r = 0, g = 0, b = 0;
     Fl::get_color(colour, r, g, b);
-    auto [at, is_new] = made.try_emplace({diameter, r << 16 | g << 8 | b});
-    Picture& picture = at->second;
-    if (is_new) {
-        double radius = diameter / 2.0;
-        for (int y = 0; y < diameter; ++y)
-            for (int x = 0; x < diameter; ++x) {
-                double far = std::hypot(x + 0.5 - radius, y + 0.5 - radius);
-                double cover = std::clamp(radius - far + 0.5, 0.0, 1.0);
-                picture.pixels.insert(picture.pixels.end(),
-                                      {r, g, b, static_cast<unsigned char>(cover * 255)});
-            }
-        picture.image =
-            std::make_unique<Fl_RGB_Image>(picture.pixels.data(), diameter, diameter, 4);
-    }
-    return *picture.image;
+    std::unique_ptr<Fl_Image>& image = made[{diameter, r << 16 | g << 8 | b}];
+    if (image) return *image;
+    std::vector<unsigned char> pixels;
+    double radius = diameter / 2.0;
+    for (int y = 0; y < diameter; ++y)
+        for (int x = 0; x < diameter; ++x) {
+            double far = std::hypot(x + 0.5 - radius, y + 0.5 - radius);
+            double cover = std::clamp(radius - far + 0.5, 0.0, 1.0);
+            pixels.insert(pixels.end(), {r, g, b, static_cast<unsigned char>(cover * 255)});
+        }
+    image.reset(Fl_RGB_Image(pixels.data(), diameter, diameter, 4).copy());
+    return *image;
 }
 
 // A filled rectangle with round corners: its corners are quarters of a disc.
@@ -328,12 +321,6 @@ void call(Fl_Widget*, void* self) {
     (static_cast<decltype(class_of(method))*>(self)->*method)();
 }
 
-// After a click: the keyboard stays with whom it was, for whoever types goes on typing.
-void leave_focus(Fl_Widget* before) {
-    if (before != nullptr && before != Fl::focus() && before->visible_r() != 0)
-        before->take_focus();
-}
-
 // The face of a button, in the current font: flat, with round corners.
 void draw_face(int x, int y, int w, int h, const std::string& label, bool important, bool focus,
                bool pressed = false, bool active = true) {
@@ -370,10 +357,9 @@ class Button : public Fl_Button {
             press_();
             return 1;
         }
-        Fl_Widget* focus = Fl::focus();
-        int handled = Fl_Button::handle(event);
-        if (event == FL_PUSH) leave_focus(focus);
-        return handled;
+        // After a click the keyboard stays with whom it was, for whoever types goes on typing.
+        if (event == FL_FOCUS && Fl::event() == FL_PUSH) return 0;
+        return Fl_Button::handle(event);
     }
 
   private:
@@ -711,13 +697,14 @@ class ConversationView : public Fl_Group {
         std::size_t number = 0, at = 0;
         friend bool operator==(const Target&, const Target&) = default;
     };
-    ConversationView(const Model& model, Wishes& wishes)
+    ConversationView(Model& model, Wishes& wishes)
         : Fl_Group(0, 0, 0, 0),
           bar_(FL_VERT_SLIDER, 0, 0, 0, 0, nullptr),
           model_(model),
-          wishes_(wishes) {
+          wishes_(wishes),
+          conversation_(&model.person("")) {
         end();
-        label("view");
+        label(FL_NO_LABEL, "view");
         bar_.box(FL_FLAT_BOX);
         bar_.slider(FL_FLAT_BOX);
         bar_.color(ink::window, ink::line);
@@ -739,7 +726,6 @@ class ConversationView : public Fl_Group {
     // Something was added to the conversation; perhaps its oldest entry is gone for that. Whoever
     // writes wants to see it.
     void update(bool own) {
-        if (conversation_ == nullptr) return;
         if (own) jump_to_end();
         if (!at_end_) ++newer_;
         for (; dropped_ < conversation_->dropped; ++dropped_) {
@@ -756,7 +742,18 @@ class ConversationView : public Fl_Group {
         int x, y, w, h;
         bool holds(int px, int py) const { return px >= x && px < x + w && py >= y && py < y + h; }
     };
-    const std::vector<Place>& places() const { return places_; }
+    // By name, for tests; and where texts begin.
+    std::vector<std::pair<std::string, Place>> places() const {
+        std::vector<std::pair<std::string, Place>> all;
+        for (const Place& place : places_)
+            all.emplace_back(concat(label_of(place.target.action), "-", place.target.number),
+                             place);
+        for (const Row& row : rows_)
+            if (row.begin == 0 && row.entry >= conversation_->dropped)
+                all.emplace_back("text " + chatsecure::visible(entry_of(row.entry).text),
+                                 Place{{}, row.x, row.y, 2 * gap, row.h});
+        return all;
+    }
 
     void resize(int x, int y, int w, int h) override {
         Fl_Widget::resize(x, y, w, h);
@@ -772,9 +769,10 @@ class ConversationView : public Fl_Group {
         rows_.clear();
         jump_ = {};
         fl_push_clip(x(), y(), w(), room());
-        if (count() > 0)
-            draw_entries();
-        else if (conversation_ != nullptr)
+        draw_entries();
+        auto is_said = [](const Entry& entry) { return entry.is_said(); };
+        if (lead_ > scaled(190) && !conversation_->name.empty() &&
+            std::none_of(conversation_->entries.begin(), conversation_->entries.end(), is_said))
             draw_invitation();
         fl_pop_clip();
         if (!at_end_) draw_jump();
@@ -787,10 +785,8 @@ class ConversationView : public Fl_Group {
     int handle(int event) override {
         switch (event) {
             case FL_FOCUS:
-                if (focused_place() == places_.size()) move_focus(1);
-                redraw();
-                return 1;
             case FL_UNFOCUS:
+                if (event == FL_FOCUS && focused_place() == places_.size()) move_focus(1);
                 redraw();
                 return 1;
             case FL_PUSH:
@@ -841,9 +837,7 @@ class ConversationView : public Fl_Group {
     static int line_height() { return scaled(text_size + 6); }
     static int small_step() { return scaled(small_size + 5); }
     static int avatar() { return scaled(28); }
-    std::size_t count() const {
-        return conversation_ == nullptr ? 0 : conversation_->entries.size();
-    }
+    std::size_t count() const { return conversation_->entries.size(); }
     int room() const { return h() - (at_end_ ? 0 : scaled(28) + gap); }  // the rest: "Newest"
     int edge() const { return x() + 2 * gap; }
     int text_edge() const { return edge() + avatar() + gap; }
@@ -930,24 +924,21 @@ class ConversationView : public Fl_Group {
 
     // Who, and when: above the first of a group.
     void draw_head(const Entry& entry, int& at) {
-        int base = at + scaled(small_size) + 7;
+        int base = at + scaled(small_size) + 7, left = text_edge();
         std::string time = clock_text(entry.time);
         use_font(small_size);
-        int time_width = width_of(time);
-        fl_color(ink::quiet);
         if (entry.own) {
-            draw_at(time, right_edge() - time_width, base);
+            left = right_edge() - width_of(time);
         } else {
             draw_avatar(entry.from, edge(), at + 6, avatar());
             use_font(small_size, bold);
-            std::string name = fitting(entry.from, inner() - time_width - gap);
             fl_color(colour_of(entry.from));
-            draw_at(name, text_edge(), base);
-            int name_width = width_of(name);
-            use_font(small_size);
-            fl_color(ink::quiet);
-            draw_at(time, text_edge() + name_width + gap, base);
+            draw_at(entry.from, left, base);
+            left += width_of(entry.from) + gap;
         }
+        use_font(small_size);
+        fl_color(ink::quiet);
+        draw_at(time, left, base);
         at += head_height();
     }
 
@@ -1115,7 +1106,6 @@ class ConversationView : public Fl_Group {
 
     // Where nothing was said yet: what can be done here.
     void draw_invitation() {
-        shown_ = 0;
         const std::string& name = conversation_->name;
         std::string text =
             concat("Nothing has been said here yet.\n\nWhat you write is read by ", name,
@@ -1123,7 +1113,7 @@ class ConversationView : public Fl_Group {
                    "Details has the number that tells whether it is really ",
                    name, ".");
         int wide = std::min(w() - 4 * gap, scaled(340)), middle = x() + w() / 2, big = scaled(56);
-        int at = y() + std::max((h() - scaled(180)) / 2, gap);
+        int at = y() + (lead_ - scaled(180)) / 2;
         draw_avatar(name, middle - big / 2, at, big);
         use_font(small_size + 1);
         fl_color(ink::quiet);
@@ -1192,6 +1182,7 @@ class ConversationView : public Fl_Group {
     void press(Target target) {
         if (target.action != Action::open_link)
             return wishes_.press(target.action, static_cast<unsigned>(target.number));
+        if (target.number < conversation_->dropped) return;  // gone since it was drawn
         const Entry& entry = entry_of(target.number);
         for (const Span& link : entry.links)
             if (link.begin == target.at) return wishes_.open_link(std::string(part(entry, link)));
@@ -1208,7 +1199,7 @@ class ConversationView : public Fl_Group {
             at += height_of(conversation_->entries[i]);
             if (my < at) break;
         }
-        return i + (conversation_ == nullptr ? 0 : conversation_->dropped);
+        return i + conversation_->dropped;
     }
     void show_menu(std::size_t number, int mx, int my) {
         if (count() == 0) return;
@@ -1253,7 +1244,7 @@ class ConversationView : public Fl_Group {
     }
 
     void select_word(Point point) {
-        if (rows_.empty()) return;
+        if (point.entry < conversation_->dropped || rows_.empty()) return;
         const std::string& text = entry_of(point.entry).text;
         std::size_t before = point.at == 0 ? text.npos : text.find_last_of(" \n", point.at - 1);
         std::size_t after = std::min(text.find_first_of(" \n", point.at), text.size());
@@ -1261,7 +1252,7 @@ class ConversationView : public Fl_Group {
     }
     std::string selected() const {
         std::string text;
-        if (!selection_ || conversation_ == nullptr) return text;
+        if (!selection_) return text;
         auto [from, to] = std::minmax(selection_->first, selection_->second);
         for (std::size_t n = std::max(from.entry, conversation_->dropped);
              n <= to.entry && n - conversation_->dropped < count(); ++n) {
@@ -1327,7 +1318,7 @@ class ConversationView : public Fl_Group {
     Fl_Slider bar_;
     const Model& model_;
     Wishes& wishes_;
-    Conversation* conversation_ = nullptr;
+    Conversation* conversation_;
     bool at_end_ = true;       // then the two that follow are computed anew at each drawing
     std::size_t top_ = 0;      // the entry at the top, counted from the oldest that is there
     int above_ = 0;            // pixels of it that are above the edge
@@ -1388,8 +1379,7 @@ class PeopleList : public Fl_Widget {
             }
             case FL_KEYBOARD:
                 if (Fl::event_key() != FL_Up && Fl::event_key() != FL_Down) return 0;
-                step(Fl::event_key() == FL_Down ? 1 : -1);
-                return 1;
+                return step(Fl::event_key() == FL_Down ? 1 : -1), 1;
             default:
                 return Fl_Widget::handle(event);
         }
@@ -1514,36 +1504,24 @@ class MessageInput : public InputField<Fl_Multiline_Input> {
 
   private:
     bool key() {
+        int key = Fl::event_key();
         bool shift = (Fl::event_state() & FL_SHIFT) != 0;
-        switch (Fl::event_key()) {
-            case FL_Enter:
-            case FL_KP_Enter:
-                if (shift) {
-                    replace(cursor(), mark(), "\n", 1);
-                    do_callback();
-                } else {
-                    send();
-                }
-                return true;
-            case FL_Up:
-                if (std::string_view(value()).substr(0, std::size_t(cursor())).find('\n') !=
-                    std::string_view::npos)
-                    return false;
-                recall(-1);
-                return true;
-            case FL_Down:
-                if (at_ == history_.size()) return false;
-                recall(1);
-                return true;
-            case FL_Page_Up:
-            case FL_Page_Down:
-                view_.scroll_pages(Fl::event_key() == FL_Page_Up ? -1 : 1);
-                return true;
-            case FL_Tab:
-                return !shift && complete();
-            default:
-                return false;
+        std::string_view before(value(), static_cast<std::size_t>(cursor()));
+        if (key == FL_Tab) return !shift && complete();
+        if (key == FL_Enter || key == FL_KP_Enter) {
+            if (!shift) return send(), true;
+            replace(cursor(), mark(), "\n", 1);
+            do_callback();
+        } else if (key == FL_Page_Up || key == FL_Page_Down) {
+            view_.scroll_pages(key == FL_Page_Up ? -1 : 1);
+        } else if (key == FL_Up && before.find('\n') == before.npos) {
+            recall(-1);
+        } else if (key == FL_Down && at_ < history_.size()) {
+            recall(1);
+        } else {
+            return false;
         }
+        return true;
     }
 
     void recall(int by) {
@@ -1601,47 +1579,41 @@ class MessageInput : public InputField<Fl_Multiline_Input> {
 // ---- Helpers for the two windows ----------------------------------------------------------------
 
 // A text that wraps, perhaps on a ground of its own. It is as high as it needs to be.
-class Text : public Fl_Widget {
+class Text : public Fl_Box {
   public:
     Text(int size, Fl_Color colour, Fl_Font font = plain, const std::string& text = "")
-        : Fl_Widget(0, 0, 0, 0), size_(size), colour_(colour), font_(font) {
-        copy_label(text.c_str());
+        : Fl_Box(0, 0, 0, 0), size_(size) {
+        labelcolor(colour);
+        labelfont(font);
+        align(FL_ALIGN_TOP | FL_ALIGN_LEFT | FL_ALIGN_INSIDE | FL_ALIGN_WRAP | FL_ALIGN_CLIP);
+        set(text);
     }
-    void ground(Fl_Color colour) { ground_ = colour; }
+    void ground(Fl_Color colour) {
+        box(FL_UP_BOX);
+        color(colour);
+    }
     void set(const std::string& text) {
-        if (text == label()) return;
-        copy_label(text.c_str());
+        std::string label;  // FLTK draws little pictures for what begins with @
+        for (char c : text) label += c == '@' ? "@@" : std::string(1, c);
+        copy_label(label.c_str());
         if (window() != nullptr) window()->redraw();
     }
     bool is_empty() const { return *label() == '\0'; }
-    void colour(Fl_Color colour) { colour_ = colour; }
-    int wanted_height(int width) const {
-        if (is_empty()) return 0;
-        use_font(size_, font_);
-        return static_cast<int>(::wrap(label(), width - 2 * margin()).size()) * step() +
-               2 * margin();
+    int wanted_height(int width) {
+        labelsize(scaled(size_));
+        int margin = box() == FL_NO_BOX ? 0 : 2 * gap, w = width - margin, h = 0;
+        fl_font(labelfont(), labelsize());
+        fl_measure(label(), w, h, 0);
+        return is_empty() ? 0 : h + margin;
     }
-    void draw() override {
-        fl_push_clip(x(), y(), w(), h());
-        if (ground_ && !is_empty()) draw_round(x(), y(), w(), h(), 8, *ground_);
-        use_font(size_, font_);
-        fl_color(colour_);
-        int at = y() + margin() + scaled(size_) + 1;
-        for (const Span& line : ::wrap(label(), w() - 2 * margin())) {
-            draw_at(std::string_view(label()).substr(line.begin, line.end - line.begin),
-                    x() + margin(), at);
-            at += step();
-        }
-        fl_pop_clip();
+    void draw() override {  // at the very edge, where FLTK leaves 3 pixels
+        int margin = box() == FL_NO_BOX ? 0 : gap;
+        draw_box();
+        draw_label(x() + margin, y() + margin, w() - 2 * margin, h() - 2 * margin);
     }
 
   private:
-    int step() const { return scaled(size_ + 5); }
-    int margin() const { return ground_ ? gap : 0; }
     int size_;
-    Fl_Color colour_;
-    Fl_Font font_;
-    std::optional<Fl_Color> ground_;
 };
 
 // Puts widgets below each other. What is hidden, or a text that is empty, takes no room.
@@ -1675,7 +1647,11 @@ bool ask(const Fl_Window& parent, const std::string& question, const char* yes, 
     const int width = 420;
     bool answer = false;
     Fl_Double_Window window(width, 100, "ChatSecure");
-    Text text(text_size, ink::text, plain, question);
+    use_font(text_size);
+    std::string lines;  // an address has no spaces where FLTK would break it
+    for (const Span& line : wrap(question, width - 50))
+        lines += question.substr(line.begin, line.end - line.begin) + '\n';
+    Text text(text_size, ink::text, plain, lines);
     Button yes_button(yes, [&] {
         answer = true;
         window.hide();
@@ -1683,7 +1659,7 @@ bool ask(const Fl_Window& parent, const std::string& question, const char* yes, 
     Button no_button(
         no, [&] { window.hide(); }, true);
     window.end();
-    int high = text.wanted_height(width - 40), height = high + 84;
+    int high = text.wanted_height(width - 40), height = high + 66;
     window.resize(parent.x() + (parent.w() - width) / 2, parent.y() + (parent.h() - height) / 2,
                   width, height);
     text.resize(20, 20, width - 40, high);
@@ -1781,8 +1757,7 @@ class SignIn : public Fl_Double_Window {
     // What must not be overlooked.
     void show_warning(const std::string& text) {
         warning_.set(text);
-        if (!text.empty()) show_key(std::nullopt);
-        layout();
+        show_key(std::nullopt);
     }
 
     void draw() override {
@@ -1797,7 +1772,6 @@ class SignIn : public Fl_Double_Window {
     void clear_errors() {
         for (Text& error : errors_) error.set("");
         show_warning("");
-        show_key(std::nullopt);
     }
     void submit() {
         if (enter_.active() == 0) return;
@@ -1893,8 +1867,9 @@ class SignIn : public Fl_Double_Window {
 class Details : public Fl_Scroll {
   public:
     struct Content {
-        std::string title, story{}, number{}, prints{};
+        std::string title{}, story{}, number{}, prints{};
         const char* act = nullptr;  // what a comparison allows
+        friend bool operator==(const Content&, const Content&) = default;
     };
     explicit Details(Wishes& wishes) : Fl_Scroll(0, 0, 0, 0), wishes_(wishes) {
         end();
@@ -1907,9 +1882,7 @@ class Details : public Fl_Scroll {
     // Whoever has ticked "I compared" has compared what was shown then: anything else takes the
     // tick away.
     void set(const Content& content) {
-        if (content.title != title_.label() || content.number != number_.label() ||
-            content.prints != prints_.label())
-            compared_.value(0);
+        if (content != std::exchange(content_, content)) compared_.value(0);
         title_.set(content.title);
         story_.set(content.story);
         number_.set(content.number);
@@ -1939,6 +1912,7 @@ class Details : public Fl_Scroll {
     }
 
   private:
+    Content content_;
     void ticked() { activate_if(act_, compared_.value() != 0); }
 
     Wishes& wishes_;
@@ -1955,7 +1929,7 @@ class Details : public Fl_Scroll {
 
 class MainWindow : public Fl_Double_Window {
   public:
-    MainWindow(const Model& model, Wishes& wishes)
+    MainWindow(Model& model, Wishes& wishes)
         : Fl_Double_Window(960, 640, "ChatSecure"), model_(model), wishes_(wishes) {
         end();
         color(ink::window);
@@ -1971,10 +1945,8 @@ class MainWindow : public Fl_Double_Window {
     }
 
     void set_state(const std::string& text, Fl_Color colour) {
-        state_.set(text);
-        state_.colour(colour);
-        state_colour_ = colour;
-        redraw();
+        state_.set("\u25cf  " + text);
+        state_.labelcolor(colour);
     }
     void end_input() {
         for (Fl_Widget* part : std::initializer_list<Fl_Widget*>{&input, &send_, &send_file_})
@@ -1983,7 +1955,7 @@ class MainWindow : public Fl_Double_Window {
     // A sentence above the conversation that must not be overlooked; empty: none. It stays as long
     // as what it says is true.
     void set_banner(const std::string& text) {
-        if (text == banner_text_.label()) return;
+        if (std::exchange(banner_, text) == text) return;
         banner_text_.set(text);
         layout();
     }
@@ -2006,7 +1978,6 @@ class MainWindow : public Fl_Double_Window {
         fl_color(ink::line);
         fl_line(list_width(), 0, list_width(), h());
         if (details.visible() != 0) fl_line(details.x(), 0, details.x(), h());
-        draw_disc(14, menu_.y() + 11, 9, state_colour_);
         if (view.visible() != 0) {
             int left = list_width() + 2 * gap, room = send_file_.x() - gap - left;
             fl_line(list_width(), head() - 1, list_width() + middle(), head() - 1);
@@ -2029,8 +2000,8 @@ class MainWindow : public Fl_Double_Window {
         side_.resize(0, 0, list_width(), h());
         list.resize(0, 0, list_width(), h() - bottom);
         menu_.resize(list_width() - 38, h() - 39, 30, 30);
-        show_if(state_, list_width() > 100);
-        state_.resize(30, h() - 33, list_width() - 72, 34);
+        state_.labelsize(scaled(small_size));
+        state_.resize(13, h() - 31, list_width() - 54, 34);
         // A narrow window shows either the conversation or the details.
         bool conversation = middle() > 0;
         for (Fl_Widget* part : std::initializer_list<Fl_Widget*>{&view, &input, &send_, &send_file_,
@@ -2067,6 +2038,7 @@ class MainWindow : public Fl_Double_Window {
     // The keys that mean the same wherever the focus stands.
     bool key(int event) {
         int key = Fl::event_key();
+        if (Fl::modal() != nullptr) return false;  // a question is before us: it is its key
         if (is_window_key()) {
             if (key == FL_Page_Up) list.step(-1);
             if (key == FL_Page_Down) list.step(1);
@@ -2094,7 +2066,7 @@ class MainWindow : public Fl_Double_Window {
     int middle() const {  // of the conversation: 0 if the details take its place
         int all = w() - list_width();
         if (!has_details()) return all;
-        return all - scaled(details_width) < 320 ? 0 : all - scaled(details_width);
+        return all - scaled(details_width) < 280 ? 0 : all - scaled(details_width);
     }
     int head() const { return scaled(title_size + small_size) + 22; }
     int layout_banner(int left, int right, int top) {
@@ -2106,9 +2078,9 @@ class MainWindow : public Fl_Double_Window {
         return top + high + gap;
     }
 
-    const Model& model_;
+    Model& model_;
     Wishes& wishes_;
-    Fl_Color state_colour_ = ink::quiet;
+    std::string banner_;
     Fl_Box side_{0, 0, 0, 0};
 
   public:  // in the order of Tab
@@ -2136,59 +2108,35 @@ struct Settings {  // what is remembered from one time to the next: everything b
     int zoom = 100;
 };
 
-// Where they are kept. They are saved on a thread: a window must not wait for a disk.
-class SettingsFile {
-  public:
-    explicit SettingsFile(std::filesystem::path home) : home_(std::move(home)) {}
-    ~SettingsFile() {
-        for (std::thread& saver : savers_) saver.join();
-    }
-    Settings load() const {
-        Settings settings;
-        std::optional<chatsecure::SecretBytes> file;
-        try {
-            file = chatsecure::read_file(home_ / "window", 65536);
-        } catch (const chatsecure::Error&) {
-            return settings;  // comfort only: the window begins as it would the first time
-        }
-        std::istringstream in{file ? chatsecure::to_string(*file) : ""};
-        for (std::string line; std::getline(in, line);) {
-            std::size_t equals = std::min(line.find('='), line.size());
-            std::string key = line.substr(0, equals);
-            std::string value = line.substr(std::min(equals + 1, line.size()));
-            if (key == "server") settings.server = value;
-            if (key == "user") settings.user = value;
-            if (key == "dark") settings.dark = value == "1";
-            if (key == "sound") settings.sound = value == "1";
-            if (key == "zoom")
-                settings.zoom = std::clamp(
-                    static_cast<int>(chatsecure::parse_number<std::uint16_t>(value).value_or(100)),
-                    smallest_zoom, largest_zoom);
-        }
-        return settings;
-    }
-    void save(const Settings& s) {
-        std::string text = concat("server=", s.server, "\nuser=", s.user, "\ndark=", s.dark ? 1 : 0,
-                                  "\nsound=", s.sound ? 1 : 0, "\nzoom=", s.zoom, "\n");
-        savers_.emplace_back([this, text, number = ++newest_] {
-            std::lock_guard lock(file_mutex_);
-            if (number != newest_) return;  // a newer one is on its way
-            try {
-                chatsecure::make_private_directory(home_);
-                chatsecure::write_file(home_ / "window", chatsecure::as_bytes(text),
-                                       chatsecure::FileMode::owner_only);
-            } catch (const chatsecure::Error& e) {
-                std::cerr << "gui_client_fltk: " << e.what() << std::endl;
-            }
+Settings load_settings(const std::filesystem::path& file) {
+    Settings settings;
+    try {
+        chatsecure::read_lines(file, 65536, "", [&](const std::vector<std::string>& words) {
+            if (words.size() != 2) return;
+            auto number = [&] { return chatsecure::parse_number<std::uint16_t>(words[1]); };
+            if (words[0] == "server") settings.server = words[1];
+            if (words[0] == "user") settings.user = words[1];
+            if (words[0] == "dark") settings.dark = words[1] == "1";
+            if (words[0] == "sound") settings.sound = words[1] == "1";
+            if (words[0] == "zoom")
+                settings.zoom =
+                    std::clamp<int>(number().value_or(100), smallest_zoom, largest_zoom);
         });
+    } catch (const chatsecure::Error&) {  // comfort only: it begins as it would the first time
     }
-
-  private:
-    std::filesystem::path home_;
-    std::mutex file_mutex_;  // one writes the file at a time
-    std::atomic<unsigned> newest_ = 0;
-    std::vector<std::thread> savers_;
-};
+    return settings;
+}
+// When the windows are closed: while they are open, nothing waits for a disk.
+void save_settings(const std::filesystem::path& file, const Settings& s) {
+    try {
+        chatsecure::make_private_directory(file.parent_path());
+        std::string text = concat("server ", s.server, "\nuser ", s.user, "\ndark ", s.dark ? 1 : 0,
+                                  "\nsound ", s.sound ? 1 : 0, "\nzoom ", s.zoom, "\n");
+        chatsecure::write_file(file, chatsecure::as_bytes(text), chatsecure::FileMode::owner_only);
+    } catch (const chatsecure::Error& e) {
+        std::cerr << "gui_client_fltk: " << e.what() << std::endl;
+    }
+}
 
 // What Details says of who somebody is.
 Details::Content describe(const Conversation& c) {
@@ -2227,13 +2175,20 @@ class Reports {
     void line(const std::string& line) const {
         if (wanted_) std::cout << line << std::endl;
     }
+    // When what is about to open waits for keys.
+    void line_soon(const std::string& line) {
+        soon_ = line;
+        auto say = [](void* self) {
+            static_cast<Reports*>(self)->line(static_cast<Reports*>(self)->soon_);
+        };
+        Fl::add_timeout(0, say, this);
+    }
     // Whenever that has changed.
     void places(const Fl_Group& window, const ConversationView& view, const PeopleList& list) {
         if (!wanted_) return;
         std::string places = places_in(window);
-        for (const auto& place : view.places())
-            places += line_of(concat(label_of(place.target.action), "-", place.target.number),
-                              place.x, place.y, place.w, place.h);
+        for (const auto& [name, place] : view.places())
+            places += line_of(name, place.x, place.y, place.w, place.h);
         int at = list.y() + gap, high = PeopleList::row_height();
         for (const Conversation* c : list.rows()) {
             places += line_of("row-" + c->title(), list.x(), at, list.w(), high);
@@ -2274,7 +2229,7 @@ class Reports {
         Fl::repeat_timeout(tick_seconds, &Reports::tick, data);
     }
     bool wanted_;
-    std::string places_;
+    std::string places_, soon_;
     std::int64_t slowest_ms_ = -1;
     chatsecure::Clock::time_point last_tick_;
 };
@@ -2315,6 +2270,8 @@ struct Flags {
 class App final : Wishes {
   public:
     explicit App(Flags flags) : flags_(std::move(flags)) {
+        style = {settings_.dark, settings_.zoom};
+        set_theme();
         SignInForm form = flags_.form;
         if (form.server.empty()) form.server = settings_.server;
         if (form.user.empty()) form.user = settings_.user;
@@ -2328,6 +2285,9 @@ class App final : Wishes {
     int run() {
         while (!quit_) Fl::wait(1000);
         client_.reset();
+        settings_.dark = style.dark;
+        settings_.zoom = style.zoom;
+        save_settings(settings_file_, settings_);
         return 0;
     }
 
@@ -2415,7 +2375,6 @@ class App final : Wishes {
         if (e.again) return note("Connected again.");
         flags_.form.password = {};  // wiped, as the field's
         sign_in_.forget_password();
-        save_settings();
         sign_in_.hide();
         sign_in_.set_busy("");
         main_.show();
@@ -2791,7 +2750,7 @@ class App final : Wishes {
     void open_link(const std::string& address) override {
         if (address.size() > 400)
             return warn(model_.current, "This address is too long to be shown whole: not opened.");
-        reports_.line(concat("asks-about-link ", address));
+        reports_.line_soon(concat("asks-about-link ", address));
         if (ask(main_, concat("Open this in your browser?\n", address), "Open", "Cancel"))
             open(address);
         else
@@ -2814,12 +2773,13 @@ class App final : Wishes {
                                       send_file();
                                   }});
             if (people.empty()) return note("Nobody else is online to take a file."), refresh();
-            reports_.line("asks-to-whom");
+            reports_.line_soon("asks-to-whom");
             return main_.pop_up_at_file(people);
         }
         Fl_Native_File_Chooser chooser(Fl_Native_File_Chooser::BROWSE_FILE);
         std::string title = concat("A file for ", model_.current);
         chooser.title(title.c_str());
+        reports_.line_soon("asks-for-file");
         if (chooser.show() == 0) offer(chooser.filename());
     }
     // Absolute paths, or file:// addresses, one on each line.
@@ -2844,6 +2804,7 @@ class App final : Wishes {
     // Opens or closes the details, and says what is known now.
     void toggle_details() override {
         main_.show_details(!main_.has_details());
+        reports_.line(concat("details ", main_.has_details() ? 1 : 0));
         model_.person(model_.current).number_asked = false;
         show_details();
     }
@@ -2863,15 +2824,10 @@ class App final : Wishes {
 
     // ---- Settings -------------------------------------------------------------------------------
 
-    void save_settings() {
-        settings_.dark = style.dark;
-        settings_.zoom = style.zoom;
-        settings_file_.save(settings_);
-    }
     std::vector<MenuLine> menu() override {
         auto tick = [](bool yes) { return FL_MENU_TOGGLE | (yes ? FL_MENU_VALUE : 0); };
         return {{"Dark theme", [this] { toggle_theme(); }, tick(style.dark)},
-                {"Sound for messages", [this] { settings_.sound ^= true, save_settings(); },
+                {"Sound for messages", [this] { settings_.sound = !settings_.sound; },
                  tick(settings_.sound)},
                 {"Larger text (Ctrl +)", [this] { zoom(1); }},
                 {"Smaller text (Ctrl \u2212)", [this] { zoom(-1); }},
@@ -2883,13 +2839,11 @@ class App final : Wishes {
         set_theme();
         main_.redraw();
         reports_.line(concat("dark ", style.dark ? 1 : 0));
-        save_settings();
     }
     void zoom(int by) override {
         style.zoom = by == 0 ? 100 : std::clamp(style.zoom + 10 * by, smallest_zoom, largest_zoom);
         main_.layout();
         reports_.line(concat("zoom ", style.zoom));
-        save_settings();
     }
 
     // ---- Leaving --------------------------------------------------------------------------------
@@ -2902,7 +2856,7 @@ class App final : Wishes {
         }
         bool moving = model_.is_any_moving(), unsent = !over_ && client_->waiting() > 0;
         if ((moving || unsent) && !quitting_) {
-            reports_.line(moving ? "asks-about-leaving" : "asks-about-messages");
+            reports_.line_soon(moving ? "asks-about-leaving" : "asks-about-messages");
             std::string files = moving ? "Files are on their way. They can go on next time. " : "";
             std::string texts = unsent ? "What waits to be sent is lost if you leave now." : "";
             if (!ask(main_, files + texts, "Leave", "Stay")) return reports_.line("stays");
@@ -2933,8 +2887,8 @@ class App final : Wishes {
     Flags flags_;
     Model model_;
     Reports reports_{flags_.report};
-    SettingsFile settings_file_{flags_.options.home};
-    Settings settings_ = load_settings();
+    std::filesystem::path settings_file_ = flags_.options.home / "window";
+    Settings settings_ = load_settings(settings_file_);
     std::string verifying_;                         // whose safety number a line has asked for
     bool people_asked_ = false;                     // ListPeople is on its way,
     bool people_changed_ = false;                   // and to be sent once more
@@ -2948,13 +2902,6 @@ class App final : Wishes {
     MainWindow main_{model_, *this};
     std::atomic<bool> woken_ = false;             // take_events is on its way
     std::unique_ptr<chatsecure::Client> client_;  // last: its thread uses the line above
-
-    Settings load_settings() const {  // before the windows: they are made in this style
-        Settings settings = settings_file_.load();
-        style = {settings.dark, settings.zoom};
-        set_theme();
-        return settings;
-    }
 };
 
 // Where people look for what they have received: the desktop's own folder, where there is one.

@@ -10603,6 +10603,52 @@ int check_gui() {
     bob->write("Hello from the terminal\n");
     (*window)->wait_for("shown Everyone | bob: Hello from the terminal\n");
 
+    step("a double click selects a word, and a click with the right button answers");
+    window->click("text Hello from the terminal", "--repeat 2 1");
+    window->click("input", "2");  // pastes what is selected
+    window->type(", you said");
+    window->key("Return");
+    bob->wait_for("alice: Hello, you said\n");
+    window->click("text Hello from the terminal", "3");
+    window->key("Down Down Return");  // Reply
+    window->type("good morning");
+    window->key("Return");
+    bob->wait_for("alice: bob: good morning\n");
+
+    step("a link is opened only after it was shown where it leads");
+    bob->write("It is at https://example.org/plan, and not at file:///etc/passwd\n");
+    (*window)->wait_for("place Link-");
+    std::string link = line_with((*window)->output(), "place Link-");
+    link = link.substr(6, link.find(' ', 6) - 6);
+    window->click(link);
+    (*window)->wait_for("asks-about-link https://example.org/plan\n");
+    window->key("Return");  // Cancel
+    (*window)->wait_for("stays");
+    window->click(link);
+    (*window)->wait_for("asks-about-link https://example.org/plan\n");
+    window->key("Tab Return");  // Open
+    (*window)->wait_for("opens https://example.org/plan\n");
+
+    step("larger letters, and the usual ones again");
+    window->key("ctrl+plus");
+    (*window)->wait_for("zoom 110");
+    window->key("ctrl+0");
+    (*window)->wait_for("zoom 100");
+
+    step("in Everyone, File asks to whom");
+    window->click("File\u2026");
+    (*window)->wait_for("asks-to-whom");
+    window->key("Down Return");
+    (*window)->wait_for("chosen bob");
+    (*window)->wait_for("asks-for-file");
+    window->key("Escape");
+    window->click("row-Everyone");
+    (*window)->wait_for("chosen Everyone");
+
+    step("a private message asks for attention");
+    bob->write("/msg alice look here\n");
+    (*window)->wait_for("attention bob");
+
     step("private messages, both ways, and the sender sees that hers has arrived");
     window->click("row-bob");
     (*window)->wait_for("chosen bob");
@@ -10655,6 +10701,15 @@ int check_gui() {
     window->click("Mark as verified");
     (*window)->wait_for("verified bob");
 
+    step("the cross closes the details, and /help knows that this is private, and the keys");
+    window->click("\u2715");
+    (*window)->wait_for("details 0");
+    window->click("input");
+    window->type("/help");
+    window->key("Return");
+    (*window)->wait_for("TEXT: to bob alone");
+    (*window)->wait_for("Ctrl-O");
+
     step("the server is killed and comes back: the window too, and what was written meanwhile");
     here.server->signal(SIGKILL);
     here.server->end();
@@ -10681,11 +10736,16 @@ int check_gui() {
     bob->wait_for("online: alice");
     bob->write("/msg alice it is me\n/verify alice\n");
     (*window)->wait_for("shown bob | *: THE IDENTITY OF bob HAS CHANGED");
+    window->click("Compare\u2026");  // beside the banner
     bob->wait_for("safety number with alice: ");
     bob->wait_for("\n");
     line = line_with(bob->output(), "safety number with alice: ");
     if (line.substr(line.find(": ") + 2) == digits) throw Error("The number has not changed.");
     (*window)->wait_for("safety-number bob " + line.substr(line.find(": ") + 2));
+    window->resize(480, 360);  // what is to be compared is still whole
+    (*window)->wait_for("place Trust the new identity ");
+    window->resize(960, 640);
+    (*window)->wait_for("place Send ");
     window->click("Trust the new identity");  // does nothing without a tick
     window->click("row-bob");
     window->type("is it you?");  // goes to the input, although the list was clicked
@@ -10746,7 +10806,7 @@ int check_gui() {
     bob->signal(SIGCONT);
     bob->wait_for("alice left");
     if ((*window)->await_end() != 0) throw Error("The window did not end well.");
-    if (!contains(read_text(here.homes.path / "window/window"), "dark=1\n"))
+    if (!contains(read_text(here.homes.path / "window/window"), "dark 1\n"))
         throw Error("The window does not remember its theme.");
     show(concat("     the window's timer was late by at most ", window->slowest(), "\n"));
 
@@ -10755,8 +10815,12 @@ int check_gui() {
     here.server->end();
     test_key(2).save(here.data.path / "server_private.pem", {}, 0);
     here.start();
-    flags.insert(flags.end(), {"-u", "alice"});
-    window = std::make_unique<Window>(flags, here.environment());
+    flags = {"127.0.0.1:" + here.port, "--home", (here.homes.path / "window").string(), "-u",
+             "alice"};
+    std::vector<std::string> environment = here.environment();
+    environment.push_back("XDG_DOWNLOAD_DIR=" + downloads.string());
+    window = std::make_unique<Window>(flags, environment);
+    (*window)->wait_for("downloads " + downloads.string() + "\n");
     (*window)->wait_for("sign-in-error THE KEY OF THE SERVER");
     if (contains(here.server->output(), "joined")) throw Error("It logged in all the same.");
     show(concat(steps, " steps, all good\n"));
