@@ -5,8 +5,9 @@
 //                         <-- commands --------------- App::send_line, App::press
 //
 // Where to look:
-//      ink, shades          colours, light and dark, in one place
-//      Conversation         what was said with one person, or by everyone: the model
+//      ink, theme           colours, light and dark, in one place
+//      Conversation, Model  what there is to show
+//      Wishes               what the windows want done
 //      ConversationView     draw_message, draw_file: where it is drawn; handle: where clicks go
 //      PeopleList           the list on the left
 //      MessageInput         the keys of the input line
@@ -548,10 +549,7 @@ class Model {
 
     // What is known last of a file. Those of long ago go, as messages do.
     void set_card(const FileEvent& e) {
-        if (cards_.size() > Conversation::scrollback)
-            if (auto over = std::find_if(cards_.begin(), cards_.end(), is_over);
-                over != cards_.end())
-                cards_.erase(over);
+        if (cards_.size() > Conversation::scrollback) std::erase_if(cards_, is_over);
         cards_[e.file.number] = e;
     }
     const FileEvent* card(unsigned number) const {
@@ -580,11 +578,6 @@ class Model {
     std::map<unsigned, FileEvent> cards_;  // by number
 };
 
-// What stands beside a message of our own: nothing for the moment until it is known.
-const char* mark_of(const std::optional<chatsecure::Delivery>& state) {
-    return state ? chatsecure::delivery_mark(*state) : "";
-}
-
 // What can be done with something in a conversation: a file's card, or a link.
 enum class Action { save, decline, cancel, open, open_folder, open_link };
 const char* label_of(Action action) {
@@ -604,28 +597,18 @@ std::string describe(const FileEvent& card) {
     using enum FileEvent::Phase;
     using chatsecure::readable_size;
     std::string size = readable_size(card.file.size), point = " \u00b7 ";
-    switch (card.phase) {
-        case offered:
-            return concat(card.file.user, " offers a file", point, size);
-        case offer_sent:
-            return concat(size, point, "waits for ", card.file.user);
-        case queued:
-        case started:
-        case progress: {
-            if (card.bytes_per_second < 1) return size;
-            auto rate = static_cast<std::uint64_t>(card.bytes_per_second);
-            return concat(readable_size(card.done), " of ", size, point, readable_size(rate), "/s",
-                          point,
-                          chatsecure::time_left(card.file.size - card.done, card.bytes_per_second));
-        }
-        case interrupted:
-        case stopped:
-            return concat(size, point, visible(card.sentence));
-        case finished:
-            if (card.file.sending) return concat("Sent \u2713", point, size);
-            return concat("Saved \u2713", point, size, point, visible(card.path.string()));
-    }
-    return size;
+    if (card.phase == offered) return concat(card.file.user, " offers a file", point, size);
+    if (card.phase == offer_sent) return concat(size, point, "waits for ", card.file.user);
+    if (card.phase == interrupted || card.phase == stopped)
+        return concat(size, point, visible(card.sentence));
+    if (card.phase == finished)
+        return card.file.sending
+                   ? concat("Sent \u2713", point, size)
+                   : concat("Saved \u2713", point, size, point, visible(card.path.string()));
+    if (card.bytes_per_second < 1) return size;
+    auto rate = static_cast<std::uint64_t>(card.bytes_per_second);
+    return concat(readable_size(card.done), " of ", size, point, readable_size(rate), "/s", point,
+                  chatsecure::time_left(card.file.size - card.done, card.bytes_per_second));
 }
 
 // ---- What the windows want done -----------------------------------------------------------------
@@ -643,7 +626,7 @@ class Wishes {
     virtual void answer_key(bool accept) = 0;
     virtual void choose(const std::string& name) = 0;     // a conversation
     virtual bool send_line(const std::string& line) = 0;  // false: not taken
-    virtual void reply(const std::string& user, bool alone) = 0;
+    virtual void reply(const std::string& user) = 0;
     virtual void press(Action action, unsigned file) = 0;
     virtual void open_link(const std::string& address) = 0;
     virtual void drop_files(const std::string& text) = 0;  // addresses or paths, one a line
@@ -960,7 +943,7 @@ class ConversationView : public Fl_Group {
         using enum chatsecure::Delivery;
         use_font(small_size, entry.state == failed ? bold : plain);
         fl_color(entry.state == failed ? ink::warning : ink::quiet);
-        std::string text = mark_of(entry.state);
+        std::string text = entry.state ? chatsecure::delivery_mark(*entry.state) : "";
         std::string all = entry.reason.empty() ? text : concat(text, " ", entry.reason);
         if (width_of(all) < right - edge() - gap) text = all;
         draw_at(text, right - width_of(text) - 6, bottom - padding / 2 - 5);
@@ -1209,12 +1192,8 @@ class ConversationView : public Fl_Group {
             lines.push_back({"Copy", [this, text = entry.text] {
                                  if (!copy_selection(1)) copy(text, 1);
                              }});
-        if (entry.is_said() && !entry.own) {
-            lines.push_back({"Reply", [this, who = entry.from] { wishes_.reply(who, false); }});
-            if (conversation_->name.empty())
-                lines.push_back({concat("Write to ", entry.from, " alone"),
-                                 [this, who = entry.from] { wishes_.reply(who, true); }});
-        }
+        if (entry.is_said() && !entry.own)
+            lines.push_back({"Reply", [this, who = entry.from] { wishes_.reply(who); }});
         if (const FileEvent* card = model_.card(entry.file); card != nullptr)
             for (Action action : actions_of(*card))
                 lines.push_back({label_of(action), [this, action, file = entry.file] {
@@ -1673,16 +1652,10 @@ bool ask(const Fl_Window& parent, const std::string& question, const char* yes, 
     return answer;
 }
 
-// The 60 digits of a safety number, four groups of five to a line.
-std::string grouped(const std::string& digits) {
-    std::string text;
-    std::size_t group = 0;
-    for (const std::string& word : chatsecure::split_words(digits)) {
-        if (group > 0) text += group % 4 == 0 ? "\n" : " ";
-        text += word;
-        ++group;
-    }
-    return text;
+// The 60 digits of a safety number (in groups of five), four groups to a line.
+std::string grouped(std::string digits) {
+    for (std::size_t i = 23; i < digits.size(); i += 24) digits[i] = '\n';
+    return digits;
 }
 // A fingerprint in pieces that an eye can compare.
 std::string grouped(const chatsecure::Fingerprint& fingerprint) {
@@ -1760,19 +1733,6 @@ class SignIn : public Fl_Double_Window {
         show_key(std::nullopt);
     }
 
-    void draw() override {
-        Fl_Double_Window::draw();
-        wishes_.drawn();
-    }
-
-  private:
-    bool is_new() const { return register_.value() != 0; }
-    std::array<Fl_Input*, 4> fields() { return {&server_, &name_, &password_, &repeat_}; }
-    void close() { wishes_.close(); }
-    void clear_errors() {
-        for (Text& error : errors_) error.set("");
-        show_warning("");
-    }
     void submit() {
         if (enter_.active() == 0) return;
         clear_errors();
@@ -1793,6 +1753,19 @@ class SignIn : public Fl_Double_Window {
             return show_error(field, e.what());
         }
         wishes_.submit(form);
+    }
+    void draw() override {
+        Fl_Double_Window::draw();
+        wishes_.drawn();
+    }
+
+  private:
+    bool is_new() const { return register_.value() != 0; }
+    std::array<Fl_Input*, 4> fields() { return {&server_, &name_, &password_, &repeat_}; }
+    void close() { wishes_.close(); }
+    void clear_errors() {
+        for (Text& error : errors_) error.set("");
+        show_warning("");
     }
     // Each error stands below its field; the window is as high as all of it.
     void layout() {
@@ -2279,7 +2252,7 @@ class App final : Wishes {
         sign_in_.show();
         Fl::add_check(&App::mark_read, this);
         reports_.line(concat("downloads ", flags_.options.files.downloads.string()));
-        if (flags_.ready) submit(form);
+        if (flags_.ready) sign_in_.submit();
     }
 
     int run() {
@@ -2423,7 +2396,7 @@ class App final : Wishes {
         using enum chatsecure::Delivery;
         Conversation* c = model_.find(e.to);
         std::string text = c == nullptr ? "" : c->mark(e);
-        reports_.line(concat("mark ", mark_of(e.state), " ", visible(e.text)));
+        reports_.line(concat("mark ", chatsecure::delivery_mark(e.state), " ", visible(e.text)));
         if (!online_ && !over_) show_waiting();
         if (e.state != failed) return;
         if (quitting_ && !quiet_loss_) ++lost_;
@@ -2664,12 +2637,9 @@ class App final : Wishes {
         reports_.line(concat("chosen ", c.title()));
     }
 
-    // In Everyone to all, with the name in front; or `alone`.
-    void reply(const std::string& user, bool alone) override {
-        if (alone)
-            choose(user);
-        else if (model_.current.empty())
-            main_.input.put(concat(user, ": ", main_.input.value()));
+    // In Everyone with the name in front.
+    void reply(const std::string& user) override {
+        if (model_.current.empty()) main_.input.put(concat(user, ": ", main_.input.value()));
         main_.input.take_focus();
     }
     // What was written, or a command. False if nothing came of it: then the line can be corrected.
@@ -2870,13 +2840,10 @@ class App final : Wishes {
             return;
         }
         quiet_loss_ = unsent;
-        Fl::add_timeout(
-            10,
-            [](void* data) {
-                auto* self = static_cast<App*>(data);
-                if (!self->over_) self->quit_ = true;
-            },
-            this);
+        auto give_up = [](void* self) {
+            if (!static_cast<App*>(self)->over_) static_cast<App*>(self)->quit_ = true;
+        };
+        Fl::add_timeout(10, give_up, this);
     }
 
     void drawn() override {
@@ -2936,10 +2903,9 @@ void set_icon() {
             };
             bool bubble = in_disc(32, 29, 20) || (y > 40 && y < 54 && x > 16 && x < 70 - y);
             for (int dot : {22, 32, 42}) bubble = bubble && !in_disc(dot, 29, 3.5);
-            unsigned char paper = bubble ? 255 : 0x30, opaque = in_disc(31.5, 31.5, 32) ? 255 : 0;
-            pixels.insert(pixels.end(),
-                          {paper, bubble ? paper : static_cast<unsigned char>(0x70),
-                           bubble ? paper : static_cast<unsigned char>(0xd0), opaque});
+            unsigned char red = bubble ? 255 : 0x15, green = bubble ? 255 : 0x5c,
+                          blue = bubble ? 255 : 0xc0, opaque = in_disc(31.5, 31.5, 32) ? 255 : 0;
+            pixels.insert(pixels.end(), {red, green, blue, opaque});
         }
     Fl_RGB_Image icon(pixels.data(), size, size, 4);
     Fl_Window::default_icon(&icon);
@@ -2985,7 +2951,6 @@ int main(int argc, char** argv) {
             return std::cout << "ChatSecure window " << chatsecure::version << '\n', 0;
         flags.form.server = given["server"].as<std::string>();
         if (!flags.form.server.empty()) chatsecure::parse_host_port(flags.form.server, 5000);
-        if (!flags.form.user.empty()) chatsecure::fold_name(flags.form.user);
         flags.form.user = given["user"].as<std::string>();
         flags.form.register_account = given.count("register") > 0;
         flags.options.accept_new_server = given.count("accept-new") > 0;
