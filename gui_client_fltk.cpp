@@ -40,7 +40,6 @@
 #include <FL/Fl_RGB_Image.H>
 #include <FL/Fl_Scroll.H>
 #include <FL/Fl_Secret_Input.H>
-#include <FL/Fl_Slider.H>
 #include <FL/filename.H>
 #include <FL/fl_ask.H>
 #include <FL/fl_draw.H>
@@ -670,7 +669,7 @@ std::vector<Span> find_links(std::string_view text) {
     return links;
 }
 
-class ConversationView : public Fl_Group {
+class ConversationView : public Fl_Widget {
   public:
     // Something that can be pressed: a button of a card (by the card's number: cards come and go,
     // and nobody shall accept a file by pressing Enter for another one), or a link (by the number
@@ -681,20 +680,10 @@ class ConversationView : public Fl_Group {
         friend bool operator==(const Target&, const Target&) = default;
     };
     ConversationView(Model& model, Wishes& wishes)
-        : Fl_Group(0, 0, 0, 0),
-          bar_(FL_VERT_SLIDER, 0, 0, 0, 0, nullptr),
+        : Fl_Widget(0, 0, 0, 0, "view"),
           model_(model),
           wishes_(wishes),
-          conversation_(&model.person("")) {
-        end();
-        label(FL_NO_LABEL, "view");
-        bar_.box(FL_FLAT_BOX);
-        bar_.slider(FL_FLAT_BOX);
-        bar_.color(ink::window, ink::line);
-        bar_.step(1);
-        bar_.clear_visible_focus();
-        bar_.callback(call<&ConversationView::use_bar>, this);
-    }
+          conversation_(&model.person("")) {}
 
     void show_conversation(Conversation* conversation) {
         conversation_ = conversation;
@@ -738,11 +727,6 @@ class ConversationView : public Fl_Group {
         return all;
     }
 
-    void resize(int x, int y, int w, int h) override {
-        Fl_Widget::resize(x, y, w, h);
-        bar_.resize(x + w - bar_width, y, bar_width, h);
-    }
-
     void draw() override {
         bool was_at_end = at_end_;
         fl_push_clip(x(), y(), w(), h());
@@ -761,8 +745,7 @@ class ConversationView : public Fl_Group {
         if (!at_end_) draw_jump();
         fl_pop_clip();
         if (at_end_ != was_at_end) return draw();  // read to the end: now from the other anchor
-        update_bar();
-        if (shown_ < count()) draw_child(bar_);
+        if (shown_ < count()) draw_bar();
     }
 
     int handle(int event) override {
@@ -773,7 +756,6 @@ class ConversationView : public Fl_Group {
                 redraw();
                 return 1;
             case FL_PUSH:
-                if (Fl::event_x() >= bar_.x()) break;
                 take_focus();
                 return push();
             case FL_DRAG:
@@ -799,12 +781,12 @@ class ConversationView : public Fl_Group {
             default:
                 if (event >= FL_DND_ENTER && event <= FL_DND_RELEASE) return 1;
         }
-        return Fl_Group::handle(event);
+        return Fl_Widget::handle(event);
     }
     void scroll_pages(int pages) { scroll_by(pages * (h() - 2 * line_height())); }
 
   private:
-    static constexpr int bar_width = 10, padding = 10;
+    static constexpr int padding = 10;
 
     // A line of text as it was drawn: what a mouse can point at.
     struct Row {
@@ -1092,7 +1074,7 @@ class ConversationView : public Fl_Group {
         const std::string& name = conversation_->name;
         std::string text =
             concat("Nothing has been said here yet.\n\nWhat you write is read by ", name,
-                   " alone. To offer a file, drop it here or press File\u2026 "
+                   " alone. To offer a file, press File\u2026, or drop it here. "
                    "Details has the number that tells whether it is really ",
                    name, ".");
         int wide = std::min(w() - 4 * gap, scaled(340)), middle = x() + w() / 2, big = scaled(56);
@@ -1106,20 +1088,12 @@ class ConversationView : public Fl_Group {
 
     // ---- Scrolling ------------------------------------------------------------------------------
 
-    void update_bar() {
-        double total = static_cast<double>(std::max<std::size_t>(count(), 1));
-        double seen = static_cast<double>(std::max<std::size_t>(shown_, 1));
-        bar_.slider_size(std::max(seen / total, 0.05));
-        bar_.range(0, std::max(total - seen, 0.0));
-        bar_.value(static_cast<double>(top_));
-    }
-    void use_bar() { scroll_to(static_cast<std::size_t>(bar_.value())); }
-    void scroll_to(std::size_t entry) {
-        if (count() == 0) return;
-        at_end_ = entry + shown_ >= count() && entry > top_;
-        top_ = std::min(entry, count() - 1);
-        above_ = 0;
-        redraw();
+    // Where in all of it we are.
+    void draw_bar() {
+        double one = static_cast<double>(h()) / static_cast<double>(count());
+        int high = std::max(static_cast<int>(static_cast<double>(shown_) * one), 20);
+        int top = static_cast<int>(static_cast<double>(top_) * one);
+        draw_round(x() + w() - 7, y() + std::min(top, h() - high), 5, high, 2, ink::line);
     }
     void scroll_by(int pixels) {
         if (count() == 0) return;
@@ -1259,7 +1233,7 @@ class ConversationView : public Fl_Group {
         else if (key == FL_Page_Up || key == FL_Page_Down)
             scroll_pages(key == FL_Page_Up ? -1 : 1);
         else if (key == FL_Home)
-            scroll_to(0);
+            at_end_ = false, top_ = 0, above_ = 0, redraw();
         else if (key == FL_End)
             jump_to_end();
         else if (key == FL_Left || key == FL_Right)
@@ -1294,7 +1268,6 @@ class ConversationView : public Fl_Group {
         redraw();
     }
 
-    Fl_Slider bar_;
     const Model& model_;
     Wishes& wishes_;
     Conversation* conversation_;
@@ -1911,7 +1884,7 @@ class MainWindow : public Fl_Double_Window {
         callback(call<&MainWindow::close>, this);
         input.callback(call<&MainWindow::layout>, this);
         details.hide();
-        banner_text_.ground(ink::alarm);
+        banner_.ground(ink::alarm);
         side_.box(FL_FLAT_BOX);
         side_.color(ink::panel);
         layout();
@@ -1928,8 +1901,8 @@ class MainWindow : public Fl_Double_Window {
     // A sentence above the conversation that must not be overlooked; empty: none. It stays as long
     // as what it says is true.
     void set_banner(const std::string& text) {
-        if (std::exchange(banner_, text) == text) return;
-        banner_text_.set(text);
+        if (text == banner_.label()) return;
+        banner_.set(text);
         layout();
     }
     void pop_up_at_file(const std::vector<MenuLine>& lines) {
@@ -1987,14 +1960,17 @@ class MainWindow : public Fl_Double_Window {
         send_file_.resize(details_button_.x() - gap - wide, gap + 2, wide, head() - 2 * gap - 4);
 
         int top = head();
-        bool banner = conversation && !banner_text_.is_empty();
-        show_if(banner_text_, banner);
-        show_if(compare_, banner && !model_.shown().trusted && !has_details());
-        if (banner) top = layout_banner(left, right, top);
+        show_if(banner_, conversation && !banner_.is_empty());
+        int high = banner_.visible() == 0
+                       ? 0
+                       : std::min(banner_.wanted_height(right - left), h() / 2 - 2 * gap);
+        banner_.resize(left, top + gap, right - left, high);
+        if (high > 0) top += high + gap;
         input.textsize(scaled(text_size));
         int send_width = send_.wanted_width();
         input.resize(left, 0, right - left - send_width - gap, 10);
-        int high = std::min(input.wanted_height(), h() / 3), one = scaled(text_size) + 20;
+        high = std::min(input.wanted_height(), h() / 3);
+        int one = scaled(text_size) + 20;
         input.resize(left, h() - high - gap, input.w(), high);
         send_.resize(right - send_width, h() - one - gap, send_width, one);
         view.resize(list_width() + 1, top, std::max(middle() - 1, 0), input.y() - gap - top);
@@ -2042,18 +2018,8 @@ class MainWindow : public Fl_Double_Window {
         return all - scaled(details_width) < 280 ? 0 : all - scaled(details_width);
     }
     int head() const { return scaled(title_size + small_size) + 22; }
-    int layout_banner(int left, int right, int top) {
-        int wide = compare_.visible() != 0 ? compare_.wanted_width() + gap : 0;
-        int high = std::min(banner_text_.wanted_height(right - left - wide), h() / 2);
-        high = std::max(high, scaled(text_size) + 18);
-        banner_text_.resize(left, top + gap, right - left - wide, high);
-        compare_.resize(right - wide + gap, top + gap, wide - gap, scaled(text_size) + 16);
-        return top + high + gap;
-    }
-
     Model& model_;
     Wishes& wishes_;
-    std::string banner_;
     Fl_Box side_{0, 0, 0, 0};
 
   public:  // in the order of Tab
@@ -2066,8 +2032,7 @@ class MainWindow : public Fl_Double_Window {
     Button menu_{"\u2261", [this] { pop_up(wishes_.menu(), menu_.x(), menu_.y(), true); }};
     Button send_file_{"File\u2026", [this] { wishes_.send_file(); }};
     Button details_button_{"Details", [this] { wishes_.toggle_details(); }};
-    Button compare_{"Compare\u2026", [this] { wishes_.toggle_details(); }};
-    Text banner_text_{small_size, ink::warning, bold}, state_{small_size, ink::quiet};
+    Text banner_{small_size, ink::warning, bold}, state_{small_size, ink::quiet};
 
   public:
     Details details{wishes_};
@@ -2223,8 +2188,7 @@ void ask_for_attention([[maybe_unused]] Fl_Window& window, [[maybe_unused]] bool
 std::string file_address(const std::filesystem::path& path) {
     std::string address = "file://";
     for (char c : std::filesystem::absolute(path).string()) {
-        bool safe = (c >= '0' && c <= '9') || (c >= 'a' && c <= 'z') || (c >= 'A' && c <= 'Z') ||
-                    std::string_view("/-_.~").find(c) != std::string_view::npos;
+        bool safe = c == '/' || (c > 0 && std::isalnum(c) != 0);
         address += safe ? std::string(1, c)
                         : "%" + chatsecure::to_hex(chatsecure::as_bytes(std::string_view(&c, 1)));
     }
@@ -2597,7 +2561,7 @@ class App final : Wishes {
         if (banner.empty() && !c.trusted)
             banner = concat("The identity of ", c.name,
                             " has changed. Nothing is sent to or shown from ", c.name,
-                            " until you have compared the new one.");
+                            " until you have compared the new one: Details.");
         main_.set_banner(banner);
         main_.redraw();
     }
@@ -2873,22 +2837,15 @@ class App final : Wishes {
 
 // Where people look for what they have received: the desktop's own folder, where there is one.
 std::filesystem::path default_downloads() {
-    auto variable = [](const char* name) {
-        const char* value = std::getenv(name);
-        return std::string(value == nullptr ? "" : value);
-    };
-    if (std::string set = variable("XDG_DOWNLOAD_DIR"); !set.empty()) return set;
-    std::filesystem::path home = variable("HOME"), config = variable("XDG_CONFIG_HOME");
-    if (home.empty()) return "downloads";
-    std::ifstream in((config.empty() ? home / ".config" : config) / "user-dirs.dirs");
-    for (std::string line; std::getline(in, line);) {  // XDG_DOWNLOAD_DIR="$HOME/Downloads"
-        const std::string name = "XDG_DOWNLOAD_DIR=\"";
-        std::size_t end = line.rfind('"');
-        if (!line.starts_with(name) || end < name.size()) continue;
-        std::string path = line.substr(name.size(), end - name.size());
-        if (path.starts_with("$HOME/") && path.size() > 6) return home / path.substr(6);
-        if (path.starts_with("/")) return path;
-    }
+    const char *set = std::getenv("XDG_DOWNLOAD_DIR"), *home_is = std::getenv("HOME");
+    if (set != nullptr && *set != '\0') return set;
+    if (home_is == nullptr) return "downloads";
+    std::filesystem::path home = home_is;
+    std::ifstream in(home / ".config" / "user-dirs.dirs");
+    const std::string name = "XDG_DOWNLOAD_DIR=\"$HOME/";  // and then: Downloads"
+    for (std::string line; std::getline(in, line);)
+        if (line.starts_with(name) && line.size() > name.size() + 1 && line.ends_with('"'))
+            return home / line.substr(name.size(), line.size() - name.size() - 1);
     return std::filesystem::is_directory(home / "Downloads") ? home / "Downloads" : "downloads";
 }
 
