@@ -106,8 +106,7 @@ void set_theme() {
     for (unsigned shade : theme[style.dark ? 1 : 0]) Fl::set_color(place++, shade << 8);
     auto copy = [](Fl_Color from, auto to) {
         unsigned char r = 0, g = 0, b = 0;
-        Fl::get_color(from, r, g, b);
-        to(r, g, b);
+        Fl::get_color(from, r, g, b), to(r, g, b);
     };
     copy(ink::panel, Fl::background);
     copy(ink::field, Fl::background2);
@@ -217,9 +216,9 @@ std::string in_drawing_order(std::string_view text) {
         spaces.clear();
     };
     while (!text.empty()) {
-        std::string_view before = text;
-        char32_t point = chatsecure::take_code_point(text);
-        std::string letter(before.substr(0, before.size() - text.size()));
+        std::string letter(take_letter(text));
+        std::string_view left = letter;
+        char32_t point = chatsecure::take_code_point(left);
         bool leftward = (point >= 0x590 && point <= 0x8ff) ||
                         (point >= 0xfb1d && point <= 0xfdff) ||
                         (point >= 0xfe70 && point <= 0xfeff);
@@ -1030,14 +1029,7 @@ class ConversationView : public Fl_Widget {
     static int draw_icon(const std::string& name, int left, int at) {
         std::string end = std::filesystem::path(name).extension().string();
         for (char& c : end) c = c >= 'A' && c <= 'Z' ? static_cast<char>(c + 32) : c;
-        auto is = [&](std::string_view kinds) {
-            return end.size() > 1 && kinds.find(end + " ") != kinds.npos;
-        };
-        Fl_Color paper = is(".png .jpg .jpeg .gif .webp .svg ")        ? colour_number(4)
-                         : is(".mp3 .ogg .flac .wav .mp4 .mkv .webm ") ? colour_number(9)
-                         : is(".zip .gz .xz .bz2 .zst .tar .7z .deb ") ? colour_number(1)
-                         : is(".pdf .txt .md .doc .docx .odt .csv ")   ? colour_number(7)
-                                                                       : ink::quiet;
+        Fl_Color paper = end.empty() ? ink::quiet : colour_of(end);
         int wide = scaled(30), high = scaled(34);
         draw_round(left, at, wide, high, 4, paper);
         fl_color(ink::panel);
@@ -1317,9 +1309,9 @@ class PeopleList : public Fl_Widget {
                 return 1;
             case FL_PUSH: {
                 take_focus();
-                int row = (Fl::event_y() - y() - gap + scroll_) / row_height();
-                if (row >= 0 && static_cast<std::size_t>(row) < rows.size())
-                    wishes_.choose(rows[static_cast<std::size_t>(row)]->name);
+                auto row = static_cast<std::size_t>(Fl::event_y() - y() - gap + scroll_) /
+                           static_cast<std::size_t>(row_height());
+                if (row < rows.size()) wishes_.choose(rows[row]->name);
                 return 1;
             }
             case FL_MOUSEWHEEL: {
@@ -1942,9 +1934,8 @@ class MainWindow : public Fl_Double_Window {
     }
 
     void layout() {
-        const int bottom = 46;
         side_.resize(0, 0, list_width(), h());
-        list.resize(0, 0, list_width(), h() - bottom);
+        list.resize(0, 0, list_width(), h() - 46);
         menu_.resize(list_width() - 38, h() - 39, 30, 30);
         state_.labelsize(scaled(small_size));
         state_.resize(13, h() - 31, list_width() - 54, 34);
@@ -2051,14 +2042,14 @@ Settings load_settings(const std::filesystem::path& file) {
     try {
         chatsecure::read_lines(file, 65536, "", [&](const std::vector<std::string>& words) {
             if (words.size() != 2) return;
-            auto number = [&] { return chatsecure::parse_number<std::uint16_t>(words[1]); };
             if (words[0] == "server") settings.server = words[1];
             if (words[0] == "user") settings.user = words[1];
             if (words[0] == "dark") settings.dark = words[1] == "1";
             if (words[0] == "sound") settings.sound = words[1] == "1";
             if (words[0] == "zoom")
                 settings.zoom =
-                    std::clamp<int>(number().value_or(100), smallest_zoom, largest_zoom);
+                    std::clamp<int>(chatsecure::parse_number<std::uint16_t>(words[1]).value_or(100),
+                                    smallest_zoom, largest_zoom);
         });
     } catch (const chatsecure::Error&) {  // comfort only: it begins as it would the first time
     }
@@ -2199,7 +2190,6 @@ std::string file_address(const std::filesystem::path& path) {
 
 struct Flags {
     SignInForm form;
-    bool ready = false;  // there is a password: sign in at once
     bool report = false;
     chatsecure::ClientOptions options{};  // as far as flags tell
 };
@@ -2216,7 +2206,7 @@ class App final : Wishes {
         sign_in_.show();
         Fl::add_check(&App::mark_read, this);
         reports_.line(concat("downloads ", flags_.options.files.downloads.string()));
-        if (flags_.ready) sign_in_.submit();
+        if (!flags_.form.user.empty() && !flags_.form.password.empty()) sign_in_.submit();
     }
 
     int run() {
@@ -2261,19 +2251,13 @@ class App final : Wishes {
         std::string sentence = shown(stopped.sentence);
         reports_.line(concat("sign-in-error ", visible(stopped.sentence)));
         sign_in_.set_busy("");
-        switch (stopped.reason) {
-            case server_key_changed:
-            case server_distrusted:
-            case local_trouble:
-                return sign_in_.show_warning(sentence);
-            case cannot_connect:
-            case server_key_unknown:
-                return sign_in_.show_error(SignIn::Field::server, sentence);
-            case login_refused:
-            case left:
-                return sign_in_.show_error(
-                    registering_ ? SignIn::Field::name : SignIn::Field::password, sentence);
-        }
+        if (stopped.reason == cannot_connect || stopped.reason == server_key_unknown)
+            sign_in_.show_error(SignIn::Field::server, sentence);
+        else if (stopped.reason == login_refused)
+            sign_in_.show_error(registering_ ? SignIn::Field::name : SignIn::Field::password,
+                                sentence);
+        else
+            sign_in_.show_warning(sentence);
     }
 
     // ---- Events: in this thread, some at a time -------------------------------------------------
@@ -2860,9 +2844,8 @@ void set_icon() {
             };
             bool bubble = in_disc(32, 29, 20) || (y > 40 && y < 54 && x > 16 && x < 70 - y);
             for (int dot : {22, 32, 42}) bubble = bubble && !in_disc(dot, 29, 3.5);
-            unsigned char red = bubble ? 255 : 0x15, green = bubble ? 255 : 0x5c,
-                          blue = bubble ? 255 : 0xc0, opaque = in_disc(31.5, 31.5, 32) ? 255 : 0;
-            pixels.insert(pixels.end(), {red, green, blue, opaque});
+            unsigned char paper = bubble ? 255 : 60, opaque = in_disc(31.5, 31.5, 32) ? 255 : 0;
+            pixels.insert(pixels.end(), {paper, paper, 255, opaque});
         }
     Fl_RGB_Image icon(pixels.data(), size, size, 4);
     Fl_Window::default_icon(&icon);
@@ -2920,7 +2903,6 @@ int main(int argc, char** argv) {
         if (std::optional<chatsecure::SecretBytes> password =
                 chatsecure::find_password(given["password-file"].as<std::string>()))
             flags.form.password = *password;
-        flags.ready = !flags.form.user.empty() && !flags.form.password.empty();
     } catch (const std::exception& e) {
         std::cerr << "gui_client_fltk: " << e.what()
                   << "\n./gui_client_fltk --help lists the flags.\n";
