@@ -21,7 +21,6 @@
 
 #include <clocale>
 #include <cmath>
-#include <csignal>
 #include <ctime>
 #include <cxxopts.hpp>
 #include <fstream>
@@ -32,8 +31,6 @@
 #include <FL/Fl_Button.H>
 #include <FL/Fl_Check_Button.H>
 #include <FL/Fl_Double_Window.H>
-#include <FL/Fl_Group.H>
-#include <FL/Fl_Input.H>
 #include <FL/Fl_Menu_Item.H>
 #include <FL/Fl_Multiline_Input.H>
 #include <FL/Fl_Native_File_Chooser.H>
@@ -94,10 +91,9 @@ constexpr Fl_Font plain = FL_HELVETICA, bold = FL_HELVETICA_BOLD, fixed_pitch = 
 constexpr int smallest_zoom = 70, largest_zoom = 200;
 int scaled(int pixels) { return pixels * style.zoom / 100; }
 
-// Of the twelve colours, in the theme of now.
-Fl_Color colour_number(std::size_t i) { return colours_of_people[style.dark ? 1 : 0][i] << 8; }
 Fl_Color colour_of(const std::string& person) {
-    return colour_number(chatsecure::person_colour(person, colours_of_people[0].size()));
+    const auto& colours = colours_of_people[style.dark ? 1 : 0];
+    return colours[chatsecure::person_colour(person, colours.size())] << 8;
 }
 
 // Fills the table; FLTK's own widgets (menus, check marks, the file chooser) take from it as well.
@@ -488,6 +484,22 @@ bool has_bar(const FileEvent& card) {
            card.phase == interrupted;
 }
 
+// What can be done with something in a conversation: a file's card, or a link.
+enum class Action { save, decline, cancel, open, open_folder, open_link };
+const char* label_of(Action action) {
+    constexpr std::array<const char*, 6> labels{"Save", "Decline",     "Cancel",
+                                                "Open", "Open folder", "Link"};
+    return labels[static_cast<std::size_t>(action)];
+}
+std::vector<Action> actions_of(const FileEvent& card) {
+    using enum FileEvent::Phase;
+    if (card.phase == offered) return {Action::save, Action::decline};
+    if (card.phase == stopped) return {};
+    if (card.phase != finished) return {Action::cancel};
+    if (card.file.sending) return {};
+    return {Action::open, Action::open_folder};
+}
+
 class Model {
   public:
     std::map<std::string, Conversation> conversations{{"", {}}};  // by name
@@ -547,7 +559,8 @@ class Model {
 
     // What is known last of a file. Those of long ago go, as messages do.
     void set_card(const FileEvent& e) {
-        if (cards_.size() > Conversation::scrollback) std::erase_if(cards_, is_over);
+        if (cards_.size() > Conversation::scrollback)
+            std::erase_if(cards_, [](const auto& card) { return actions_of(card.second).empty(); });
         cards_[e.file.number] = e;
     }
     const FileEvent* card(unsigned number) const {
@@ -568,29 +581,10 @@ class Model {
         });
         forget_at_ = 2 * conversations.size() + 1000;
     }
-    static bool is_over(const std::pair<const unsigned, FileEvent>& card) {
-        return card.second.phase == FileEvent::Phase::finished ||
-               card.second.phase == FileEvent::Phase::stopped;
-    }
     std::size_t forget_at_ = 5000;         // so many are too many
     std::map<unsigned, FileEvent> cards_;  // by number
 };
 
-// What can be done with something in a conversation: a file's card, or a link.
-enum class Action { save, decline, cancel, open, open_folder, open_link };
-const char* label_of(Action action) {
-    constexpr std::array<const char*, 6> labels{"Save", "Decline",     "Cancel",
-                                                "Open", "Open folder", "Link"};
-    return labels[static_cast<std::size_t>(action)];
-}
-std::vector<Action> actions_of(const FileEvent& card) {
-    using enum FileEvent::Phase;
-    if (card.phase == offered) return {Action::save, Action::decline};
-    if (card.phase == stopped) return {};
-    if (card.phase != finished) return {Action::cancel};
-    if (card.file.sending) return {};
-    return {Action::open, Action::open_folder};
-}
 std::string describe(const FileEvent& card) {
     using enum FileEvent::Phase;
     using chatsecure::readable_size;
@@ -1525,16 +1519,15 @@ class MessageInput : public InputField<Fl_Multiline_Input> {
 // A text that wraps, perhaps on a ground of its own. It is as high as it needs to be.
 class Text : public Fl_Box {
   public:
-    Text(int size, Fl_Color colour, Fl_Font font = plain, const std::string& text = "")
+    Text(int size, Fl_Color colour, Fl_Font font = plain, const std::string& text = "",
+         Fl_Color ground = ink::window)
         : Fl_Box(0, 0, 0, 0), size_(size) {
+        box(ground == ink::window ? FL_NO_BOX : FL_UP_BOX);
+        color(ground);
         labelcolor(colour);
         labelfont(font);
         align(FL_ALIGN_TOP | FL_ALIGN_LEFT | FL_ALIGN_INSIDE | FL_ALIGN_WRAP | FL_ALIGN_CLIP);
         set(text);
-    }
-    void ground(Fl_Color colour) {
-        box(FL_UP_BOX);
-        color(colour);
     }
     void set(const std::string& text) {
         std::string label;  // FLTK draws little pictures for what begins with @
@@ -1596,10 +1589,7 @@ bool ask(const Fl_Window& parent, const std::string& question, const char* yes, 
     for (const Span& line : wrap(question, width - 50))
         lines += question.substr(line.begin, line.end - line.begin) + '\n';
     Text text(text_size, ink::text, plain, lines);
-    Button yes_button(yes, [&] {
-        answer = true;
-        window.hide();
-    });
+    Button yes_button(yes, [&] { answer = true, window.hide(); });
     Button no_button(
         no, [&] { window.hide(); }, true);
     window.end();
@@ -1636,14 +1626,13 @@ class SignIn : public Fl_Double_Window {
     explicit SignIn(Wishes& wishes) : Fl_Double_Window(420, 480, "ChatSecure"), wishes_(wishes) {
         end();
         color(ink::window);
-        warning_.ground(ink::alarm);
         for (auto* field : {&password_, &repeat_}) {
             field->when(FL_WHEN_ENTER_KEY_ALWAYS);
             field->callback(call<&SignIn::submit>, this);
         }
         show_password_.callback(call<&SignIn::layout>, this);
         register_.callback(call<&SignIn::layout>, this);
-        callback(call<&SignIn::close>, this);
+        callback([](Fl_Widget*, void* w) { static_cast<Wishes*>(w)->close(); }, &wishes_);
         show_key(std::nullopt);
     }
 
@@ -1727,7 +1716,6 @@ class SignIn : public Fl_Double_Window {
   private:
     bool is_new() const { return register_.value() != 0; }
     std::array<Fl_Input*, 4> fields() { return {&server_, &name_, &password_, &repeat_}; }
-    void close() { wishes_.close(); }
     void clear_errors() {
         for (Text& error : errors_) error.set("");
         show_warning("");
@@ -1789,7 +1777,7 @@ class SignIn : public Fl_Double_Window {
     Fl_Check_Button register_{0, 0, 0, 0, "This is a new account"};
     Button enter_{"Log in", [this] { submit(); }, true};
     Text status_{small_size, ink::quiet};
-    Text warning_{small_size, ink::warning, bold};
+    Text warning_{small_size, ink::warning, bold, "", ink::alarm};
     Text key_title_{small_size + 1, ink::text, plain,
                     "This server is not known yet. Compare its fingerprint with the one that its "
                     "operator gave you:"};
@@ -1814,7 +1802,6 @@ class Details : public Fl_Scroll {
         type(Fl_Scroll::VERTICAL);
         box(FL_FLAT_BOX);
         color(ink::panel);
-        number_.ground(ink::field);
         compared_.callback(call<&Details::ticked>, this);
     }
     // Whoever has ticked "I compared" has compared what was shown then: anything else takes the
@@ -1856,7 +1843,7 @@ class Details : public Fl_Scroll {
     Wishes& wishes_;
     Text title_{text_size, ink::text, bold};
     Text story_{small_size, ink::text};
-    Text number_{number_size, ink::text, fixed_pitch};
+    Text number_{number_size, ink::text, fixed_pitch, "", ink::field};
     Text prints_{small_size - 1, ink::text, fixed_pitch};
     Fl_Check_Button compared_{0, 0, 0, 0, "I compared the number"};
     Button act_{"", [this] { wishes_.settle(); }};
@@ -1873,10 +1860,9 @@ class MainWindow : public Fl_Double_Window {
         color(ink::window);
         resizable(nullptr);
         size_range(480, 360);
-        callback(call<&MainWindow::close>, this);
+        callback([](Fl_Widget*, void* w) { static_cast<Wishes*>(w)->close(); }, &wishes_);
         input.callback(call<&MainWindow::layout>, this);
         details.hide();
-        banner_.ground(ink::alarm);
         side_.box(FL_FLAT_BOX);
         side_.color(ink::panel);
         layout();
@@ -1998,7 +1984,6 @@ class MainWindow : public Fl_Double_Window {
             return input.take_focus(), input.handle(event) != 0;  // nobody else wanted it
         return false;
     }
-    void close() { wishes_.close(); }
 
     int list_width() const {  // room for the faces only, in a narrow window
         return w() < 640 ? scaled(34) + 3 * gap : scaled(200);
@@ -2023,7 +2008,7 @@ class MainWindow : public Fl_Double_Window {
     Button menu_{"\u2261", [this] { pop_up(wishes_.menu(), menu_.x(), menu_.y(), true); }};
     Button send_file_{"File\u2026", [this] { wishes_.send_file(); }};
     Button details_button_{"Details", [this] { wishes_.toggle_details(); }};
-    Text banner_{small_size, ink::warning, bold}, state_{small_size, ink::quiet};
+    Text banner_{small_size, ink::warning, bold, "", ink::alarm}, state_{small_size, ink::quiet};
 
   public:
     Details details{wishes_};
@@ -2099,8 +2084,6 @@ class Reports {
     explicit Reports(bool wanted) : wanted_(wanted) {
         if (wanted) Fl::add_timeout(tick_seconds, tick, this);
     }
-    ~Reports() { Fl::remove_timeout(&Reports::tick, this); }
-    bool wanted() const { return wanted_; }
     void line(const std::string& line) const {
         if (wanted_) std::cout << line << std::endl;
     }
@@ -2285,9 +2268,7 @@ class App final : Wishes {
         sign_in_.show_key(e.fingerprint);
         reports_.line(concat("asks-about-key ", e.fingerprint.text()));
     }
-    void on(const chatsecure::MakingIdentity&) {
-        sign_in_.set_busy("Making your identity key \u2026");
-    }
+    void on(const chatsecure::MakingIdentity&) { sign_in_.set_busy("Making your key \u2026"); }
     void on(const chatsecure::LoggedIn& e) {
         for (const std::string& user : e.others) model_.person(user).online = true;
         online_ = true;
@@ -2297,7 +2278,6 @@ class App final : Wishes {
         flags_.form.password = {};  // wiped, as the field's
         sign_in_.forget_password();
         sign_in_.hide();
-        sign_in_.set_busy("");
         main_.show();
         choose("");
         main_.input.take_focus();
@@ -2488,7 +2468,6 @@ class App final : Wishes {
             reports_.line(concat("attention ", where));
         }
         if (added.new_day) reports_.line(concat("day ", day_text(added.time)));
-        if (!reports_.wanted()) return;
         const FileEvent* card = model_.card(added.file);
         reports_.line(card != nullptr
                           ? concat("card ", added.file, " ", visible(card->file.name))
@@ -2669,10 +2648,9 @@ class App final : Wishes {
         if (address.size() > 400)
             return warn(model_.current, "This address is too long to be shown whole: not opened.");
         reports_.line_soon(concat("asks-about-link ", address));
-        if (ask(main_, concat("Open this in your browser?\n", address), "Open", "Cancel"))
-            open(address);
-        else
-            reports_.line("stays");
+        if (!ask(main_, concat("Open this in your browser?\n", address), "Open", "Cancel"))
+            return reports_.line("stays");
+        open(address);
     }
 
     void offer(const std::filesystem::path& path) {
