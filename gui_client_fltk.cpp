@@ -68,8 +68,8 @@ template <std::size_t count>
 using Shades = std::array<std::array<unsigned, count>, 2>;  // light, dark
 constexpr Shades<14> theme{
     {{0xffffff, 0xf3f4f6, 0xffffff, 0x181c22, 0x5c6370, 0xd8dbe0, 0x155cc0, 0xffffff, 0xd6e7ff,
-      0xeff0f3, 0xba1a1a, 0xfdeceb, 0x1e8e3e, 0xa8c7fa},
-     {0x181a1f, 0x21242a, 0x2b2f36, 0xe8eaed, 0xa4aab6, 0x40454e, 0x8ab4f8, 0x101828, 0x26426e,
+      0xeff0f3, 0xba1a1a, 0xfdeceb, 0x146c2e, 0xa8c7fa},
+     {0x181a1f, 0x21242a, 0x2b2f36, 0xe8eaed, 0xa4aab6, 0x40454e, 0x8ab4f8, 0x101828, 0x203a62,
       0x2f333b, 0xff897d, 0x432623, 0x81c995, 0x46608c}}};
 // Those of people: each can be read on the window, and the window's own colour on each.
 constexpr Shades<12> colours_of_people{
@@ -1924,7 +1924,7 @@ class MainWindow : public Fl_Double_Window {
         list.resize(0, 0, list_width(), h() - 46);
         menu_.resize(list_width() - 38, h() - 39, 30, 30);
         state_.labelsize(scaled(small_size));
-        state_.resize(13, h() - 31, list_width() - 54, 34);
+        state_.resize(13, h() - 31, std::max(list_width() - 54, 14), scaled(18));
         // A narrow window shows either the conversation or the details.
         bool conversation = middle() > 0;
         for (Fl_Widget* part : std::initializer_list<Fl_Widget*>{&view, &input, &send_, &send_file_,
