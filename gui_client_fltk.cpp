@@ -5,8 +5,9 @@
 //                         <-- commands --------------- App::send_line, App::press
 //
 // Where to look:
-//      Look                 colours and sizes, light and dark, in one place
-//      Conversation         what was said with one person, or by everyone: the model
+//      ink, theme           colours, light and dark, in one place
+//      Conversation, Model  what there is to show
+//      Wishes               what the windows want done
 //      ConversationView     draw_message, draw_file: where it is drawn; handle: where clicks go
 //      PeopleList           the list on the left
 //      MessageInput         the keys of the input line
@@ -20,9 +21,9 @@
 
 #include <clocale>
 #include <cmath>
-#include <csignal>
 #include <ctime>
 #include <cxxopts.hpp>
+#include <fstream>
 #include <iostream>
 
 #include <FL/Fl.H>
@@ -30,16 +31,23 @@
 #include <FL/Fl_Button.H>
 #include <FL/Fl_Check_Button.H>
 #include <FL/Fl_Double_Window.H>
-#include <FL/Fl_Group.H>
-#include <FL/Fl_Input.H>
-#include <FL/Fl_Menu_Button.H>
+#include <FL/Fl_Menu_Item.H>
 #include <FL/Fl_Multiline_Input.H>
 #include <FL/Fl_Native_File_Chooser.H>
+#include <FL/Fl_RGB_Image.H>
+#include <FL/Fl_Scroll.H>
 #include <FL/Fl_Secret_Input.H>
-#include <FL/Fl_Slider.H>
 #include <FL/filename.H>
 #include <FL/fl_ask.H>
 #include <FL/fl_draw.H>
+#if !defined(_WIN32) && !defined(__APPLE__)
+#define CHATSECURE_X11
+#if FL_MINOR_VERSION >= 4
+#include <FL/platform.H>
+#else
+#include <FL/x.H>
+#endif
+#endif
 
 namespace {
 
@@ -49,62 +57,145 @@ using Time = std::chrono::system_clock::time_point;
 
 // ---- How it looks: set here and nowhere else ----------------------------------------------------
 
-struct Rgb {
-    unsigned char r, g, b;
-    Fl_Color color() const { return fl_rgb_color(r, g, b); }
-};
-struct Look {
-    Rgb window, panel, field, text, quiet, line, accent, on_accent, own, other, warning, online;
-};
-constexpr Look light_look{{255, 255, 255}, {243, 244, 246}, {255, 255, 255}, {24, 28, 34},
-                          {92, 99, 112},   {216, 219, 224}, {25, 103, 210},  {255, 255, 255},
-                          {214, 231, 255}, {239, 240, 243}, {186, 26, 26},   {30, 142, 62}};
-constexpr Look dark_look{{24, 26, 31},    {33, 36, 42}, {43, 47, 54},    {232, 234, 237},
-                         {154, 160, 172}, {64, 69, 78}, {138, 180, 248}, {16, 24, 40},
-                         {38, 66, 110},   {47, 51, 59}, {255, 137, 125}, {129, 201, 149}};
+// A colour is a place in FLTK's own table of colours. Another theme is another content of that
+// table and one redraw: no widget has to be told.
+namespace ink {
+constexpr Fl_Color window = 16, panel = 17, field = 18, text = 19, quiet = 20, line = 21,
+                   accent = 22, on_accent = 23, own = 24, other = 25, warning = 26, alarm = 27,
+                   online = 28, selected = 29;  // FLTK leaves us 16 to 31
+}
+template <std::size_t count>
+using Shades = std::array<std::array<unsigned, count>, 2>;  // light, dark
+constexpr Shades<14> theme{
+    {{0xffffff, 0xf3f4f6, 0xffffff, 0x181c22, 0x5c6370, 0xd8dbe0, 0x155cc0, 0xffffff, 0xd6e7ff,
+      0xeff0f3, 0xba1a1a, 0xfdeceb, 0x146c2e, 0xa8c7fa},
+     {0x181a1f, 0x21242a, 0x2b2f36, 0xe8eaed, 0xa4aab6, 0x40454e, 0x8ab4f8, 0x101828, 0x203a62,
+      0x2f333b, 0xff897d, 0x432623, 0x81c995, 0x46608c}}};
+// Those of people: each can be read on the window, and the window's own colour on each.
+constexpr Shades<12> colours_of_people{
+    {{0xb3261e, 0x9c4a08, 0x7a5c00, 0x4d6b00, 0x1b7a34, 0x00766c, 0x00708f, 0x1967d2, 0x4a52c8,
+      0x8430ce, 0xa8268f, 0xb80657},
+     {0xf28b82, 0xfcad70, 0xf0c75e, 0xc5d86d, 0x81c995, 0x6fd6c6, 0x78d9ec, 0x8ab4f8, 0xa9b1ff,
+      0xc58af9, 0xf29be8, 0xff8bb0}}};
 
-bool dark = false;
-const Look& look() { return dark ? dark_look : light_look; }
+// The two things about the looks that a user chooses.
+struct Style {
+    bool dark = false;
+    int zoom = 100;  // of letters, in per cent
+} style;
 
 constexpr int text_size = 15, small_size = 12, title_size = 18, gap = 8;
-constexpr int list_width = 200, details_width = 250;
+constexpr int number_size = 17, details_width = 300;
+constexpr Fl_Font plain = FL_HELVETICA, bold = FL_HELVETICA_BOLD, fixed_pitch = FL_COURIER;
+
+constexpr int smallest_zoom = 70, largest_zoom = 200;
+int scaled(int pixels) { return pixels * style.zoom / 100; }
+
+Fl_Color colour_of(const std::string& person) {
+    const auto& colours = colours_of_people[style.dark ? 1 : 0];
+    return colours[chatsecure::person_colour(person, colours.size())] << 8;
+}
+
+// Fills the table; FLTK's own widgets (menus, check marks, the file chooser) take from it as well.
+void set_theme() {
+    Fl_Color place = ink::window;
+    for (unsigned shade : theme[style.dark ? 1 : 0]) Fl::set_color(place++, shade << 8);
+    auto copy = [](Fl_Color from, auto to) {
+        unsigned char r = 0, g = 0, b = 0;
+        Fl::get_color(from, r, g, b), to(r, g, b);
+    };
+    copy(ink::panel, Fl::background);
+    copy(ink::field, Fl::background2);
+    copy(ink::text, Fl::foreground);
+    copy(ink::accent, [](auto... rgb) { Fl::set_color(FL_SELECTION_COLOR, rgb...); });
+}
 
 // ---- Small pieces of drawing --------------------------------------------------------------------
 
-void use_font(int size, bool bold = false) {
-    fl_font(bold ? FL_HELVETICA_BOLD : FL_HELVETICA, size);
+void use_font(int size, Fl_Font font = plain) { fl_font(font, scaled(size)); }
+
+// A disc with a soft edge, which X11 cannot draw: made once for each size and colour.
+Fl_Image& disc(int diameter, Fl_Color colour) {
+    static std::map<std::pair<int, unsigned>, std::unique_ptr<Fl_Image>> made;
+    unsigned char r = 0, g = 0, b = 0;
+    Fl::get_color(colour, r, g, b);
+    std::unique_ptr<Fl_Image>& image = made[{diameter, r << 16 | g << 8 | b}];
+    if (image) return *image;
+    std::vector<unsigned char> pixels;
+    double radius = diameter / 2.0;
+    for (int y = 0; y < diameter; ++y)
+        for (int x = 0; x < diameter; ++x) {
+            double far = std::hypot(x + 0.5 - radius, y + 0.5 - radius);
+            double cover = std::clamp(radius - far + 0.5, 0.0, 1.0);
+            pixels.insert(pixels.end(), {r, g, b, static_cast<unsigned char>(cover * 255)});
+        }
+    image.reset(Fl_RGB_Image(pixels.data(), diameter, diameter, 4).copy());
+    return *image;
 }
 
-// A filled rectangle with round corners.
-void draw_round(int x, int y, int w, int h, int radius, Rgb colour) {
-    fl_color(colour.color());
-    int d = 2 * std::min({radius, w / 2, h / 2});
-    fl_rectf(x, y + d / 2, w, h - d);
-    fl_rectf(x + d / 2, y, w - d, h);
-    for (int cx : {x, x + w - d})
-        for (int cy : {y, y + h - d}) fl_pie(cx, cy, d, d, 0, 360);
+// A filled rectangle with round corners: its corners are quarters of a disc.
+void draw_round(int x, int y, int w, int h, int radius, Fl_Color colour) {
+    int r = std::max(std::min({radius, w / 2, h / 2}), 0);
+    fl_color(colour);
+    fl_rectf(x, y + r, w, h - 2 * r);
+    fl_rectf(x + r, y, w - 2 * r, r);
+    fl_rectf(x + r, y + h - r, w - 2 * r, r);
+    if (r == 0) return;
+    for (int right : {0, 1})
+        for (int low : {0, 1})
+            disc(2 * r, colour)
+                .draw(x + right * (w - r), y + low * (h - r), r, r, right * r, low * r);
+}
+void draw_disc(int x, int y, int diameter, Fl_Color colour) { disc(diameter, colour).draw(x, y); }
+
+// Takes the first letter of `text`, which must not be empty.
+std::string_view take_letter(std::string_view& text) {
+    std::string_view before = text;
+    chatsecure::take_code_point(text);
+    return before.substr(0, before.size() - text.size());
 }
 
-int width_of(std::string_view text) {
-    return static_cast<int>(std::ceil(fl_width(text.data(), static_cast<int>(text.size()))));
+// Emoji come from a font of their own: FLTK 1.3 takes all letters of a text from one font, and
+// those for letters have boxes for them. `draw` gets the pieces of a text, each with its font set.
+constexpr Fl_Font emoji_font = FL_FREE_FONT;
+bool is_emoji(char32_t point) { return point >= 0x1f000 && point <= 0x1faff; }
+template <class Draw>
+void for_each_run(std::string_view text, const Draw& draw) {
+    auto four_bytes = [](char c) { return static_cast<unsigned char>(c) >= 0xf0; };
+    if (std::none_of(text.begin(), text.end(), four_bytes)) return draw(text);
+    Fl_Font font = fl_font();
+    std::string_view left = text;
+    bool emoji = false;
+    auto put = [&](std::size_t bytes) {
+        fl_font(emoji ? emoji_font : font, fl_size());
+        if (bytes > 0) draw(text.substr(0, bytes));
+        text.remove_prefix(bytes);
+    };
+    while (!left.empty()) {
+        std::size_t before = left.size();
+        char32_t point = chatsecure::take_code_point(left);
+        bool joins = point == 0xfe0f || point == 0x200d;  // belongs to the emoji before it
+        if (is_emoji(point) != emoji && !joins) put(text.size() - before);
+        if (!joins) emoji = is_emoji(point);
+    }
+    put(text.size());
+    fl_font(font, fl_size());
 }
+double measure(std::string_view text) {
+    double width = 0;
+    for_each_run(text, [&](std::string_view run) {
+        width += fl_width(run.data(), static_cast<int>(run.size()));
+    });
+    return width;
+}
+int width_of(std::string_view text) { return static_cast<int>(std::ceil(measure(text))); }
 
-// `text`, or as much of it as fits, with an ellipsis. In the current font.
+// `text`, or about as much of it as fits, with an ellipsis. In the current font.
 std::string fitting(std::string_view text, int width) {
     if (width_of(text) <= width) return std::string(text);
     std::string part;
-    for (std::string_view left = text; !left.empty();) {
-        std::string_view before = left;
-        chatsecure::take_code_point(left);
-        std::string longer = part + std::string(before.substr(0, before.size() - left.size()));
-        if (width_of(longer + "\u2026") > width) break;
-        part = longer;
-    }
+    while (width_of(concat(part, text.substr(0, 4), "\u2026")) < width) part += take_letter(text);
     return part + "\u2026";
-}
-void draw_text(std::string_view text, int x, int y, int width) {
-    std::string part = fitting(text, width);
-    fl_draw(part.data(), static_cast<int>(part.size()), x, y);
 }
 
 // FLTK 1.3 draws Hebrew and Arabic letters from left to right. This turns each run of them (with
@@ -121,9 +212,9 @@ std::string in_drawing_order(std::string_view text) {
         spaces.clear();
     };
     while (!text.empty()) {
-        std::string_view before = text;
-        char32_t point = chatsecure::take_code_point(text);
-        std::string letter(before.substr(0, before.size() - text.size()));
+        std::string letter(take_letter(text));
+        std::string_view left = letter;
+        char32_t point = chatsecure::take_code_point(left);
         bool leftward = (point >= 0x590 && point <= 0x8ff) ||
                         (point >= 0xfb1d && point <= 0xfdff) ||
                         (point >= 0xfe70 && point <= 0xfeff);
@@ -142,77 +233,57 @@ std::string in_drawing_order(std::string_view text) {
 #endif
 }
 
-// Where lines of `text` begin and end, if they are at most `width` wide in the current font. Lines
-// break at spaces: as many words as fit are taken, each measured once. A line whose first word
-// already is too long (nothing was taken) is filled letter by letter.
+// Draws in the current font and colour; the second one only what fits.
+void draw_at(std::string_view text, int x, int y) {
+    double at = x;
+    for_each_run(in_drawing_order(text), [&](std::string_view run) {
+        fl_draw(run.data(), static_cast<int>(run.size()), static_cast<int>(at), y);
+        at += fl_width(run.data(), static_cast<int>(run.size()));
+    });
+}
+void draw_text(std::string_view text, int x, int y, int width) {
+    draw_at(fitting(text, width), x, y);
+}
+
+// Where lines of `text` begin and end, if they are at most `width` wide in the current font. They
+// break at spaces; a word that is too long for a line, between two letters.
 struct Span {
     std::size_t begin = 0, end = 0;
 };
 std::vector<Span> wrap(std::string_view text, int width) {
     std::vector<Span> lines;
-    std::size_t begin = 0;
-    auto put_paragraph = [&](std::size_t end) {
-        while (begin < end) {
-            std::size_t last = begin, at = begin;  // `last`: the end of what fits, at a space
-            double used = 0;
-            bool full = false;
-            while (at < end && !full) {
-                std::size_t word_end = std::min(text.find(' ', at), end);
-                // Measuring a word of 32 KiB anew for each of its lines would take long.
-                bool endless = word_end - at > 1000;
-                double word =
-                    endless ? 0 : fl_width(text.data() + at, static_cast<int>(word_end - at));
-                if (endless || used + word > width) {
-                    full = true;
-                } else {
-                    last = word_end;
-                    used += word + fl_width(" ", 1);
-                    at = std::min(word_end + 1, end);
-                    if (word_end == end) last = at = end;
-                }
-            }
-            if (last == begin && full) {
-                std::string_view left = text.substr(begin, end - begin);
-                used = 0;
-                while (!left.empty()) {
-                    std::string_view before = left;
-                    chatsecure::take_code_point(left);
-                    std::size_t bytes = before.size() - left.size();
-                    used += fl_width(before.data(), static_cast<int>(bytes));
-                    if (used > width && last > begin) break;
-                    last += bytes;
-                }
-            }
-            lines.push_back({begin, last});
-            begin = last;
-            while (begin < end && text[begin] == ' ') ++begin;
+    for (std::size_t begin = 0;;) {
+        std::size_t at = begin, end = begin, next = begin;  // `end`: after the last whole word
+        double used = 0;
+        while (at < text.size() && text[at] != '\n') {
+            if (text[at] == ' ' && at > begin) next = 1 + (end = at);
+            std::string_view left = text.substr(at), letter = take_letter(left);
+            used += measure(letter);
+            if (used > width && at > begin) break;
+            at += letter.size();
         }
-    };
-    for (;;) {
-        std::size_t end = std::min(text.find('\n', begin), text.size());
-        if (begin == end) lines.push_back({begin, end});
-        put_paragraph(end);
-        if (end == text.size()) return lines;
-        begin = end + 1;
+        bool is_last = at == text.size();
+        if (is_last || text[at] == '\n') {
+            lines.push_back({begin, at});
+            if (is_last) return lines;
+            begin = at + 1;
+        } else {
+            if (next == begin) next = end = at;
+            lines.push_back({begin, end});
+            begin = std::min(text.find_first_not_of(' ', next), text.size());
+        }
     }
 }
 
 // What somebody wrote, safe to draw: line ends stay, everything else that could drive is visible.
 std::string shown(std::string_view text) {
     std::string out;
-    for (bool more = true; more;) {
-        std::size_t end = text.find('\n');
-        more = end != text.npos;
-        out += visible(text.substr(0, end));
-        if (more) {
-            out += '\n';
-            text.remove_prefix(end + 1);
-        }
-    }
-    return out;
+    for (std::size_t end; (end = text.find('\n')) != text.npos; text.remove_prefix(end + 1))
+        out += visible(text.substr(0, end)) + '\n';
+    return out + visible(text);
 }
 
-std::string clock_text(Time time) {
+std::string time_text(Time time, const char* format) {
     std::time_t seconds = std::chrono::system_clock::to_time_t(time);
     std::tm local{};
 #ifdef _WIN32
@@ -220,42 +291,60 @@ std::string clock_text(Time time) {
 #else
     localtime_r(&seconds, &local);
 #endif
-    std::array<char, 16> text{};
-    std::strftime(text.data(), text.size(), "%H:%M", &local);
+    std::array<char, 64> text{};
+    std::strftime(text.data(), text.size(), format, &local);
     return text.data();
 }
+std::string clock_text(Time time) { return time_text(time, "%H:%M"); }
+std::string day_text(Time time) { return time_text(time, "%A, %e %B %Y"); }
 
-// After a click: the keyboard stays with whom it was, for whoever types goes on typing.
-void leave_focus(Fl_Widget* before) {
-    if (before != nullptr && before != Fl::focus() && before->visible_r() != 0)
-        before->take_focus();
+// Everybody has a face: the first letter of the name in the person's colour.
+void draw_avatar(const std::string& name, int x, int y, int size) {
+    draw_disc(x, y, size, name.empty() ? ink::accent : colour_of(name));
+    fl_color(name.empty() ? ink::on_accent : ink::window);
+    fl_font(bold, size / 2);
+    char letter = name.empty() ? '*' : name[0];
+    if (letter >= 'a' && letter <= 'z') letter = static_cast<char>(letter - 32);
+    fl_draw(std::string(1, letter).c_str(), x, y, size, size, FL_ALIGN_CENTER, nullptr, 0);
+}
+
+// A method as FLTK's callback: widget.callback(call<&SignIn::submit>, this).
+template <class T>
+T class_of(void (T::*)());
+template <auto method>
+void call(Fl_Widget*, void* self) {
+    (static_cast<decltype(class_of(method))*>(self)->*method)();
+}
+
+// The face of a button, in the current font: flat, with round corners.
+void draw_face(int x, int y, int w, int h, const std::string& label, bool important, bool focus,
+               bool pressed = false, bool active = true) {
+    int edge = focus ? 2 : 1;
+    Fl_Color face = important ? ink::accent : active ? ink::field : ink::panel;
+    draw_round(x, y, w, h, 6, focus ? ink::text : important ? ink::accent : ink::line);
+    draw_round(x + edge, y + edge, w - 2 * edge, h - 2 * edge, 5, pressed ? ink::line : face);
+    fl_color(!active ? ink::quiet : important ? ink::on_accent : ink::text);
+    std::string text = fitting(label, w - gap);
+    fl_draw(text.c_str(), x, y, w, h, FL_ALIGN_CENTER, nullptr, 0);
 }
 
 // A flat button with round corners. Tab reaches it, Space and Enter press it.
 class Button : public Fl_Button {
   public:
-    Button(int x, int y, int w, int h, const std::string& label, std::function<void()> press,
-           bool important = false)
-        : Fl_Button(x, y, w, h), press_(std::move(press)), important_(important) {
+    Button(const std::string& label, std::function<void()> press, bool important = false)
+        : Fl_Button(0, 0, 0, 0), press_(std::move(press)), important_(important) {
         copy_label(label.c_str());
         box(FL_NO_BOX);
         callback([](Fl_Widget* self, void*) { static_cast<Button*>(self)->press_(); });
     }
-    void draw() override {
-        const Look& l = look();
-        bool strong = important_ && active_r();
-        draw_round(x(), y(), w(), h(), 6,
-                   Fl::focus() == this ? l.text
-                   : strong            ? l.accent
-                                       : l.line);
-        draw_round(x() + 1, y() + 1, w() - 2, h() - 2, 5,
-                   value() != 0 ? l.line
-                   : strong     ? l.accent
-                                : l.field);
-        fl_color((!active_r() ? l.line : strong ? l.on_accent : l.text).color());
+    int wanted_width() const {
         use_font(text_size - 1);
-        std::string text = fitting(label(), w() - 2 * gap);
-        fl_draw(text.c_str(), x(), y(), w(), h(), FL_ALIGN_CENTER, nullptr, 0);
+        return width_of(label()) + 3 * gap;
+    }
+    void draw() override {
+        use_font(text_size - 1);
+        draw_face(x(), y(), w(), h(), label(), important_ && active_r(), Fl::focus() == this,
+                  value() != 0, active_r() != 0);
     }
     int handle(int event) override {
         if (event == FL_KEYBOARD && Fl::focus() == this &&
@@ -263,10 +352,9 @@ class Button : public Fl_Button {
             press_();
             return 1;
         }
-        Fl_Widget* focus = Fl::focus();
-        int handled = Fl_Button::handle(event);
-        if (event == FL_PUSH) leave_focus(focus);
-        return handled;
+        // After a click the keyboard stays with whom it was, for whoever types goes on typing.
+        if (event == FL_FOCUS && Fl::event() == FL_PUSH) return 0;
+        return Fl_Button::handle(event);
     }
 
   private:
@@ -274,45 +362,55 @@ class Button : public Fl_Button {
     bool important_;
 };
 
+// A field of FLTK that is drawn anew when the focus comes or goes: its box shows it. Its label is
+// what tests call it; nobody sees that.
+template <class Input>
+class InputField : public Input {
+  public:
+    explicit InputField(const char* name) : Input(0, 0, 0, 0, name) {
+        this->labeltype(FL_NO_LABEL);
+    }
+    int handle(int event) override {
+        if (event == FL_FOCUS || event == FL_UNFOCUS) this->redraw();
+        return Input::handle(event);
+    }
+};
+
 // The keys that mean the same wherever the focus stands.
 bool is_window_key() {
     int key = Fl::event_key();
     return (Fl::event_state() & (FL_CTRL | FL_COMMAND)) != 0 &&
-           (key == FL_Page_Up || key == FL_Page_Down || key == 'o' || key == 'd');
+           (key == FL_Page_Up || key == FL_Page_Down || key == 'o' || key == 'd' || key == 'q' ||
+            key == '+' || key == '=' || key == '-' || key == '0' || key == FL_KP + '+' ||
+            key == FL_KP + '-');
 }
 
-// The one menu. It has a box, although none is drawn: FLTK opens a menu without a box with the
-// right mouse button only.
-class MenuButton : public Fl_Menu_Button {
-  public:
-    MenuButton(int x, int y, int w, int h) : Fl_Menu_Button(x, y, w, h) { box(FL_FLAT_BOX); }
-    void draw() override {
-        const Look& l = look();
-        bool focus = Fl::focus() == this;
-        draw_round(x(), y(), w(), h(), 6, focus ? l.text : l.panel);
-        if (focus) draw_round(x() + 1, y() + 1, w() - 2, h() - 2, 5, l.field);
-        fl_color(l.quiet.color());
-        use_font(title_size);
-        fl_draw("\u2261", x(), y(), w(), h(), FL_ALIGN_CENTER, nullptr, 0);
-    }
-    int handle(int event) override {
-        Fl_Widget* focus = Fl::focus();
-        int handled = Fl_Menu_Button::handle(event);
-        if (event == FL_PUSH) leave_focus(focus);
-        return handled;
-    }
+// A menu, with its left edge at x and its lower edge (upwards) or its upper one at y. What is
+// chosen is done; meanwhile the chat goes on.
+struct MenuLine {
+    std::string label;
+    std::function<void()> act;
+    int flags = 0;
 };
+void pop_up(const std::vector<MenuLine>& lines, int x, int y, bool upwards = false) {
+    std::vector<Fl_Menu_Item> items;
+    for (const MenuLine& line : lines) {
+        Fl_Menu_Item item{};
+        item.text = line.label.c_str();
+        item.flags = line.flags;
+        item.labelfont_ = plain;
+        item.labelsize_ = scaled(text_size - 1);
+        item.labelcolor_ = ink::text;
+        items.push_back(item);
+    }
+    items.push_back({});
+    use_font(text_size - 1);
+    int height = static_cast<int>(lines.size()) * (fl_height() + 4) + 8;
+    const Fl_Menu_Item* chosen = items.front().popup(x, upwards ? y - height : y);
+    if (chosen != nullptr) lines[static_cast<std::size_t>(chosen - items.data())].act();
+}
 
-// ---- The model ----------------------------------------------------------------------------------
-
-struct FileCard {
-    enum class State { offered, moving, interrupted, done, stopped } state = State::offered;
-    chatsecure::FileInfo file;
-    std::uint64_t done = 0;
-    double bytes_per_second = 0;
-    std::string note;            // why it stopped
-    std::filesystem::path path;  // where it is
-};
+// ---- The model: what there is to show -----------------------------------------------------------
 
 struct Entry {
     enum class Kind { message, system, warning, file } kind = Kind::message;
@@ -323,10 +421,12 @@ struct Entry {
     std::optional<chatsecure::Delivery> state{};  // and what has become of it
     std::string reason{};                         // for what it waits
     bool first = true;                            // of a group by one sender
-    unsigned file = 0;                            // number of a FileCard
-    int laid_out_for = -1;                        // the width that `lines` is for
-    std::vector<Span> lines{};
+    bool new_day = true;                          // the entry before is of another one
+    unsigned file = 0;                            // number of a file
+    int laid_out_for = -1;                        // the width that `lines` and `links` are for
+    std::vector<Span> lines{}, links{};
     int widest = 0;  // of the lines
+    bool is_said() const { return kind == Kind::message || kind == Kind::file; }
 };
 
 // What was said with one person, or by everyone (then the name is empty).
@@ -338,11 +438,19 @@ struct Conversation {
     std::map<std::uint64_t, std::size_t> open;  // our messages that go on: id, number of the entry
     unsigned unread = 0;
     bool online = false, verified = false, trusted = true, ignored = false;
+    std::string draft;  // what is half typed, while another conversation is shown
+    std::optional<chatsecure::IdentityChanged> changed;  // and it was not trusted since
+    std::optional<chatsecure::SafetyNumber> number;
+    bool number_asked = false;  // once, until something has happened
+
+    // The safety number is that of the identity that somebody has now.
+    bool knows_number() const { return number && (!changed || number->theirs == changed->seen); }
 
     Entry& add(Entry entry) {
         if (!entries.empty()) {
             const Entry& last = entries.back();
-            entry.first = last.kind != entry.kind || last.from != entry.from ||
+            entry.new_day = day_text(last.time) != day_text(entry.time);
+            entry.first = entry.new_day || !last.is_said() || last.from != entry.from ||
                           entry.time - last.time > std::chrono::minutes(5);
         }
         if (entry.id != 0) open.emplace(entry.id, dropped + entries.size());
@@ -354,87 +462,236 @@ struct Conversation {
         }
         return entries.back();
     }
-    // Marks a message of our own, if it is still here.
-    void mark(const chatsecure::DeliveryChanged& e) {
+    // Marks a message of our own, if it is still here. Gives its text if it has failed.
+    std::string mark(const chatsecure::DeliveryChanged& e) {
         using enum chatsecure::Delivery;
         auto found = open.find(e.id);
-        if (found == open.end()) return;
+        if (found == open.end()) return "";
         Entry& entry = entries[found->second - dropped];
         entry.state = e.state;
         entry.reason = e.state == waiting ? visible(e.reason) : "";
         if (e.state == delivered || e.state == failed || (e.state == sent && name.empty()))
             open.erase(found);
+        return e.state == failed ? entry.text : "";
     }
     std::string title() const { return name.empty() ? "Everyone" : name; }
 };
 
-// What stands beside a message of our own: nothing for the moment until it is known.
-const char* mark_of(const std::optional<chatsecure::Delivery>& state) {
-    return state ? chatsecure::delivery_mark(*state) : "";
+using chatsecure::FileEvent;
+bool has_bar(const FileEvent& card) {
+    using enum FileEvent::Phase;
+    return card.phase == queued || card.phase == started || card.phase == progress ||
+           card.phase == interrupted;
 }
 
-enum class Action { accept, decline, cancel, open_folder };
+// What can be done with something in a conversation: a file's card, or a link.
+enum class Action { save, decline, cancel, open, open_folder, open_link };
 const char* label_of(Action action) {
-    switch (action) {
-        case Action::accept:
-            return "Accept";
-        case Action::decline:
-            return "Decline";
-        case Action::cancel:
-            return "Cancel";
-        case Action::open_folder:
-            return "Open folder";
-    }
-    return "";
+    constexpr std::array<const char*, 6> labels{"Save", "Decline",     "Cancel",
+                                                "Open", "Open folder", "Link"};
+    return labels[static_cast<std::size_t>(action)];
 }
+std::vector<Action> actions_of(const FileEvent& card) {
+    using enum FileEvent::Phase;
+    if (card.phase == offered) return {Action::save, Action::decline};
+    if (card.phase == stopped) return {};
+    if (card.phase != finished) return {Action::cancel};
+    if (card.file.sending) return {};
+    return {Action::open, Action::open_folder};
+}
+
+class Model {
+  public:
+    std::map<std::string, Conversation> conversations{{"", {}}};  // by name
+    std::string current;                                          // the one that is shown
+
+    const Conversation& shown() const { return conversations.at(current); }
+    Conversation& person(const std::string& user) {
+        if (conversations.size() >= forget_at_) forget_strangers();
+        Conversation& c = conversations[user];
+        c.name = user;
+        return c;
+    }
+    Conversation* find(const std::string& user) {
+        auto found = conversations.find(user);
+        return found == conversations.end() ? nullptr : &found->second;
+    }
+    // Everyone first, then who is online, then the rest; by name.
+    std::vector<const Conversation*> rows() const {
+        std::vector<const Conversation*> rows;
+        for (const auto& [name, c] : conversations) rows.push_back(&c);
+        std::stable_sort(rows.begin(), rows.end(), [](const auto* a, const auto* b) {
+            auto rank = [](const Conversation* c) {
+                return c->name.empty() ? 0 : c->online ? 1 : 2;
+            };
+            return rank(a) < rank(b);
+        });
+        return rows;
+    }
+    std::vector<std::string> online() const {
+        std::vector<std::string> names;
+        for (const auto& [name, c] : conversations)
+            if (!name.empty() && c.online) names.push_back(name);
+        return names;
+    }
+    void all_offline() {
+        for (auto& [name, c] : conversations) c.online = false;
+    }
+    unsigned unread() const {
+        unsigned sum = 0;
+        for (const auto& [name, c] : conversations) sum += c.unread;
+        return sum;
+    }
+    std::string subtitle() const {
+        const Conversation& c = shown();
+        if (current.empty()) {
+            std::size_t here = online().size();
+            return here == 0   ? "nobody else is online"
+                   : here == 1 ? "one other person is online"
+                               : concat(here, " others are online");
+        }
+        return concat(c.online ? "online" : "offline",
+                      !c.trusted   ? " \u00b7 identity has changed"
+                      : c.verified ? " \u00b7 verified"
+                                   : "",
+                      c.ignored ? " \u00b7 ignored" : "");
+    }
+
+    // What is known last of a file. Those of long ago go, as messages do.
+    void set_card(const FileEvent& e) {
+        if (cards_.size() > Conversation::scrollback)
+            std::erase_if(cards_, [](const auto& card) { return actions_of(card.second).empty(); });
+        cards_[e.file.number] = e;
+    }
+    const FileEvent* card(unsigned number) const {
+        auto found = cards_.find(number);
+        return found == cards_.end() ? nullptr : &found->second;
+    }
+    bool is_any_moving() const {
+        return std::any_of(cards_.begin(), cards_.end(),
+                           [](const auto& card) { return has_bar(card.second); });
+    }
+
+  private:
+    // Those who have left and never said a word: a server may announce names without end.
+    void forget_strangers() {
+        std::erase_if(conversations, [&](const auto& entry) {
+            const auto& [name, c] = entry;
+            return !name.empty() && name != current && !c.online && c.trusted && c.entries.empty();
+        });
+        forget_at_ = 2 * conversations.size() + 1000;
+    }
+    std::size_t forget_at_ = 5000;         // so many are too many
+    std::map<unsigned, FileEvent> cards_;  // by number
+};
+
+std::string describe(const FileEvent& card) {
+    using enum FileEvent::Phase;
+    using chatsecure::readable_size;
+    std::string size = readable_size(card.file.size), point = " \u00b7 ";
+    if (card.phase == offered) return concat(card.file.user, " offers a file", point, size);
+    if (card.phase == offer_sent) return concat(size, point, "waits for ", card.file.user);
+    if (card.phase == interrupted || card.phase == stopped)
+        return concat(size, point, visible(card.sentence));
+    if (card.phase == finished)
+        return card.file.sending
+                   ? concat("Sent \u2713", point, size)
+                   : concat("Saved \u2713", point, size, point, visible(card.path.string()));
+    if (card.bytes_per_second < 1) return size;
+    auto rate = static_cast<std::uint64_t>(card.bytes_per_second);
+    return concat(readable_size(card.done), " of ", size, point, readable_size(rate), "/s", point,
+                  chatsecure::time_left(card.file.size - card.done, card.bytes_per_second));
+}
+
+// ---- What the windows want done -----------------------------------------------------------------
+
+struct SignInForm {
+    std::string server, user;
+    chatsecure::SecretBytes password;
+    bool register_account = false;
+};
+
+// The App does it.
+class Wishes {
+  public:
+    virtual void submit(const SignInForm& form) = 0;
+    virtual void answer_key(bool accept) = 0;
+    virtual void choose(const std::string& name) = 0;     // a conversation
+    virtual bool send_line(const std::string& line) = 0;  // false: not taken
+    virtual void reply(const std::string& user) = 0;
+    virtual void press(Action action, unsigned file) = 0;
+    virtual void open_link(const std::string& address) = 0;
+    virtual void drop_files(const std::string& text) = 0;  // addresses or paths, one a line
+    virtual void send_file() = 0;
+    virtual void toggle_details() = 0;
+    virtual void settle() = 0;  // the identity that Details shows was compared
+    virtual void zoom(int by) = 0;
+    virtual std::vector<MenuLine> menu() = 0;
+    virtual void close() = 0;
+    virtual void drawn() = 0;  // the places of things may have changed
+
+  protected:
+    ~Wishes() = default;
+};
 
 // ---- The conversation in the middle -------------------------------------------------------------
 //
 // Only what is visible is ever laid out and drawn, from an anchor: the newest entry at the bottom,
 // or, while somebody reads back, a certain entry at the top. So a message costs the same whether it
 // is the tenth or the fifty-thousandth, and a resize re-wraps one screenful.
+//
+//      | edge   text_edge                                          |
+//      | (B)    bob  10:32                                         |
+//      |        [ a bubble         ]                               |
+//      |                                          [ one of ours  ] |
 
-class ConversationView : public Fl_Group {
-  public:
-    struct Owner {
-        std::function<const FileCard*(unsigned)> card;
-        std::function<void(Action, unsigned)> act;
-        std::function<void(const std::string&)> drop_files;  // addresses or paths, one a line
-    };
-
-    ConversationView(int x, int y, int w, int h, Owner owner)
-        : Fl_Group(x, y, w, h),
-          bar_(FL_VERT_SLIDER, x + w - bar_width, y, bar_width, h, nullptr),
-          owner_(std::move(owner)) {
-        end();
-        box(FL_NO_BOX);
-        bar_.box(FL_FLAT_BOX);
-        bar_.slider(FL_FLAT_BOX);
-        bar_.step(1);
-        bar_.clear_visible_focus();
-        bar_.callback(
-            [](Fl_Widget* bar, void* self) {
-                static_cast<ConversationView*>(self)->scroll_to(
-                    static_cast<std::size_t>(static_cast<Fl_Slider*>(bar)->value()));
-            },
-            this);
+// Where the links of a text are. Only what a browser takes, and only ASCII: a letter of another
+// alphabet in an address may look like one of ours and lead elsewhere.
+std::vector<Span> find_links(std::string_view text) {
+    std::vector<Span> links;
+    for (std::size_t at = 0; (at = text.find("http", at)) != text.npos;) {
+        std::string_view rest = text.substr(at);
+        std::size_t host = rest.starts_with("https://") ? 8 : rest.starts_with("http://") ? 7 : 0;
+        auto ends = [](char c) { return c <= ' ' || c > '~' || c == '<' || c == '>' || c == '"'; };
+        auto size =
+            static_cast<std::size_t>(std::find_if(rest.begin(), rest.end(), ends) - rest.begin());
+        while (size > 0 && std::string_view(".,;:!?)]}'").find(rest[size - 1]) != text.npos) --size;
+        if (host > 0 && size > host) links.push_back({at, at + size});
+        at += std::max<std::size_t>(size, 4);
     }
+    return links;
+}
+
+class ConversationView : public Fl_Widget {
+  public:
+    // Something that can be pressed: a button of a card (by the card's number: cards come and go,
+    // and nobody shall accept a file by pressing Enter for another one), or a link (by the number
+    // of its entry, and where in its text it begins).
+    struct Target {
+        Action action{};
+        std::size_t number = 0, at = 0;
+        friend bool operator==(const Target&, const Target&) = default;
+    };
+    ConversationView(Model& model, Wishes& wishes)
+        : Fl_Widget(0, 0, 0, 0, "view"),
+          model_(model),
+          wishes_(wishes),
+          conversation_(&model.person("")) {}
 
     void show_conversation(Conversation* conversation) {
         conversation_ = conversation;
         dropped_ = conversation->dropped;
-        at_end_ = true;
-        newer_ = 0;
+        jump_to_end();
         selecting_ = false;
         selection_.reset();
         focused_.reset();
         rows_.clear();
         places_.clear();
-        redraw();
     }
-    // Something was added to the conversation; perhaps its oldest entry is gone for that.
-    void update() {
-        if (conversation_ == nullptr) return;
+    // Something was added to the conversation; perhaps its oldest entry is gone for that. Whoever
+    // writes wants to see it.
+    void update(bool own) {
+        if (own) jump_to_end();
         if (!at_end_) ++newer_;
         for (; dropped_ < conversation_->dropped; ++dropped_) {
             if (top_ == 0) above_ = 0;
@@ -444,86 +701,85 @@ class ConversationView : public Fl_Group {
     }
     bool is_at_end() const { return at_end_; }
 
-    // Where the buttons of the cards are: for the keyboard, and for tests.
+    // Where the buttons and links are: for the mouse, the keyboard, and for tests.
     struct Place {
-        Action action;
-        unsigned file;
+        Target target;
         int x, y, w, h;
+        bool holds(int px, int py) const { return px >= x && px < x + w && py >= y && py < y + h; }
     };
-    const std::vector<Place>& places() const { return places_; }
-
-    void resize(int x, int y, int w, int h) override {
-        Fl_Widget::resize(x, y, w, h);
-        bar_.resize(x + w - bar_width, y, bar_width, h);
+    // By name, for tests; and where texts begin.
+    std::vector<std::pair<std::string, Place>> places() const {
+        std::vector<std::pair<std::string, Place>> all;
+        for (const Place& place : places_)
+            all.emplace_back(concat(label_of(place.target.action), "-", place.target.number),
+                             place);
+        for (const Row& row : rows_)
+            if (row.begin == 0 && row.entry >= conversation_->dropped)
+                all.emplace_back("text " + chatsecure::visible(entry_of(row.entry).text),
+                                 Place{{}, row.x, row.y, 2 * gap, row.h});
+        return all;
     }
 
     void draw() override {
-        const Look& l = look();
+        bool was_at_end = at_end_;
         fl_push_clip(x(), y(), w(), h());
-        fl_color(l.window.color());
+        fl_color(ink::window);
         fl_rectf(x(), y(), w(), h());
         places_.clear();
         rows_.clear();
         jump_ = {};
-        if (conversation_ != nullptr && !conversation_->entries.empty()) draw_entries();
+        fl_push_clip(x(), y(), w(), room());
+        draw_entries();
+        auto is_said = [](const Entry& entry) { return entry.is_said(); };
+        if (lead_ > scaled(190) && !conversation_->name.empty() &&
+            std::none_of(conversation_->entries.begin(), conversation_->entries.end(), is_said))
+            draw_invitation();
+        fl_pop_clip();
         if (!at_end_) draw_jump();
         fl_pop_clip();
-        update_bar();
-        bar_.color(l.window.color(), l.line.color());
-        if (shown_ < count()) draw_child(bar_);
+        if (at_end_ != was_at_end) return draw();  // read to the end: now from the other anchor
+        if (shown_ < count()) draw_bar();
     }
 
     int handle(int event) override {
         switch (event) {
             case FL_FOCUS:
-                if (focused_place() == places_.size()) move_focus(1);
-                redraw();
-                return 1;
             case FL_UNFOCUS:
+                if (event == FL_FOCUS && focused_place() == places_.size()) move_focus(1);
                 redraw();
                 return 1;
             case FL_PUSH:
-                if (Fl::event_x() >= bar_.x()) break;
                 take_focus();
                 return push();
             case FL_DRAG:
                 if (!selecting_) break;
-                drag();
+                if (Fl::event_is_click() == 0)
+                    selection_->second = point_at(Fl::event_x(), Fl::event_y());
+                redraw();
                 return 1;
             case FL_RELEASE:
                 if (!selecting_) break;
                 selecting_ = false;
-                copy_selection(0);
-                return 1;
+                return release();
             case FL_MOUSEWHEEL:
                 scroll_by(Fl::event_dy() * 3 * line_height());
                 return 1;
             case FL_KEYBOARD:
                 if (!is_window_key() && key()) return 1;
                 break;
-            case FL_DND_ENTER:
-            case FL_DND_DRAG:
-            case FL_DND_LEAVE:
-            case FL_DND_RELEASE:
-                return 1;
             case FL_PASTE:
-                owner_.drop_files(
+                wishes_.drop_files(
                     std::string(Fl::event_text(), static_cast<std::size_t>(Fl::event_length())));
                 return 1;
             default:
-                break;
+                if (event >= FL_DND_ENTER && event <= FL_DND_RELEASE) return 1;
         }
-        return Fl_Group::handle(event);
-    }
-
-    void copy_selection(int where) {  // 0: what the middle button pastes; 1: what Ctrl-V does
-        std::string text = selected();
-        if (!text.empty()) Fl::copy(text.data(), static_cast<int>(text.size()), where);
+        return Fl_Widget::handle(event);
     }
     void scroll_pages(int pages) { scroll_by(pages * (h() - 2 * line_height())); }
 
   private:
-    static constexpr int bar_width = 10, padding = 10;
+    static constexpr int padding = 10;
 
     // A line of text as it was drawn: what a mouse can point at.
     struct Row {
@@ -536,31 +792,44 @@ class ConversationView : public Fl_Group {
         friend auto operator<=>(const Point&, const Point&) = default;
     };
 
-    static int line_height() { return text_size + 6; }
-    std::size_t count() const {
-        return conversation_ == nullptr ? 0 : conversation_->entries.size();
+    static int line_height() { return scaled(text_size + 6); }
+    static int small_step() { return scaled(small_size + 5); }
+    static int avatar() { return scaled(28); }
+    std::size_t count() const { return conversation_->entries.size(); }
+    int room() const { return h() - (at_end_ ? 0 : scaled(28) + gap); }  // the rest: "Newest"
+    int edge() const { return x() + 2 * gap; }
+    int text_edge() const { return edge() + avatar() + gap; }
+    int right_edge() const { return x() + w() - 2 * gap; }
+    int inner() const { return right_edge() - text_edge(); }
+    int bubble_width() const { return std::max(inner() * 5 / 6 - 2 * padding, 80); }
+    Entry& entry_of(std::size_t number) const {
+        return conversation_->entries[number - conversation_->dropped];
     }
-    int inner() const { return w() - bar_width - 2 * gap; }
-    int bubble_width() const { return std::max(inner() * 4 / 5 - 2 * padding, 80); }
 
     // ---- Layout ---------------------------------------------------------------------------------
 
     int height_of(Entry& entry) {
-        if (entry.kind == Entry::Kind::file) return card_height(owner_.card(entry.file)) + gap;
         bool message = entry.kind == Entry::Kind::message;
-        int width = message ? bubble_width() : inner() - 2 * padding;
-        if (entry.laid_out_for != width) {
+        int width = message ? bubble_width() : inner();
+        if (entry.laid_out_for != width * 1000 + style.zoom) {
             use_font(message ? text_size : small_size);
             entry.lines = wrap(entry.text, width);
-            entry.laid_out_for = width;
+            entry.links = find_links(entry.text);
+            entry.laid_out_for = width * 1000 + style.zoom;
             entry.widest = 0;
             for (const Span& line : entry.lines)
                 entry.widest = std::max(entry.widest, width_of(part(entry, line)));
         }
+        int height = (entry.new_day ? day_height() : 0) +
+                     (entry.is_said() && entry.first ? head_height() : 0);
         int lines = static_cast<int>(entry.lines.size());
-        if (!message) return lines * (small_size + 5) + 6;
-        return lines * line_height() + padding + (entry.first ? small_size + 10 : 0) + 3;
+        if (entry.kind == Entry::Kind::file)
+            return height + card_height(model_.card(entry.file)) + gap / 2;
+        if (!message) return height + lines * small_step() + 6;
+        return height + lines * line_height() + padding + 3;
     }
+    static int day_height() { return scaled(small_size) + 3 * gap; }
+    static int head_height() { return scaled(small_size) + 12; }
 
     // Sets the anchor, top_ and above_: where it was left, or so that the newest is at the bottom.
     void find_top() {
@@ -568,72 +837,97 @@ class ConversationView : public Fl_Group {
             top_ = std::min(top_, count() - 1);
             return;
         }
-        int room = h() - gap;
+        int left = h() - gap;
         top_ = count();
-        while (top_ > 0 && room > 0) room -= height_of(conversation_->entries[--top_]);
-        above_ = std::max(-room, 0);
-        lead_ = std::max(room, 0);  // fewer entries than fit: they stand at the bottom
+        while (top_ > 0 && left > 0) left -= height_of(conversation_->entries[--top_]);
+        above_ = std::max(-left, 0);
+        lead_ = std::max(left, 0);  // fewer entries than fit: they stand at the bottom
     }
+
+    // ---- Drawing --------------------------------------------------------------------------------
 
     void draw_entries() {
         find_top();
-        int at = y() + (at_end_ ? lead_ - above_ : -above_);
+        int at = first_y();
         shown_ = 0;
-        for (std::size_t i = top_; i < count() && at < y() + h(); ++i, ++shown_) {
+        for (std::size_t i = top_; i < count() && at < y() + room(); ++i, ++shown_) {
             Entry& entry = conversation_->entries[i];
-            int height = height_of(entry);
+            int next = at + height_of(entry);
+            if (entry.new_day) draw_day(entry, at);
+            if (entry.is_said() && entry.first) draw_head(entry, at);
             if (entry.kind == Entry::Kind::file)
                 draw_file(entry, at);
             else if (entry.kind == Entry::Kind::message)
                 draw_message(entry, i + conversation_->dropped, at);
             else
                 draw_system(entry, i + conversation_->dropped, at);
-            at += height;
+            at = next;
         }
-        if (!at_end_ && top_ + shown_ == count() && at <= y() + h()) {  // read to the end
-            at_end_ = true;
-            newer_ = 0;
+        if (!at_end_ && top_ + shown_ == count() && at <= y() + room()) jump_to_end();
+    }
+    int first_y() const { return y() + (at_end_ ? lead_ - above_ : -above_); }
+
+    void draw_day(const Entry& entry, int& at) {
+        use_font(small_size);
+        std::string day = day_text(entry.time);
+        int wide = width_of(day), middle = (text_edge() + right_edge()) / 2;
+        int line = at + day_height() / 2;
+        fl_color(ink::line);
+        fl_line(text_edge(), line, middle - wide / 2 - gap, line);
+        fl_line(middle + wide / 2 + gap, line, right_edge(), line);
+        fl_color(ink::quiet);
+        draw_at(day, middle - wide / 2, line + scaled(small_size) / 3);
+        at += day_height();
+    }
+
+    // Who, and when: above the first of a group.
+    void draw_head(const Entry& entry, int& at) {
+        int base = at + scaled(small_size) + 7, left = text_edge();
+        std::string time = clock_text(entry.time);
+        use_font(small_size);
+        if (entry.own) {
+            left = right_edge() - width_of(time);
+        } else {
+            draw_avatar(entry.from, edge(), at + 6, avatar());
+            use_font(small_size, bold);
+            fl_color(colour_of(entry.from));
+            draw_at(entry.from, left, base);
+            left += width_of(entry.from) + gap;
         }
+        use_font(small_size);
+        fl_color(ink::quiet);
+        draw_at(time, left, base);
+        at += head_height();
     }
 
     void draw_message(const Entry& entry, std::size_t number, int at) {
-        const Look& l = look();
-        int wide = std::min(entry.widest, bubble_width());
-        int left = entry.own ? x() + gap + inner() - wide - 2 * padding : x() + gap;
-        if (entry.first) {
-            fl_color(l.quiet.color());
-            use_font(small_size, true);
-            std::string head = concat(entry.own ? "You" : entry.from, "  ", clock_text(entry.time));
-            int head_x = entry.own ? x() + gap + inner() - width_of(head) : left + 2;
-            draw_text(head, head_x, at + small_size + 6, inner());
-            at += small_size + 10;
-        }
+        int wide = std::min(entry.widest, bubble_width()) + 2 * padding;
+        int left = entry.own ? right_edge() - wide : text_edge();
         // X11 counts pixels in 16 bits: what is far outside must not be drawn, or it is seen here.
         int bottom = at + static_cast<int>(entry.lines.size()) * line_height() + padding;
         int from = std::max(at, y() - 2 * line_height());
         int to = std::min(bottom, y() + h() + 2 * line_height());
-        draw_round(left, from, wide + 2 * padding, to - from, 9, entry.own ? l.own : l.other);
+        draw_round(left, from, wide, to - from, 9, entry.own ? ink::own : ink::other);
         if (entry.own && bottom < y() + h() + line_height()) draw_mark(entry, left, bottom);
         use_font(text_size);
-        draw_lines(entry, number, left + padding, at + padding / 2, line_height(), l.text);
+        draw_lines(entry, number, left + padding, at + padding / 2, line_height(), ink::text);
     }
 
     // To the left of the bubble, at its last line; with the reason, if there is room.
     void draw_mark(const Entry& entry, int right, int bottom) {
         using enum chatsecure::Delivery;
-        use_font(small_size, entry.state == failed);
-        fl_color((entry.state == failed ? look().warning : look().quiet).color());
-        std::string text = mark_of(entry.state);
+        use_font(small_size, entry.state == failed ? bold : plain);
+        fl_color(entry.state == failed ? ink::warning : ink::quiet);
+        std::string text = entry.state ? chatsecure::delivery_mark(*entry.state) : "";
         std::string all = entry.reason.empty() ? text : concat(text, " ", entry.reason);
-        if (width_of(all) < right - x() - 2 * gap) text = all;
-        fl_draw(text.c_str(), right - width_of(text) - 6, bottom - padding / 2 - 5);
+        if (width_of(all) < right - edge() - gap) text = all;
+        draw_at(text, right - width_of(text) - 6, bottom - padding / 2 - 5);
     }
 
     void draw_system(const Entry& entry, std::size_t number, int at) {
-        const Look& l = look();
         use_font(small_size);
-        draw_lines(entry, number, x() + gap + padding, at + 3, small_size + 5,
-                   entry.kind == Entry::Kind::warning ? l.warning : l.quiet);
+        draw_lines(entry, number, text_edge(), at + 3, small_step(),
+                   entry.kind == Entry::Kind::warning ? ink::warning : ink::quiet);
     }
 
     static std::string_view part(const Entry& entry, const Span& line) {
@@ -641,21 +935,42 @@ class ConversationView : public Fl_Group {
     }
 
     void draw_lines(const Entry& entry, std::size_t number, int left, int at, int step,
-                    Rgb colour) {
-        int above = std::max((y() - at) / step, 0);  // lines that are not seen
-        auto first = std::min(static_cast<std::size_t>(above), entry.lines.size());
+                    Fl_Color colour) {
+        int hidden = std::max((y() - at) / step, 0);  // lines that are not seen
+        auto first = std::min(static_cast<std::size_t>(hidden), entry.lines.size());
         at += static_cast<int>(first) * step;
         for (std::size_t i = first; i < entry.lines.size() && at < y() + h(); ++i) {
             const Span& line = entry.lines[i];
-            std::string_view text = part(entry, line);
-            draw_selection(number, line, text, left, at, step);
-            fl_color(colour.color());
-            std::string drawn = in_drawing_order(text);
-            fl_draw(drawn.data(), static_cast<int>(drawn.size()), left,
-                    at + step - fl_descent() - 2);
+            draw_selection(number, line, part(entry, line), left, at, step);
+            draw_line(entry, number, line, left, at, step, colour);
             rows_.push_back({number, line.begin, line.end, left, at, step});
             at += step;
         }
+    }
+    // With its links: a link that is wrapped has a place in each of its lines.
+    void draw_line(const Entry& entry, std::size_t number, const Span& line, int left, int at,
+                   int step, Fl_Color colour) {
+        int base = at + step - fl_descent() - 2;
+        std::size_t drawn = line.begin;
+        auto draw_to = [&](std::size_t end, Fl_Color in) {
+            std::string_view text = part(entry, {drawn, end});
+            fl_color(in);
+            draw_at(text, left, base);
+            left += width_of(text);
+            drawn = end;
+        };
+        for (const Span& link : entry.links) {
+            std::size_t begin = std::max(link.begin, drawn), end = std::min(link.end, line.end);
+            if (begin >= end) continue;
+            draw_to(begin, colour);
+            int from = left;
+            draw_to(end, ink::accent);
+            Target target{Action::open_link, number, link.begin};
+            bool focus = Fl::focus() == this && focused_ == target;
+            fl_rectf(from, base + 2, left - from, focus ? 3 : 1);
+            places_.push_back({target, from, at, left - from, step});
+        }
+        draw_to(line.end, colour);
     }
 
     void draw_selection(std::size_t number, const Span& line, std::string_view text, int left,
@@ -666,125 +981,105 @@ class ConversationView : public Fl_Group {
         if (to <= begin || from >= end) return;
         std::size_t first = from > begin ? from.at - line.begin : 0;
         std::size_t last = to < end ? to.at - line.begin : text.size();
-        fl_color(look().accent.color());
         int offset = width_of(text.substr(0, first));
         int wide = width_of(text.substr(first, last - first));
-        draw_round(left + offset, at, wide, step, 3, dark ? Rgb{70, 96, 140} : Rgb{168, 199, 250});
+        draw_round(left + offset, at, wide, step, 3, ink::selected);
     }
 
-    static int card_height(const FileCard* card) {
-        return card == nullptr || actions_of(*card).empty() ? 52 : 96;
+    static int card_height(const FileEvent* card) {
+        if (card == nullptr) return 0;
+        return scaled(text_size + small_size) + 27 + (has_bar(*card) ? 16 : 0) +
+               (actions_of(*card).empty() ? 0 : scaled(26) + gap);
     }
     void draw_file(const Entry& entry, int at) {
-        const FileCard* card = owner_.card(entry.file);
+        const FileEvent* card = model_.card(entry.file);
         if (card == nullptr) return;
-        const Look& l = look();
-        int wide = std::min(inner(), 440);
-        int left = card->file.sending ? x() + gap + inner() - wide : x() + gap;
-        int high = card_height(card);
-        draw_round(left, at, wide, high, 9, l.line);
-        draw_round(left + 1, at + 1, wide - 2, high - 2, 8, l.panel);
-        int text_width = wide - 2 * padding;
-        fl_color(l.text.color());
-        use_font(text_size, true);
-        draw_text(chatsecure::visible(card->file.name), left + padding, at + 22, text_width);
+        int wide = std::min(inner(), scaled(440)), high = card_height(card);
+        int left = entry.own ? right_edge() - wide : text_edge();
+        draw_round(left, at, wide, high, 9, ink::line);
+        draw_round(left + 1, at + 1, wide - 2, high - 2, 8, ink::panel);
+        int icon = draw_icon(card->file.name, left + padding, at + padding);
+        int text_x = left + padding + icon + gap, text_width = wide - icon - gap - 2 * padding;
+        fl_color(ink::text);
+        use_font(text_size, bold);
+        draw_text(chatsecure::visible(card->file.name), text_x, at + scaled(text_size) + 7,
+                  text_width);
         use_font(small_size);
-        fl_color((card->state == FileCard::State::stopped ? l.warning : l.quiet).color());
-        draw_text(describe(*card), left + padding, at + 40, text_width);
-        if (card->state == FileCard::State::moving || card->state == FileCard::State::interrupted) {
+        fl_color(card->phase == FileEvent::Phase::stopped ? ink::warning : ink::quiet);
+        draw_text(describe(*card), text_x, at + scaled(text_size + small_size) + 14, text_width);
+        int below = at + scaled(text_size + small_size) + 25;
+        if (has_bar(*card)) {
             double share = static_cast<double>(card->done) /
                            static_cast<double>(std::max<std::uint64_t>(card->file.size, 1));
-            draw_round(left + padding, at + 48, text_width, 8, 4, l.line);
+            draw_round(text_x, below, text_width, 8, 4, ink::line);
             int full = static_cast<int>(share * text_width);
-            if (full > 4) draw_round(left + padding, at + 48, full, 8, 4, l.accent);
+            if (full > 7) draw_round(text_x, below, full, 8, 4, ink::accent);
+            below += 16;
         }
-        int button_x = left + padding;
-        for (Action action : actions_of(*card)) draw_action(action, entry.file, button_x, at + 62);
+        for (Action action : actions_of(*card)) draw_action(action, entry.file, text_x, below);
     }
 
-    static std::vector<Action> actions_of(const FileCard& card) {
-        switch (card.state) {
-            case FileCard::State::offered:
-                if (!card.file.sending) return {Action::accept, Action::decline};
-                return {Action::cancel};
-            case FileCard::State::moving:
-            case FileCard::State::interrupted:
-                return {Action::cancel};
-            case FileCard::State::done:
-                if (!card.file.sending) return {Action::open_folder};
-                return {};
-            case FileCard::State::stopped:
-                return {};
-        }
-        return {};
-    }
-
-    static std::string describe(const FileCard& card) {
-        using chatsecure::readable_size;
-        std::string size = readable_size(card.file.size);
-        switch (card.state) {
-            case FileCard::State::offered:
-                return card.file.sending ? concat(size, " \u00b7 waits for ", card.file.user)
-                                         : concat(card.file.user, " offers a file \u00b7 ", size);
-            case FileCard::State::moving: {
-                if (card.bytes_per_second < 1) return size;
-                auto rate = static_cast<std::uint64_t>(card.bytes_per_second);
-                return concat(
-                    readable_size(card.done), " of ", size, " \u00b7 ", readable_size(rate),
-                    "/s \u00b7 ",
-                    chatsecure::time_left(card.file.size - card.done, card.bytes_per_second));
-            }
-            case FileCard::State::interrupted:
-            case FileCard::State::stopped:
-                return concat(size, " \u00b7 ", chatsecure::visible(card.note));
-            case FileCard::State::done:
-                return card.file.sending
-                           ? concat(size, " \u00b7 has arrived")
-                           : concat(size, " \u00b7 ", chatsecure::visible(card.path.string()));
-        }
-        return size;
+    // A sheet of paper in the colour of its kind, with the end of its name. Gives its width.
+    static int draw_icon(const std::string& name, int left, int at) {
+        std::string end = std::filesystem::path(name).extension().string();
+        for (char& c : end) c = c >= 'A' && c <= 'Z' ? static_cast<char>(c + 32) : c;
+        Fl_Color paper = end.empty() ? ink::quiet : colour_of(end);
+        int wide = scaled(30), high = scaled(34);
+        draw_round(left, at, wide, high, 4, paper);
+        fl_color(ink::panel);
+        fl_polygon(left + wide - 8, at, left + wide, at, left + wide, at + 8);
+        use_font(end.size() > 4 ? 8 : 10, bold);
+        std::string label =
+            fitting(end.size() > 1 ? chatsecure::visible(end.substr(1)) : "file", wide - 2);
+        fl_draw(label.c_str(), left, at + 6, wide, high - 6, FL_ALIGN_CENTER, nullptr, 0);
+        return wide;
     }
 
     void draw_action(Action action, unsigned file, int& button_x, int at) {
-        const Look& l = look();
-        use_font(small_size, true);
-        int wide = width_of(label_of(action)) + 24, high = 26;
-        bool focus = Fl::focus() == this && focused_ == std::pair(action, file);
-        bool strong = action == Action::accept;
-        draw_round(button_x, at, wide, high, 6, focus ? l.text : strong ? l.accent : l.line);
-        draw_round(button_x + 1, at + 1, wide - 2, high - 2, 5, strong ? l.accent : l.field);
-        fl_color((strong ? l.on_accent : l.text).color());
-        fl_draw(label_of(action), button_x + 12, at + 17);
-        places_.push_back({action, file, button_x, at, wide, high});
+        use_font(small_size, bold);
+        int wide = width_of(label_of(action)) + 24, high = scaled(26);
+        draw_face(button_x, at, wide, high, label_of(action), action == Action::save,
+                  Fl::focus() == this && focused_ == Target{action, file});
+        places_.push_back({{action, file}, button_x, at, wide, high});
         button_x += wide + gap;
     }
 
-    // "Newest": while somebody reads back.
+    // "Newest": while somebody reads back, below what they read.
     void draw_jump() {
-        use_font(small_size, true);
+        use_font(small_size, bold);
         std::string text = newer_ > 0 ? concat("\u2193  ", newer_, " new") : "\u2193  Newest";
-        int wide = width_of(text) + 24, high = 28;
-        jump_ = {x() + w() - bar_width - wide - gap, y() + h() - high - gap, wide, high};
-        draw_round(jump_.x, jump_.y, wide, high, 14, look().accent);
-        fl_color(look().on_accent.color());
-        fl_draw(text.c_str(), jump_.x + 12, jump_.y + 18);
+        int wide = width_of(text) + 24, high = scaled(28);
+        jump_ = {{}, right_edge() - wide, y() + h() - high, wide, high};
+        draw_round(jump_.x, jump_.y, wide, high, high / 2, ink::accent);
+        fl_color(ink::on_accent);
+        fl_draw(text.c_str(), jump_.x, jump_.y, wide, high, FL_ALIGN_CENTER, nullptr, 0);
+    }
+
+    // Where nothing was said yet: what can be done here.
+    void draw_invitation() {
+        const std::string& name = conversation_->name;
+        std::string text =
+            concat("Nothing has been said here yet.\n\nWhat you write is read by ", name,
+                   " alone. To offer a file, press File\u2026, or drop it here. "
+                   "Details has the number that tells whether it is really ",
+                   name, ".");
+        int wide = std::min(w() - 4 * gap, scaled(340)), middle = x() + w() / 2, big = scaled(56);
+        int at = y() + (lead_ - scaled(180)) / 2;
+        draw_avatar(name, middle - big / 2, at, big);
+        use_font(small_size + 1);
+        fl_color(ink::quiet);
+        fl_draw(text.c_str(), middle - wide / 2, at + big + 2 * gap, wide, scaled(110),
+                Fl_Align(FL_ALIGN_TOP | FL_ALIGN_WRAP), nullptr, 0);
     }
 
     // ---- Scrolling ------------------------------------------------------------------------------
 
-    void update_bar() {
-        double total = static_cast<double>(std::max<std::size_t>(count(), 1));
-        double seen = static_cast<double>(std::max<std::size_t>(shown_, 1));
-        bar_.slider_size(std::max(seen / total, 0.05));
-        bar_.range(0, std::max(total - seen, 0.0));
-        bar_.value(static_cast<double>(top_));
-    }
-    void scroll_to(std::size_t entry) {
-        if (count() == 0) return;
-        at_end_ = entry + shown_ >= count() && entry > top_;
-        top_ = std::min(entry, count() - 1);
-        above_ = 0;
-        redraw();
+    // Where in all of it we are.
+    void draw_bar() {
+        double one = static_cast<double>(h()) / static_cast<double>(count());
+        int high = std::max(static_cast<int>(static_cast<double>(shown_) * one), 20);
+        int top = static_cast<int>(static_cast<double>(top_) * one);
+        draw_round(x() + w() - 7, y() + std::min(top, h() - high), 5, high, 2, ink::line);
     }
     void scroll_by(int pixels) {
         if (count() == 0) return;
@@ -808,27 +1103,63 @@ class ConversationView : public Fl_Group {
 
     int push() {
         int mx = Fl::event_x(), my = Fl::event_y();
-        auto inside = [&](int px, int py, int pw, int ph) {
-            return mx >= px && mx < px + pw && my >= py && my < py + ph;
-        };
-        if (!at_end_ && inside(jump_.x, jump_.y, jump_.w, jump_.h)) {
-            jump_to_end();
-            return 1;
-        }
-        for (const Place& place : places_)
-            if (inside(place.x, place.y, place.w, place.h)) {
-                owner_.act(place.action, place.file);
-                return 1;
-            }
+        if (Fl::event_button() == FL_RIGHT_MOUSE) return show_menu(entry_at(my), mx, my), 1;
+        if (!at_end_ && jump_.holds(mx, my)) return jump_to_end(), 1;
+        const Place* place = place_at(mx, my);
+        if (place != nullptr && place->target.action != Action::open_link)
+            return press(place->target), 1;
         Point point = point_at(mx, my);
         selection_ = {point, point};
+        if (Fl::event_clicks() > 0) select_word(point);
         selecting_ = true;
         redraw();
         return 1;
     }
-    void drag() {
-        selection_->second = point_at(Fl::event_x(), Fl::event_y());
-        redraw();
+    // A link is opened by a click, not by the end of a selection.
+    int release() {
+        if (selection_->first != selection_->second) return copy_selection(0), 1;
+        const Place* place = place_at(Fl::event_x(), Fl::event_y());
+        if (place != nullptr) press(place->target);
+        return 1;
+    }
+    void press(Target target) {
+        if (target.action != Action::open_link)
+            return wishes_.press(target.action, static_cast<unsigned>(target.number));
+        if (target.number < conversation_->dropped) return;  // gone since it was drawn
+        const Entry& entry = entry_of(target.number);
+        for (const Span& link : entry.links)
+            if (link.begin == target.at) return wishes_.open_link(std::string(part(entry, link)));
+    }
+    const Place* place_at(int mx, int my) const {
+        for (const Place& place : places_)
+            if (place.holds(mx, my)) return &place;
+        return nullptr;
+    }
+    // The entry that is drawn at this height, or the last one that is seen.
+    std::size_t entry_at(int my) {
+        std::size_t i = top_;
+        for (int at = first_y(); i + 1 < top_ + shown_; ++i) {
+            at += height_of(conversation_->entries[i]);
+            if (my < at) break;
+        }
+        return i + conversation_->dropped;
+    }
+    void show_menu(std::size_t number, int mx, int my) {
+        if (count() == 0) return;
+        const Entry& entry = entry_of(number);
+        std::vector<MenuLine> lines;
+        if (entry.kind != Entry::Kind::file)
+            lines.push_back({"Copy", [this, text = entry.text] {
+                                 if (!copy_selection(1)) copy(text, 1);
+                             }});
+        if (entry.is_said() && !entry.own)
+            lines.push_back({"Reply", [this, who = entry.from] { wishes_.reply(who); }});
+        if (const FileEvent* card = model_.card(entry.file); card != nullptr)
+            for (Action action : actions_of(*card))
+                lines.push_back({label_of(action), [this, action, file = entry.file] {
+                                     wishes_.press(action, file);
+                                 }});
+        if (!lines.empty()) pop_up(lines, mx, my);
     }
 
     // The place in the text that is nearest to a point of the window.
@@ -838,14 +1169,12 @@ class ConversationView : public Fl_Group {
             if (row.entry >= conversation_->dropped && (best == nullptr || my >= row.y))
                 best = &row;
         if (best == nullptr) return {};
-        const Entry& entry = conversation_->entries[best->entry - conversation_->dropped];
+        const Entry& entry = entry_of(best->entry);
         use_font(entry.kind == Entry::Kind::message ? text_size : small_size);
         std::string_view text = part(entry, {best->begin, best->end});
         std::size_t at = 0;
         for (std::string_view left = text; !left.empty() && my < best->y + best->h;) {
-            std::string_view before = left;
-            chatsecure::take_code_point(left);
-            std::size_t next = at + before.size() - left.size();
+            std::size_t next = at + take_letter(left).size();
             int middle = (width_of(text.substr(0, at)) + width_of(text.substr(0, next))) / 2;
             if (mx < best->x + middle) return {best->entry, best->begin + at};
             at = next;
@@ -853,13 +1182,20 @@ class ConversationView : public Fl_Group {
         return {best->entry, my < best->y + best->h ? best->begin + at : best->end};
     }
 
+    void select_word(Point point) {
+        if (point.entry < conversation_->dropped || rows_.empty()) return;
+        const std::string& text = entry_of(point.entry).text;
+        std::size_t before = point.at == 0 ? text.npos : text.find_last_of(" \n", point.at - 1);
+        std::size_t after = std::min(text.find_first_of(" \n", point.at), text.size());
+        selection_ = {{point.entry, before == text.npos ? 0 : before + 1}, {point.entry, after}};
+    }
     std::string selected() const {
         std::string text;
-        if (!selection_ || conversation_ == nullptr) return text;
+        if (!selection_) return text;
         auto [from, to] = std::minmax(selection_->first, selection_->second);
         for (std::size_t n = std::max(from.entry, conversation_->dropped);
              n <= to.entry && n - conversation_->dropped < count(); ++n) {
-            const Entry& entry = conversation_->entries[n - conversation_->dropped];
+            const Entry& entry = entry_of(n);
             std::size_t begin = n == from.entry ? from.at : 0;
             std::size_t end = n == to.entry ? to.at : entry.text.size();
             if (!text.empty()) text += '\n';
@@ -867,70 +1203,60 @@ class ConversationView : public Fl_Group {
         }
         return text;
     }
-
-    bool key() {
-        switch (Fl::event_key()) {
-            case FL_Up:
-                scroll_by(-2 * line_height());
-                return true;
-            case FL_Down:
-                scroll_by(2 * line_height());
-                return true;
-            case FL_Page_Up:
-                scroll_pages(-1);
-                return true;
-            case FL_Page_Down:
-                scroll_pages(1);
-                return true;
-            case FL_Home:
-                scroll_to(0);
-                return true;
-            case FL_End:
-                jump_to_end();
-                return true;
-            case FL_Left:
-                move_focus(-1);
-                return true;
-            case FL_Right:
-                move_focus(1);
-                return true;
-            case FL_Enter:
-            case FL_KP_Enter:
-            case ' ':
-                if (focused_place() == places_.size()) return false;
-                owner_.act(focused_->first, focused_->second);
-                return true;
-            case 'c':
-                if (!Fl::event_command()) return false;
-                copy_selection(1);
-                return true;
-            default:
-                return false;
-        }
+    static void copy(const std::string& text, int where) {
+        Fl::copy(text.data(), static_cast<int>(text.size()), where);
+    }
+    bool copy_selection(int where) {  // 0: what the middle button pastes; 1: what Ctrl-V does
+        std::string text = selected();
+        if (!text.empty()) copy(text, where);
+        return !text.empty();
     }
 
-    // The button that Enter presses: it is known by its card, not by its place, because cards come
-    // and go, and nobody shall accept a file by pressing Enter for another one.
-    std::size_t focused_place() const {  // places_.size(): none that can be seen
-        auto found = std::find_if(places_.begin(), places_.end(), [&](const Place& place) {
-            return focused_ == std::pair(place.action, place.file);
-        });
+    bool key() {
+        int key = Fl::event_key();
+        if (key == FL_Up || key == FL_Down)
+            scroll_by((key == FL_Up ? -2 : 2) * line_height());
+        else if (key == FL_Page_Up || key == FL_Page_Down)
+            scroll_pages(key == FL_Page_Up ? -1 : 1);
+        else if (key == FL_Home)
+            at_end_ = false, top_ = 0, above_ = 0, redraw();
+        else if (key == FL_End)
+            jump_to_end();
+        else if (key == FL_Left || key == FL_Right)
+            move_focus(key == FL_Left ? -1 : 1);
+        else if (key == FL_Menu)
+            show_menu(entry_at(y() + h()), text_edge(), y() + h() / 2);
+        else if (key == 'c' && Fl::event_command() != 0)
+            copy_selection(1);
+        else if ((key == FL_Enter || key == FL_KP_Enter || key == ' ') &&
+                 focused_place() < places_.size())
+            press(*focused_);
+        else
+            return false;
+        return true;
+    }
+
+    // What Enter presses, if it can be seen; otherwise places_.size().
+    std::size_t focused_place() const {
+        auto found = std::find_if(places_.begin(), places_.end(),
+                                  [&](const Place& place) { return focused_ == place.target; });
         return static_cast<std::size_t>(found - places_.begin());
     }
     void move_focus(int by) {
         std::size_t n = places_.size(), at = focused_place();
         if (n == 0) return;
-        if (at == n)
-            at = by > 0 ? 0 : n - 1;
-        else
+        if (at == n) at = by > 0 ? n - 1 : 0;
+        for (std::size_t i = 0; i < n; ++i) {  // the lines of a wrapped link are one target
             at = (at + (by > 0 ? 1 : n - 1)) % n;
-        focused_ = {places_[at].action, places_[at].file};
+            if (focused_ != places_[at].target) break;
+        }
+        focused_ = places_[at].target;
         redraw();
     }
 
-    Fl_Slider bar_;
-    Owner owner_;
-    Conversation* conversation_ = nullptr;
+    const Model& model_;
+    Wishes& wishes_;
+    Conversation* conversation_;
     bool at_end_ = true;       // then the two that follow are computed anew at each drawing
     std::size_t top_ = 0;      // the entry at the top, counted from the oldest that is there
     int above_ = 0;            // pixels of it that are above the edge
@@ -938,12 +1264,10 @@ class ConversationView : public Fl_Group {
     std::size_t dropped_ = 0;  // of the conversation, when top_ was right
     std::size_t shown_ = 0;    // entries that were drawn
     unsigned newer_ = 0;       // entries that came while reading back
-    struct {
-        int x = 0, y = 0, w = 0, h = 0;
-    } jump_;
     std::vector<Row> rows_;
     std::vector<Place> places_;
-    std::optional<std::pair<Action, unsigned>> focused_;
+    Place jump_{};
+    std::optional<Target> focused_;
     std::optional<std::pair<Point, Point>> selection_;
     bool selecting_ = false;
 };
@@ -952,31 +1276,26 @@ class ConversationView : public Fl_Group {
 
 class PeopleList : public Fl_Widget {
   public:
-    struct Owner {
-        std::function<std::vector<const Conversation*>()> rows;
-        std::function<std::string()> current;
-        std::function<void(const std::string&)> choose;
-    };
-    PeopleList(int x, int y, int w, int h, Owner owner)
-        : Fl_Widget(x, y, w, h), owner_(std::move(owner)) {}
+    PeopleList(const Model& model, Wishes& wishes)
+        : Fl_Widget(0, 0, 0, 0), model_(model), wishes_(wishes) {}
 
-    static constexpr int row_height = 38;
+    static int row_height() { return scaled(44); }
+    std::vector<const Conversation*> rows() const { return model_.rows(); }
 
     void draw() override {
-        const Look& l = look();
         fl_push_clip(x(), y(), w(), h());
-        fl_color(l.panel.color());
+        fl_color(ink::panel);
         fl_rectf(x(), y(), w(), h());
         int at = y() + gap - scroll_;
-        for (const Conversation* c : owner_.rows()) {
-            if (at + row_height > y() && at < y() + h()) draw_row(*c, at);
-            at += row_height;
+        for (const Conversation* c : model_.rows()) {
+            if (at + row_height() > y() && at < y() + h()) draw_row(*c, at);
+            at += row_height();
         }
         fl_pop_clip();
     }
 
     int handle(int event) override {
-        std::vector<const Conversation*> rows = owner_.rows();
+        std::vector<const Conversation*> rows = model_.rows();
         switch (event) {
             case FL_FOCUS:
             case FL_UNFOCUS:
@@ -984,22 +1303,21 @@ class PeopleList : public Fl_Widget {
                 return 1;
             case FL_PUSH: {
                 take_focus();
-                int row = (Fl::event_y() - y() - gap + scroll_) / row_height;
-                if (row >= 0 && static_cast<std::size_t>(row) < rows.size())
-                    owner_.choose(rows[static_cast<std::size_t>(row)]->name);
+                auto row = static_cast<std::size_t>(Fl::event_y() - y() - gap + scroll_) /
+                           static_cast<std::size_t>(row_height());
+                if (row < rows.size()) wishes_.choose(rows[row]->name);
                 return 1;
             }
             case FL_MOUSEWHEEL: {
-                int all = static_cast<int>(rows.size()) * row_height + 2 * gap;
+                int all = static_cast<int>(rows.size()) * row_height() + 2 * gap;
                 scroll_ =
-                    std::clamp(scroll_ + Fl::event_dy() * row_height, 0, std::max(all - h(), 0));
+                    std::clamp(scroll_ + Fl::event_dy() * row_height(), 0, std::max(all - h(), 0));
                 redraw();
                 return 1;
             }
             case FL_KEYBOARD:
                 if (Fl::event_key() != FL_Up && Fl::event_key() != FL_Down) return 0;
-                step(Fl::event_key() == FL_Down ? 1 : -1);
-                return 1;
+                return step(Fl::event_key() == FL_Down ? 1 : -1), 1;
             default:
                 return Fl_Widget::handle(event);
         }
@@ -1007,80 +1325,71 @@ class PeopleList : public Fl_Widget {
 
     // Chooses the next conversation, or the one before.
     void step(int by) {
-        std::vector<const Conversation*> rows = owner_.rows();
+        std::vector<const Conversation*> rows = model_.rows();
         int row = 0, count = static_cast<int>(rows.size());
-        while (row < count && rows[static_cast<std::size_t>(row)]->name != owner_.current()) ++row;
+        while (row < count && rows[static_cast<std::size_t>(row)]->name != model_.current) ++row;
         row = std::clamp(row + by, 0, count - 1);
-        scroll_ = std::clamp(scroll_, std::max((row + 1) * row_height + 2 * gap - h(), 0),
-                             row * row_height);
-        owner_.choose(rows[static_cast<std::size_t>(row)]->name);
+        scroll_ = std::clamp(scroll_, std::max((row + 1) * row_height() + 2 * gap - h(), 0),
+                             row * row_height());
+        wishes_.choose(rows[static_cast<std::size_t>(row)]->name);
     }
 
   private:
+    // In a narrow window there is room for the faces only.
     void draw_row(const Conversation& c, int at) {
-        const Look& l = look();
-        bool current = c.name == owner_.current();
-        if (current)
-            draw_round(x() + 4, at + 1, w() - 8, row_height - 2, 7,
-                       Fl::focus() == this ? l.accent : l.own);
-        Rgb colour = current && Fl::focus() == this ? l.on_accent : l.text;
-        int left = x() + 16;
-        if (!c.name.empty()) {
-            fl_color((c.online ? l.online : l.line).color());
-            fl_pie(left, at + row_height / 2 - 4, 9, 9, 0, 360);
+        bool current = c.name == model_.current, narrow = w() < 100;
+        int high = row_height() - 2, face = scaled(28);
+        if (current) {
+            bool focus = Fl::focus() == this;
+            if (focus) draw_round(x() + 4, at, w() - 8, high, 8, ink::accent);
+            int edge = focus ? 2 : 0;
+            draw_round(x() + 4 + edge, at + edge, w() - 8 - 2 * edge, high - 2 * edge, 7, ink::own);
         }
-        left += 18;
-        int right = x() + w() - 14;
+        int left = narrow ? x() + (w() - face) / 2 : x() + 14, top = at + (high - face) / 2;
+        draw_avatar(c.name, left, top, face);
+        if (!c.name.empty()) {  // a dot at the face: who is online
+            draw_disc(left + face - 9, top + face - 9, 12, current ? ink::own : ink::panel);
+            draw_disc(left + face - 7, top + face - 7, 8, c.online ? ink::online : ink::line);
+        }
+        int right = x() + w() - 14, base = at + high / 2 + scaled(text_size) / 3;
         if (c.unread > 0) {
-            use_font(small_size, true);
+            use_font(small_size, bold);
             std::string number = c.unread > 99 ? "99+" : std::to_string(c.unread);
-            int wide = std::max(width_of(number) + 12, 22);
-            right -= wide;
-            draw_round(right, at + 9, wide, 20, 10, l.accent);
-            fl_color(l.on_accent.color());
-            fl_draw(number.c_str(), right, at + 9, wide, 20, FL_ALIGN_CENTER, nullptr, 0);
+            int tall = scaled(18), wide = std::max(width_of(number) + 10, tall + 2);
+            right = narrow ? x() + w() - 4 - wide : right - wide;
+            int badge = narrow ? at : at + (high - tall) / 2;
+            draw_round(right, badge, wide, tall, tall / 2, ink::accent);
+            fl_color(ink::on_accent);
+            fl_draw(number.c_str(), right, badge, wide, tall, FL_ALIGN_CENTER, nullptr, 0);
         }
-        if (c.verified && c.trusted) {
-            use_font(text_size, true);
-            right -= 18;
-            fl_color((current ? colour : l.online).color());
-            fl_draw("\u2713", right + 2, at + 24);
+        if (!c.trusted || c.verified) {
+            use_font(narrow ? small_size : text_size, bold);
+            right = narrow ? x() + 8 : right - scaled(16);
+            fl_color(c.trusted ? ink::online : ink::warning);
+            draw_at(c.trusted ? "\u2713" : "!", right, narrow ? at + scaled(14) : base);
         }
-        if (!c.trusted) {
-            use_font(text_size, true);
-            right -= 16;
-            fl_color(l.warning.color());
-            fl_draw("!", right + 4, at + 24);
-        }
-        use_font(text_size, c.unread > 0 || c.name.empty());
-        fl_color((c.online || c.name.empty() || current ? colour : l.quiet).color());
-        draw_text(c.title(), left, at + 24, right - left - 4);
+        if (narrow) return;
+        use_font(text_size, c.unread > 0 || c.name.empty() ? bold : plain);
+        fl_color(c.online || c.name.empty() || current ? ink::text : ink::quiet);
+        left += face + gap + 2;
+        draw_text(c.title(), left, base, right - left - 4);
     }
 
-    Owner owner_;
+    const Model& model_;
+    Wishes& wishes_;
     int scroll_ = 0;
 };
 
 // ---- The input line -----------------------------------------------------------------------------
 
-class MessageInput : public Fl_Multiline_Input {
+class MessageInput : public InputField<Fl_Multiline_Input> {
   public:
-    struct Owner {
-        std::function<bool(const std::string&)> send;  // false: not taken, so it stays here
-        std::function<void()> resized;
-        std::function<std::vector<std::string>(const std::string& word, bool is_first)> complete;
-        std::function<void(int)> scroll;
-        std::function<void(const std::string&)> drop_files;
-    };
-    MessageInput(int x, int y, int w, int h, Owner owner)
-        : Fl_Multiline_Input(x, y, w, h), owner_(std::move(owner)) {
+    MessageInput(const Model& model, Wishes& wishes, ConversationView& view)
+        : InputField("input"), model_(model), wishes_(wishes), view_(view) {
         wrap(1);
-        textsize(text_size);
         maximum_size(2 * static_cast<int>(chatsecure::max_text_bytes));  // more: a sentence says so
         tab_nav(1);
-        when(FL_WHEN_CHANGED);
-        callback(
-            [](Fl_Widget* self, void*) { static_cast<MessageInput*>(self)->owner_.resized(); });
+        when(FL_WHEN_CHANGED);  // the callback makes room for it
     }
 
     // How high it wants to be: one line to six.
@@ -1090,6 +1399,14 @@ class MessageInput : public Fl_Multiline_Input {
         return std::clamp(lines, 1, 6) * (fl_height() + 1) + 14;
     }
 
+    void draw() override {
+        InputField::draw();
+        if (size() > 0) return;
+        use_font(text_size);
+        fl_color(ink::quiet);
+        std::string to = model_.current.empty() ? "everyone" : model_.current;
+        draw_text("Message " + to, x() + 10, y() + 8 + scaled(text_size), w() - 20);
+    }
     int handle(int event) override {
         if (event == FL_KEYBOARD && is_window_key()) return 0;
         if (event == FL_KEYBOARD && key()) return 1;
@@ -1097,75 +1414,76 @@ class MessageInput : public Fl_Multiline_Input {
         if (event == FL_PASTE && std::exchange(dropping_, false)) {
             std::string text(Fl::event_text(), static_cast<std::size_t>(Fl::event_length()));
             if (text.starts_with("file://")) {
-                owner_.drop_files(text);
+                wishes_.drop_files(text);
                 return 1;
             }
         }
-        return Fl_Multiline_Input::handle(event);
+        return InputField::handle(event);
     }
 
-  private:
-    bool key() {
-        bool shift = (Fl::event_state() & FL_SHIFT) != 0;
-        switch (Fl::event_key()) {
-            case FL_Enter:
-            case FL_KP_Enter:
-                if (shift) {
-                    replace(cursor(), mark(), "\n", 1);
-                    owner_.resized();
-                } else {
-                    send();
-                }
-                return true;
-            case FL_Up:
-                if (std::string_view(value()).substr(0, std::size_t(cursor())).find('\n') !=
-                    std::string_view::npos)
-                    return false;
-                recall(-1);
-                return true;
-            case FL_Down:
-                if (at_ == history_.size()) return false;
-                recall(1);
-                return true;
-            case FL_Page_Up:
-            case FL_Page_Down:
-                owner_.scroll(Fl::event_key() == FL_Page_Up ? -1 : 1);
-                return true;
-            case FL_Tab:
-                return !shift && complete();
-            default:
-                return false;
-        }
-    }
-
+    // What was not taken comes back, unless the line has got another text meanwhile.
     void send() {
         std::string text(value());
         if (text.find_first_not_of(" \n") == text.npos) return;
         if (history_.empty() || history_.back() != text) history_.push_back(text);
         if (history_.size() > 200) history_.pop_front();
         at_ = history_.size();
-        if (!owner_.send(text)) return;
         value("");
-        owner_.resized();
+        if (!wishes_.send_line(text) && size() == 0) put(text);
+        do_callback();
+    }
+
+    // Another text, as if it had been typed.
+    void put(const std::string& text) {
+        value(text.c_str());
+        cursor(size());
+        do_callback();
+    }
+
+  private:
+    bool key() {
+        int key = Fl::event_key();
+        bool shift = (Fl::event_state() & FL_SHIFT) != 0;
+        std::string_view before(value(), static_cast<std::size_t>(cursor()));
+        if (key == FL_Tab) return !shift && complete();
+        if (key == FL_Enter || key == FL_KP_Enter) {
+            if (!shift) return send(), true;
+            replace(cursor(), mark(), "\n", 1);
+            do_callback();
+        } else if (key == FL_Page_Up || key == FL_Page_Down) {
+            view_.scroll_pages(key == FL_Page_Up ? -1 : 1);
+        } else if (key == FL_Up && before.find('\n') == before.npos) {
+            recall(-1);
+        } else if (key == FL_Down && at_ < history_.size()) {
+            recall(1);
+        } else {
+            return false;
+        }
+        return true;
     }
 
     void recall(int by) {
         if (by < 0 && at_ == 0) return;
         if (at_ == history_.size()) draft_ = value();
         at_ = by < 0 ? at_ - 1 : at_ + 1;
-        value((at_ < history_.size() ? history_[at_] : draft_).c_str());
-        cursor(size());
-        owner_.resized();
+        put(at_ < history_.size() ? history_[at_] : draft_);
     }
 
-    // Completes the word before the cursor, if it can be. False if there is none: then Tab moves
-    // on.
+    // Completes the word before the cursor: a name or, as the first word, a command. False if there
+    // is no word: then Tab moves on.
     bool complete() {
         std::string before(value(), static_cast<std::size_t>(cursor()));
         std::size_t space = before.find_last_of(" \n");
         std::string word = before.substr(space == before.npos ? 0 : space + 1);
         if (word.empty()) return false;
-        std::vector<std::string> found = owner_.complete(word, word.size() == before.size());
+        std::vector<std::string> found;
+        for (const auto& help : chatsecure::command_help) {
+            std::string_view command = help.usage.substr(0, help.usage.find(' '));
+            if (word == before && word[0] == '/' && command.starts_with(word))
+                found.emplace_back(command);
+        }
+        for (const auto& [name, c] : model_.conversations)
+            if (!name.empty() && name.starts_with(word)) found.push_back(name);
         if (found.empty()) return true;
         std::string common = found[0];
         for (const std::string& other : found)
@@ -1174,7 +1492,7 @@ class MessageInput : public Fl_Multiline_Input {
                 common.end());
         if (found.size() == 1) common += ' ';
         insert(common.substr(word.size()).c_str());
-        owner_.resized();
+        do_callback();
         return true;
     }
 
@@ -1187,7 +1505,9 @@ class MessageInput : public Fl_Multiline_Input {
     void cursor(int at) { insert_position(at); }
 #endif
 
-    Owner owner_;
+    const Model& model_;
+    Wishes& wishes_;
+    ConversationView& view_;
     bool dropping_ = false;
     std::deque<std::string> history_;
     std::size_t at_ = 0;  // which of them is shown; the number of them: the draft
@@ -1196,103 +1516,90 @@ class MessageInput : public Fl_Multiline_Input {
 
 // ---- Helpers for the two windows ----------------------------------------------------------------
 
-// A text in a colour of the Look, which wraps.
-class Text : public Fl_Widget {
+// A text that wraps, perhaps on a ground of its own. It is as high as it needs to be.
+class Text : public Fl_Box {
   public:
-    Text(int x, int y, int w, int h, int size, Rgb Look::*colour, bool bold = false)
-        : Fl_Widget(x, y, w, h), size_(size), colour_(colour), bold_(bold) {}
+    Text(int size, Fl_Color colour, Fl_Font font = plain, const std::string& text = "",
+         Fl_Color ground = ink::window)
+        : Fl_Box(0, 0, 0, 0), size_(size) {
+        box(ground == ink::window ? FL_NO_BOX : FL_UP_BOX);
+        color(ground);
+        labelcolor(colour);
+        labelfont(font);
+        align(FL_ALIGN_TOP | FL_ALIGN_LEFT | FL_ALIGN_INSIDE | FL_ALIGN_WRAP | FL_ALIGN_CLIP);
+        set(text);
+    }
     void set(const std::string& text) {
-        if (text == text_) return;
-        text_ = text;
+        std::string label;  // FLTK draws little pictures for what begins with @
+        for (char c : text) label += c == '@' ? "@@" : std::string(1, c);
+        copy_label(label.c_str());
         if (window() != nullptr) window()->redraw();
     }
-    const std::string& get() const { return text_; }
-    void set_colour(Rgb Look::*colour) { colour_ = colour; }
-    // How high it is at its width.
-    int wanted_height() const {
-        use_font(size_, bold_);
-        return static_cast<int>(::wrap(text_, w()).size()) * (size_ + 5);
+    bool is_empty() const { return *label() == '\0'; }
+    int wanted_height(int width) {
+        labelsize(scaled(size_));
+        int margin = box() == FL_NO_BOX ? 0 : 2 * gap, w = width - margin, h = 0;
+        fl_font(labelfont(), labelsize());
+        fl_measure(label(), w, h, 0);
+        return is_empty() ? 0 : h + margin;
     }
-    void draw() override {
-        fl_push_clip(x(), y(), w(), h());
-        use_font(size_, bold_);
-        fl_color((look().*colour_).color());
-        int at = y() + size_ + 1;
-        for (const Span& line : ::wrap(text_, w())) {
-            fl_draw(text_.data() + line.begin, static_cast<int>(line.end - line.begin), x(), at);
-            at += size_ + 5;
-        }
-        fl_pop_clip();
+    void draw() override {  // at the very edge, where FLTK leaves 3 pixels
+        int margin = box() == FL_NO_BOX ? 0 : gap;
+        draw_box();
+        draw_label(x() + margin, y() + margin, w() - 2 * margin, h() - 2 * margin);
     }
 
   private:
-    std::string text_;
     int size_;
-    Rgb Look::*colour_;
-    bool bold_;
 };
 
-// The box of a field: flat, with round corners and a thin line.
-constexpr Fl_Boxtype field_box = FL_FREE_BOXTYPE;
+// Puts widgets below each other. What is hidden, or a text that is empty, takes no room.
+struct Column {
+    int x, y, w;
+    void put(Fl_Widget& widget, int height, int space = gap) {
+        if (widget.visible() == 0 || height == 0) return widget.resize(x, y, w, 0);
+        widget.resize(x, y, w, height);
+        y += height + space;
+    }
+    void put(Text& text, int space = gap) {
+        put(static_cast<Fl_Widget&>(text), text.wanted_height(w), space);
+    }
+};
+
+void show_if(Fl_Widget& widget, bool yes) { yes ? widget.show() : widget.hide(); }
+void activate_if(Fl_Widget& widget, bool yes) { yes ? widget.activate() : widget.deactivate(); }
+
+// The box of a field: flat, with round corners and a thin line; a thick one if it has the focus.
 void draw_field_box(int x, int y, int w, int h, Fl_Color colour) {
-    unsigned char r = 0, g = 0, b = 0;
-    Fl::get_color(colour, r, g, b);
-    bool check = h < 20;  // the box of a check mark
-    int radius = check ? 3 : 6;
-    draw_round(x, y, w, h, radius, check ? look().quiet : look().line);
-    draw_round(x + 1, y + 1, w - 2, h - 2, radius - 1, {r, g, b});
-}
-
-// Gives the widgets of FLTK itself the colours of the Look.
-void dress(Fl_Widget& widget) {
-    const Look& l = look();
-    if (auto* input = dynamic_cast<Fl_Input_*>(&widget)) {
-        input->box(field_box);
-        input->color(l.field.color(), l.accent.color());
-        input->textcolor(l.text.color());
-        input->cursor_color(l.text.color());
-    }
-    widget.labelcolor(l.text.color());
-    if (auto* group = widget.as_group()) {
-        for (int i = 0; i < group->children(); ++i) {
-            Fl_Widget& child = *group->child(i);
-            if (child.as_group() != nullptr && child.as_window() == nullptr &&
-                dynamic_cast<Fl_Input_*>(&child) == nullptr)
-                child.color(group->color());
-            dress(child);
-        }
-    }
-}
-
-// And those that FLTK draws by itself: menus, check marks, the file chooser.
-void dress_toolkit() {
-    const Look& l = look();
-    auto [r, g, b] = l.panel;
-    Fl::background(r, g, b);
-    auto [r2, g2, b2] = l.field;
-    Fl::background2(r2, g2, b2);
-    auto [r3, g3, b3] = l.text;
-    Fl::foreground(r3, g3, b3);
-    auto [r4, g4, b4] = l.accent;
-    Fl::set_color(FL_SELECTION_COLOR, r4, g4, b4);
+    const Fl_Widget* f = Fl::focus();
+    bool focus = f != nullptr && f->x() == x && f->y() == y && f->w() == w && f->h() == h;
+    bool check = h < 30 && w == h;  // the box of a check mark
+    int radius = check ? 3 : 6, edge = focus ? 2 : 1;
+    draw_round(x, y, w, h, radius, focus ? ink::accent : check ? ink::quiet : ink::line);
+    draw_round(x + edge, y + edge, w - 2 * edge, h - 2 * edge, radius - edge, colour);
 }
 
 // Asks in a window before `parent`; what goes on behind it goes on. Enter and Escape mean `no`.
 bool ask(const Fl_Window& parent, const std::string& question, const char* yes, const char* no) {
-    const int width = 400, height = 130;
+    const int width = 420;
     bool answer = false;
-    Fl_Double_Window window(parent.x() + (parent.w() - width) / 2,
-                            parent.y() + (parent.h() - height) / 2, width, height, "ChatSecure");
-    Text text(20, 20, width - 40, 50, text_size, &Look::text);
-    Button yes_button(width - 240, height - 50, 105, 34, yes, [&] {
-        answer = true;
-        window.hide();
-    });
+    Fl_Double_Window window(width, 100, "ChatSecure");
+    use_font(text_size);
+    std::string lines;  // an address has no spaces where FLTK would break it
+    for (const Span& line : wrap(question, width - 50))
+        lines += question.substr(line.begin, line.end - line.begin) + '\n';
+    Text text(text_size, ink::text, plain, lines);
+    Button yes_button(yes, [&] { answer = true, window.hide(); });
     Button no_button(
-        width - 125, height - 50, 105, 34, no, [&] { window.hide(); }, true);
+        no, [&] { window.hide(); }, true);
     window.end();
-    text.set(question);
-    window.color(look().panel.color());
+    int high = text.wanted_height(width - 40), height = high + 66;
+    window.resize(parent.x() + (parent.w() - width) / 2, parent.y() + (parent.h() - height) / 2,
+                  width, height);
+    text.resize(20, 20, width - 40, high);
+    yes_button.resize(width - 240, height - 50, 105, 34);
+    no_button.resize(width - 125, height - 50, 105, 34);
+    window.color(ink::panel);
     window.set_modal();
     window.show();
     no_button.take_focus();
@@ -1300,308 +1607,289 @@ bool ask(const Fl_Window& parent, const std::string& question, const char* yes, 
     return answer;
 }
 
-// The 60 digits of a safety number, four groups of five to a line.
-std::string grouped(const std::string& digits) {
-    std::string text;
-    std::size_t group = 0;
-    for (const std::string& word : chatsecure::split_words(digits)) {
-        if (group > 0) text += group % 4 == 0 ? "\n" : "  ";
-        text += word;
-        ++group;
-    }
-    return text;
+// The 60 digits of a safety number (in groups of five), four groups to a line.
+std::string grouped(std::string digits) {
+    for (std::size_t i = 23; i < digits.size(); i += 24) digits[i] = '\n';
+    return digits;
 }
 // A fingerprint in pieces that an eye can compare.
 std::string grouped(const chatsecure::Fingerprint& fingerprint) {
-    std::string text = fingerprint.text(), out = "SHA256:\n";
-    text.erase(0, 7);
-    for (std::size_t i = 0; i < text.size(); i += 8)
-        out += concat(i == 0 ? "" : i % 16 == 0 ? "\n" : "  ", text.substr(i, 8));
+    std::string text = fingerprint.text(), out = "SHA256:";
+    for (std::size_t i = 7; i < text.size(); i += 8) out += " " + text.substr(i, 8);
     return out;
 }
 
 // ---- Signing in ---------------------------------------------------------------------------------
 
-struct SignInForm {
-    std::string server, user;
-    chatsecure::SecretBytes password;
-    bool register_account = false;
-};
-
 class SignIn : public Fl_Double_Window {
   public:
-    struct Owner {
-        std::function<void(const SignInForm&)> submit;
-        std::function<void(bool)> answer_key;
-        std::function<void()> close, drawn;
-    };
-
-    explicit SignIn(Owner owner)
-        : Fl_Double_Window(420, base_height, "ChatSecure"), owner_(std::move(owner)) {
-        title_.set("ChatSecure");
-        label_server_.set("Server");
-        label_name_.set("Name");
-        label_password_.set("Password");
-        key_title_.set(
-            "This server is not known yet. Compare its fingerprint with the one that its operator "
-            "gave you:");
-        password_.when(FL_WHEN_ENTER_KEY_ALWAYS);
-        password_.callback([](Fl_Widget*, void* self) { static_cast<SignIn*>(self)->submit(); },
-                           this);
-        show_password_.labelsize(small_size);
-        show_password_.callback(
-            [](Fl_Widget* check, void* field) {
-                bool show = static_cast<Fl_Check_Button*>(check)->value() != 0;
-                auto* password = static_cast<Fl_Secret_Input*>(field);
-                password->input_type(show ? FL_NORMAL_INPUT : FL_SECRET_INPUT);
-                password->redraw();
-            },
-            &password_);
+    explicit SignIn(Wishes& wishes) : Fl_Double_Window(420, 480, "ChatSecure"), wishes_(wishes) {
         end();
-        callback([](Fl_Widget*, void* self) { static_cast<SignIn*>(self)->owner_.close(); }, this);
+        color(ink::window);
+        for (auto* field : {&password_, &repeat_}) {
+            field->when(FL_WHEN_ENTER_KEY_ALWAYS);
+            field->callback(call<&SignIn::submit>, this);
+        }
+        show_password_.callback(call<&SignIn::layout>, this);
+        register_.callback(call<&SignIn::layout>, this);
+        callback([](Fl_Widget*, void* w) { static_cast<Wishes*>(w)->close(); }, &wishes_);
         show_key(std::nullopt);
-        show_warning("");
-        redress();
     }
 
     void fill(const SignInForm& form) {
         server_.value(form.server.c_str());
         name_.value(form.user.c_str());
-        password_.value(reinterpret_cast<const char*>(form.password.data()),
-                        static_cast<int>(form.password.size()));
+        for (auto* field : {&password_, &repeat_})
+            field->value(reinterpret_cast<const char*>(form.password.data()),
+                         static_cast<int>(form.password.size()));
         register_.value(form.register_account ? 1 : 0);
-        if (form.user.empty())
-            name_.take_focus();
-        else
-            password_.take_focus();
+        (form.user.empty() ? static_cast<Fl_Input&>(name_) : password_).take_focus();
+        layout();
     }
     void forget_password() {  // value() is the field's own buffer
-        OPENSSL_cleanse(const_cast<char*>(password_.value()),
-                        static_cast<std::size_t>(password_.size()));
-        password_.value("");
-    }
-    void redress() {
-        color(look().window.color());
-        dress(*this);
-        redraw();
+        for (auto* field : {&password_, &repeat_}) {
+            OPENSSL_cleanse(const_cast<char*>(field->value()),
+                            static_cast<std::size_t>(field->size()));
+            field->value("");
+        }
     }
 
     // What the engine is doing; while it does, the form waits.
     void set_busy(const std::string& what) {
         status_.set(what);
         bool busy = !what.empty();
-        for (Fl_Widget* field : std::initializer_list<Fl_Widget*>{
-                 &server_, &name_, &password_, &show_password_, &register_, &enter_})
-            busy ? field->deactivate() : field->activate();
-        if (busy) {
-            clear_errors();
-            dots_ = 0;
-            Fl::remove_timeout(&SignIn::tick, this);
-            Fl::add_timeout(0.4, &SignIn::tick, this);
-        }
-        redraw();
+        activate_if(enter_, !busy);
+        if (busy) clear_errors();
+        layout();
     }
-    void clear_errors() {
-        for (Text* error : {&server_error_, &name_error_, &password_error_}) error->set("");
-        show_warning("");
-        show_key(std::nullopt);
-    }
-    enum class Field { server, name, password };
+    enum class Field { server, name, password, repeat };
     void show_error(Field field, const std::string& sentence) {
         set_busy("");
-        Text& beside = field == Field::server ? server_error_
-                       : field == Field::name ? name_error_
-                                              : password_error_;
-        beside.set(sentence);
-        if (beside.wanted_height() > beside.h()) {  // a long one gets the room that it needs
-            beside.set("");
-            show_warning(sentence);
-        }
-        if (field == Field::password) password_.take_focus();
+        errors_[static_cast<std::size_t>(field)].set(sentence);
+        fields()[static_cast<std::size_t>(field)]->take_focus();
+        layout();
     }
     // First contact: shows the fingerprint, and asks.
     void show_key(const std::optional<chatsecure::Fingerprint>& key) {
         for (Fl_Widget* part :
              std::initializer_list<Fl_Widget*>{&key_title_, &key_, &accept_, &refuse_})
-            key ? part->show() : part->hide();
-        if (!key) return;
-        status_.set("");
-        key_.set(grouped(*key));
-        refuse_.take_focus();
-        redraw();
+            show_if(*part, key.has_value());
+        if (key) {
+            status_.set("");
+            key_.set(grouped(*key));
+            refuse_.take_focus();
+        }
+        layout();
     }
     // What must not be overlooked.
     void show_warning(const std::string& text) {
         warning_.set(text);
-        if (!text.empty()) show_key(std::nullopt);
-        use_font(small_size, true);
-        int lines = text.empty() ? 0 : static_cast<int>(::wrap(text, w() - 48).size());
-        size(w(), std::max(base_height, 400 + lines * (small_size + 4)));  // all of it is seen
-        redraw();
+        show_key(std::nullopt);
     }
 
-    void draw() override {
-        Fl_Double_Window::draw();
-        owner_.drawn();
-        if (warning_.get().empty()) return;
-        draw_round(12, 372, w() - 24, h() - 384, 8, look().warning);
-        draw_round(14, 374, w() - 28, h() - 388, 7, look().window);
-        fl_push_clip(22, 380, w() - 44, h() - 398);
-        use_font(small_size, true);
-        fl_color(look().warning.color());
-        int at = 394;
-        for (const Span& line : ::wrap(warning_.get(), w() - 48)) {
-            fl_draw(warning_.get().data() + line.begin, static_cast<int>(line.end - line.begin), 24,
-                    at);
-            at += small_size + 4;
-        }
-        fl_pop_clip();
-    }
-
-    struct Place {
-        const char* name;
-        const Fl_Widget* widget;
-    };
-    std::vector<Place> places() const {
-        return {{"server", &server_},     {"name", &name_},   {"password", &password_},
-                {"register", &register_}, {"enter", &enter_}, {"accept-key", &accept_},
-                {"refuse-key", &refuse_}};
-    }
-
-  private:
-    static constexpr int base_height = 560;
     void submit() {
         if (enter_.active() == 0) return;
         clear_errors();
         SignInForm form{server_.value(), name_.value(), chatsecure::to_secret(password_.value()),
-                        register_.value() != 0};
-        if (form.server.empty()) return show_error(Field::server, "Where is the server?");
-        if (form.user.empty()) return show_error(Field::name, "Who are you?");
-        if (form.password.empty()) return show_error(Field::password, "The password is missing.");
-        owner_.submit(form);
+                        is_new()};
+        Field field = Field::server;  // which is looked at, before any server hears of it
+        try {
+            chatsecure::parse_host_port(form.server, 5000);
+            field = Field::name;
+            chatsecure::fold_name(form.user);
+            field = Field::password;
+            if (form.password.empty()) throw chatsecure::Error("The password is missing.");
+            if (is_new()) chatsecure::check_new_password(form.password);
+            field = Field::repeat;
+            if (is_new() && form.password != chatsecure::to_secret(repeat_.value()))
+                throw chatsecure::Error("This is not what you typed above.");
+        } catch (const chatsecure::Error& e) {
+            return show_error(field, e.what());
+        }
+        wishes_.submit(form);
     }
-    // The busy indication.
-    static void tick(void* data) {
-        auto* self = static_cast<SignIn*>(data);
-        if (self->status_.get().empty() || self->enter_.active() != 0) return;
-        std::string text = self->status_.get();
-        text.erase(std::min(text.find_last_not_of('.') + 1, text.size()));
-        self->status_.set(text + std::string(1 + self->dots_++ % 3, '.'));
-        Fl::repeat_timeout(0.4, &SignIn::tick, self);
+    void draw() override {
+        Fl_Double_Window::draw();
+        wishes_.drawn();
     }
 
-    Owner owner_;
-    unsigned dots_ = 0;
-    Text title_{30, 22, 360, 30, 24, &Look::text, true};
-    Text label_server_{30, 66, 360, 18, small_size, &Look::quiet};
-    Fl_Input server_{30, 84, 360, 32};
-    Text server_error_{30, 118, 360, 34, small_size, &Look::warning};
-    Text label_name_{30, 152, 360, 18, small_size, &Look::quiet};
-    Fl_Input name_{30, 170, 360, 32};
-    Text name_error_{30, 204, 360, 34, small_size, &Look::warning};
-    Text label_password_{30, 238, 200, 18, small_size, &Look::quiet};
-    Fl_Secret_Input password_{30, 256, 360, 32};
-    Fl_Check_Button show_password_{332, 236, 60, 18, "Show"};
-    Text password_error_{30, 290, 360, 34, small_size, &Look::warning};
-    Fl_Check_Button register_{28, 326, 220, 30, "This is a new account"};
-    Button enter_{280, 324, 110, 34, "Enter", [this] { submit(); }, true};
-    Text status_{30, 366, 360, 20, small_size, &Look::quiet};
-    Text warning_{0, 0, 0, 0, small_size, &Look::warning};  // drawn by draw()
-    Text key_title_{30, 376, 360, 40, small_size + 1, &Look::text};
-    Text key_{30, 420, 360, 84, small_size + 1, &Look::text, true};
-    Button accept_{30, 512, 170, 34, "It is the same", [this] { owner_.answer_key(true); }};
-    Button refuse_{220, 512, 170, 34, "Do not connect", [this] { owner_.answer_key(false); }, true};
+  private:
+    bool is_new() const { return register_.value() != 0; }
+    std::array<Fl_Input*, 4> fields() { return {&server_, &name_, &password_, &repeat_}; }
+    void clear_errors() {
+        for (Text& error : errors_) error.set("");
+        show_warning("");
+    }
+    // Each error stands below its field; the window is as high as all of it.
+    void layout() {
+        Column column{30, 24, 360};
+        column.put(title_, 2 * gap);
+        auto put_field = [&](Text& label, Fl_Input& field, Text& error) {
+            field.textsize(scaled(text_size));
+            column.put(label, 4);
+            column.put(field, scaled(text_size) + 19, 4);
+            column.put(error, 0);
+            column.y += gap;
+        };
+        put_field(labels_[0], server_, errors_[0]);
+        put_field(labels_[1], name_, errors_[1]);
+        int beside = column.y;
+        put_field(labels_[2], password_, errors_[2]);
+        show_password_.resize(320, beside - 4, 70, 22);
+        bool busy = enter_.active() == 0;
+        for (auto* field : {&password_, &repeat_})
+            field->input_type(show_password_.value() != 0 ? FL_NORMAL_INPUT : FL_SECRET_INPUT);
+        for (Fl_Input* field : fields()) field->readonly(busy ? 1 : 0);
+        show_if(repeat_, is_new());
+        show_if(labels_[3], is_new());
+        show_if(show_password_, !busy);
+        show_if(register_, !busy);
+        if (is_new()) put_field(labels_[3], repeat_, errors_[3]);
+        register_.resize(26, column.y + gap, 210, 30);
+        enter_.copy_label(is_new() ? "Create account" : "Log in");
+        enter_.resize(250, column.y + gap, 140, 34);
+        column.y += 34 + 3 * gap;
+        column.put(status_);
+        column.put(warning_);
+        column.put(key_title_);
+        column.put(key_);
+        accept_.resize(30, column.y, 175, 34);
+        refuse_.resize(215, column.y, 175, 34);
+        if (key_.visible() != 0) column.y += 34 + gap;
+        for (Fl_Widget* check : {&show_password_, &register_})
+            check->labelsize(scaled(small_size + 1));
+        size(w(), std::max(column.y + gap, 400));
+        redraw();
+    }
+
+    Wishes& wishes_;
+    Text title_{24, ink::text, bold, "ChatSecure"};
+    std::array<Text, 4> labels_{Text{small_size, ink::quiet, plain, "Server"},
+                                Text{small_size, ink::quiet, plain, "Name"},
+                                Text{small_size, ink::quiet, plain, "Password"},
+                                Text{small_size, ink::quiet, plain, "The password once more"}};
+    InputField<Fl_Input> server_{"server"}, name_{"name"};
+    InputField<Fl_Secret_Input> password_{"password"};
+    Fl_Check_Button show_password_{0, 0, 0, 0, "Show"};
+    InputField<Fl_Secret_Input> repeat_{"repeat"};
+    std::array<Text, 4> errors_{Text{small_size, ink::warning}, Text{small_size, ink::warning},
+                                Text{small_size, ink::warning}, Text{small_size, ink::warning}};
+    Fl_Check_Button register_{0, 0, 0, 0, "This is a new account"};
+    Button enter_{"Log in", [this] { submit(); }, true};
+    Text status_{small_size, ink::quiet};
+    Text warning_{small_size, ink::warning, bold, "", ink::alarm};
+    Text key_title_{small_size + 1, ink::text, plain,
+                    "This server is not known yet. Compare its fingerprint with the one that its "
+                    "operator gave you:"};
+    Text key_{small_size + 1, ink::text, fixed_pitch};
+    Button accept_{"It is the same", [this] { wishes_.answer_key(true); }};
+    Button refuse_{"Do not connect", [this] { wishes_.answer_key(false); }, true};
+};
+
+// ---- Who somebody is, on the right --------------------------------------------------------------
+
+// What is to be compared before it is trusted, whole: it scrolls if the window is small. The button
+// at its end wants the tick, so nobody trusts or verifies by pressing what comes first.
+class Details : public Fl_Scroll {
+  public:
+    struct Content {
+        std::string title{}, story{}, number{}, prints{};
+        const char* act = nullptr;  // what a comparison allows
+        friend bool operator==(const Content&, const Content&) = default;
+    };
+    explicit Details(Wishes& wishes) : Fl_Scroll(0, 0, 0, 0), wishes_(wishes) {
+        end();
+        type(Fl_Scroll::VERTICAL);
+        box(FL_FLAT_BOX);
+        color(ink::panel);
+        compared_.callback(call<&Details::ticked>, this);
+    }
+    // Whoever has ticked "I compared" has compared what was shown then: anything else takes the
+    // tick away.
+    void set(const Content& content) {
+        if (content != std::exchange(content_, content)) compared_.value(0);
+        title_.set(content.title);
+        story_.set(content.story);
+        number_.set(content.number);
+        prints_.set(content.prints);
+        show_if(compared_, content.act != nullptr);
+        show_if(act_, content.act != nullptr);
+        if (content.act != nullptr) act_.copy_label(content.act);
+        ticked();
+        resize(x(), y(), w(), h());
+    }
+    void resize(int nx, int ny, int nw, int nh) override {
+        Fl_Widget::resize(nx, ny, nw, nh);
+        scroll_to(0, 0);
+        Column column{nx + 2 * gap, ny + gap, std::max(nw - 4 * gap, 10)};
+        close_.resize(nx + nw - 30 - 2 * gap, ny + gap, 30, 30);
+        column.w -= 30;
+        column.y += 4;
+        column.put(title_, gap + 2);
+        column.w += 30;
+        column.put(story_);
+        column.put(number_);
+        column.put(prints_);
+        compared_.labelsize(scaled(small_size + 1));
+        column.put(compared_, scaled(22), 4);
+        column.put(act_, scaled(text_size) + 16);
+        redraw();
+    }
+
+  private:
+    Content content_;
+    void ticked() { activate_if(act_, compared_.value() != 0); }
+
+    Wishes& wishes_;
+    Text title_{text_size, ink::text, bold};
+    Text story_{small_size, ink::text};
+    Text number_{number_size, ink::text, fixed_pitch, "", ink::field};
+    Text prints_{small_size - 1, ink::text, fixed_pitch};
+    Fl_Check_Button compared_{0, 0, 0, 0, "I compared the number"};
+    Button act_{"", [this] { wishes_.settle(); }};
+    Button close_{"\u2715", [this] { wishes_.toggle_details(); }};
 };
 
 // ---- The main window ----------------------------------------------------------------------------
 
 class MainWindow : public Fl_Double_Window {
   public:
-    struct Owner {
-        PeopleList::Owner list;
-        ConversationView::Owner view;
-        MessageInput::Owner input;
-        std::function<void()> send_file, verify, trust, toggle_details, toggle_theme, toggle_sound;
-        std::function<void()> close, drawn;
-        std::function<std::string()> title, subtitle;
-    };
-
-    explicit MainWindow(Owner owner)
-        : Fl_Double_Window(960, 640, "ChatSecure"), owner_(with_layout(std::move(owner))) {
-        details_.end();
+    MainWindow(Model& model, Wishes& wishes)
+        : Fl_Double_Window(960, 640, "ChatSecure"), model_(model), wishes_(wishes) {
         end();
+        color(ink::window);
         resizable(nullptr);
-        size_range(720, 480);  // what one compares before trusting somebody is never cut
-        menu_.add(
-            "Dark theme", 0, [](Fl_Widget*, void* f) { call(f); }, &owner_.toggle_theme);
-        menu_.add(
-            "Sound for messages", 0, [](Fl_Widget*, void* f) { call(f); }, &owner_.toggle_sound);
-        menu_.add(
-            "Quit", FL_COMMAND + 'q', [](Fl_Widget*, void* f) { call(f); }, &owner_.close);
-        callback([](Fl_Widget*, void* self) { static_cast<MainWindow*>(self)->owner_.close(); },
-                 this);
-        details_.hide();
-        redress();
-        compared_.callback(
-            [](Fl_Widget* check, void* button) {
-                bool yes = static_cast<Fl_Check_Button*>(check)->value() != 0;
-                auto* trust = static_cast<Button*>(button);
-                yes ? trust->activate() : trust->deactivate();
-            },
-            &trust_);
+        size_range(480, 360);
+        callback([](Fl_Widget*, void* w) { static_cast<Wishes*>(w)->close(); }, &wishes_);
+        input.callback(call<&MainWindow::layout>, this);
+        details.hide();
         side_.box(FL_FLAT_BOX);
-        details_.box(FL_FLAT_BOX);
+        side_.color(ink::panel);
         layout();
     }
 
-    ConversationView& view() { return view_; }
-    bool is_at_end() const { return view_.is_at_end(); }
-    MessageInput& input() { return input_; }
-    PeopleList& list() { return list_; }
-    MenuButton& menu() { return menu_; }
-
-    void redress() {
-        color(look().window.color());
-        details_.color(look().panel.color());
-        dress(*this);
-        details_.color(look().panel.color());
-        side_.color(look().panel.color());
-        menu_.color(look().field.color());
-        menu_.textcolor(look().text.color());
-        view_.color(look().window.color());
-        redraw();
-    }
-    void set_state(const std::string& text, Rgb Look::*colour) {
-        state_.set(text);
-        state_.set_colour(colour);
-        state_colour_ = colour;
-        redraw();
+    void set_state(const std::string& text, Fl_Color colour) {
+        state_.set("\u25cf  " + text);
+        state_.labelcolor(colour);
     }
     void end_input() {
-        input_.deactivate();
-        send_file_.deactivate();
+        for (Fl_Widget* part : std::initializer_list<Fl_Widget*>{&input, &send_, &send_file_})
+            part->deactivate();
     }
-    // A sentence across the window that must not be overlooked; empty: none.
+    // A sentence above the conversation that must not be overlooked; empty: none. It stays as long
+    // as what it says is true.
     void set_banner(const std::string& text) {
+        if (text == banner_.label()) return;
         banner_.set(text);
         layout();
     }
-    bool has_details() const { return details_.visible() != 0; }
-    void show_details(bool show) {
-        show ? details_.show() : details_.hide();
-        layout();
+    void pop_up_at_file(const std::vector<MenuLine>& lines) {
+        pop_up(lines, send_file_.x(), send_file_.y() + send_file_.h());
     }
-    // `must_trust`: the identity has changed. Whoever has ticked "I compared" has compared what was
-    // shown then: anything else takes the tick away.
-    void set_details(const std::string& heading, const std::string& text, bool can_verify,
-                     bool must_trust) {
-        if (heading != details_title_.get() || text != details_text_.get()) compared_.value(0);
-        details_title_.set(heading);
-        details_text_.set(text);
-        can_verify ? verify_.show() : verify_.hide();
-        must_trust ? compared_.show() : compared_.hide();
-        must_trust ? trust_.show() : trust_.hide();
-        compared_.value() != 0 ? trust_.activate() : trust_.deactivate();
+    bool has_details() const { return details.visible() != 0; }
+    void show_details(bool show) {
+        show_if(details, show);
+        if (!show && Fl::focus() == nullptr) input.take_focus();
         layout();
     }
 
@@ -1611,67 +1899,61 @@ class MainWindow : public Fl_Double_Window {
     }
     void draw() override {
         Fl_Double_Window::draw();
-        const Look& l = look();
-        fl_color(l.line.color());
-        fl_line(list_width, 0, list_width, h());
-        int right = send_file_.x() - gap, head = top();  // which measures with a font of its own
-        use_font(title_size, true);
-        fl_color(l.text.color());
-        draw_text(owner_.title(), list_width + 2 * gap, head + 24, right - list_width - 2 * gap);
-        use_font(small_size);
-        fl_color(l.quiet.color());
-        draw_text(owner_.subtitle(), list_width + 2 * gap, head + 42, right - list_width - 2 * gap);
-        fl_color((l.*state_colour_).color());
-        fl_pie(12, h() - 30, 9, 9, 0, 360);
-        if (!banner_.get().empty()) draw_banner();
-        owner_.drawn();
+        fl_color(ink::line);
+        fl_line(list_width(), 0, list_width(), h());
+        if (details.visible() != 0) fl_line(details.x(), 0, details.x(), h());
+        if (view.visible() != 0) {
+            int left = list_width() + 2 * gap, room = send_file_.x() - gap - left;
+            fl_line(list_width(), head() - 1, list_width() + middle(), head() - 1);
+            use_font(title_size, bold);
+            fl_color(ink::text);
+            draw_text(model_.shown().title(), left, scaled(title_size) + 7, room);
+            use_font(small_size);
+            fl_color(model_.shown().trusted ? ink::quiet : ink::warning);
+            draw_text(model_.subtitle(), left, scaled(title_size + small_size) + 13, room);
+        }
+        wishes_.drawn();
     }
     int handle(int event) override {
-        if (event == FL_SHORTCUT || event == FL_KEYBOARD) {
-            int key = Fl::event_key();
-            if (is_window_key()) {
-                if (key == FL_Page_Up) list_.step(-1);
-                if (key == FL_Page_Down) list_.step(1);
-                if (key == 'o') owner_.send_file();
-                if (key == 'd') owner_.toggle_details();
-                return 1;
-            }
-            if (key == FL_Escape) return input_.take_focus(), 1;  // and never closes the window
-            if (event == FL_KEYBOARD && is_text() && input_.active() != 0)  // nobody wanted it
-                return input_.take_focus(), input_.handle(event);
-        }
+        if ((event == FL_SHORTCUT || event == FL_KEYBOARD) && key(event)) return 1;
         return Fl_Double_Window::handle(event);
     }
 
     void layout() {
-        const int bottom = 48, head = 52;
-        int details = has_details() ? std::min(details_width, (w() - list_width) / 2) : 0;
-        int middle = w() - list_width - details;
-        side_.resize(0, top(), list_width, h() - top());
-        list_.resize(0, top(), list_width, h() - bottom - top());
-        state_.resize(28, h() - 34, list_width - 36 - 36, 34);
-        menu_.resize(list_width - 36, h() - 41, 30, 30);
-        int buttons = list_width + middle - gap;
-        details_button_.resize(buttons - 76, top() + 11, 76, 30);
-        send_file_.resize(buttons - 76 - gap - 66, top() + 11, 66, 30);
-        int input_height = std::min(input_.wanted_height(), h() / 3);
-        input_.resize(list_width + gap, h() - input_height - gap, middle - 2 * gap, input_height);
-        view_.resize(list_width + 1, top() + head, middle - 1,
-                     h() - top() - head - input_height - 2 * gap);
-        details_.resize(list_width + middle, top(), details, h() - top());
-        layout_details();
+        side_.resize(0, 0, list_width(), h());
+        list.resize(0, 0, list_width(), h() - 46);
+        menu_.resize(list_width() - 38, h() - 39, 30, 30);
+        state_.labelsize(scaled(small_size));
+        state_.resize(13, h() - 31, std::max(list_width() - 54, 14), scaled(18));
+        // A narrow window shows either the conversation or the details.
+        bool conversation = middle() > 0;
+        for (Fl_Widget* part : std::initializer_list<Fl_Widget*>{&view, &input, &send_, &send_file_,
+                                                                 &details_button_})
+            show_if(*part, conversation);
+        int left = list_width() + 2 * gap, right = list_width() + middle() - 2 * gap;
+        int wide = details_button_.wanted_width();
+        details_button_.resize(right - wide, gap + 2, wide, head() - 2 * gap - 4);
+        wide = send_file_.wanted_width();
+        send_file_.resize(details_button_.x() - gap - wide, gap + 2, wide, head() - 2 * gap - 4);
+
+        int top = head();
+        show_if(banner_, conversation && !banner_.is_empty());
+        int high = banner_.visible() == 0
+                       ? 0
+                       : std::min(banner_.wanted_height(right - left), h() / 2 - 2 * gap);
+        banner_.resize(left, top + gap, right - left, high);
+        if (high > 0) top += high + gap;
+        input.textsize(scaled(text_size));
+        int send_width = send_.wanted_width();
+        input.resize(left, 0, right - left - send_width - gap, 10);
+        high = std::min(input.wanted_height(), h() / 3);
+        int one = scaled(text_size) + 20;
+        input.resize(left, h() - high - gap, input.w(), high);
+        send_.resize(right - send_width, h() - one - gap, send_width, one);
+        view.resize(list_width() + 1, top, std::max(middle() - 1, 0), input.y() - gap - top);
+        details.resize(list_width() + middle(), 0, w() - list_width() - middle(), h());
         init_sizes();
         redraw();
-    }
-
-    struct Place {
-        const char* name;
-        const Fl_Widget* widget;
-    };
-    std::vector<Place> places() const {
-        return {{"input", &input_},   {"send-file", &send_file_}, {"details", &details_button_},
-                {"verify", &verify_}, {"compared", &compared_},   {"trust", &trust_},
-                {"people", &list_},   {"menu", &menu_},           {"view", &view_}};
     }
 
   private:
@@ -1679,242 +1961,286 @@ class MainWindow : public Fl_Double_Window {
         return Fl::event_length() > 0 && static_cast<unsigned char>(Fl::event_text()[0]) >= ' ' &&
                (Fl::event_state() & (FL_CTRL | FL_ALT | FL_META)) == 0;
     }
-    static void call(void* function) { (*static_cast<std::function<void()>*>(function))(); }
-    // What the input asks of this window is answered here, all else by the App.
-    Owner with_layout(Owner owner) {
-        owner.input.resized = [this] { layout(); };
-        owner.input.scroll = [this](int pages) { view_.scroll_pages(pages); };
-        return owner;
-    }
-
-    int top() const { return banner_.get().empty() ? 0 : banner_height(); }
-    int banner_height() const {
-        use_font(small_size, true);
-        int lines = static_cast<int>(::wrap(banner_.get(), w() - 4 * gap).size());
-        return std::min(lines * (small_size + 5) + 2 * gap, h() / 2);
-    }
-    void draw_banner() {
-        const Look& l = look();
-        fl_push_clip(0, 0, w(), top());
-        fl_color(l.warning.color());
-        fl_rectf(0, 0, w(), top());
-        fl_color(l.window.color());
-        use_font(small_size, true);
-        int at = gap + small_size;
-        for (const Span& line : ::wrap(banner_.get(), w() - 4 * gap)) {
-            fl_draw(banner_.get().data() + line.begin, static_cast<int>(line.end - line.begin),
-                    2 * gap, at);
-            at += small_size + 5;
+    // The keys that mean the same wherever the focus stands.
+    bool key(int event) {
+        int key = Fl::event_key();
+        if (Fl::modal() != nullptr) return false;  // a question is before us: it is its key
+        if (is_window_key()) {
+            if (key == FL_Page_Up) list.step(-1);
+            if (key == FL_Page_Down) list.step(1);
+            if (key == 'o') wishes_.send_file();
+            if (key == 'd') wishes_.toggle_details();
+            if (key == '+' || key == '=' || key == FL_KP + '+') wishes_.zoom(1);
+            if (key == '-' || key == FL_KP + '-') wishes_.zoom(-1);
+            if (key == '0') wishes_.zoom(0);
+            if (key == 'q') wishes_.close();
+            return true;
         }
-        fl_pop_clip();
-    }
-    void layout_details() {
-        int left = details_.x() + 2 * gap, wide = std::max(details_.w() - 4 * gap, 10);
-        int at = details_.y() + 2 * gap;
-        details_title_.resize(left, at, wide, 24);
-        at += 30;
-        details_text_.resize(left, at, wide, 10);
-        int room = h() - at - 90;
-        int high = std::min(details_text_.wanted_height(), std::max(room, 20));
-        details_text_.resize(left, at, wide, high);
-        at += high + gap;
-        verify_.resize(left, at, wide, 32);
-        compared_.resize(left - 4, at, wide + 8, 28);
-        trust_.resize(left, at + 32, wide, 32);
+        if (key == FL_Escape) {  // never closes the window
+            if (middle() == 0) wishes_.toggle_details();
+            return input.take_focus(), true;
+        }
+        if (event == FL_KEYBOARD && is_text() && input.active_r() != 0 && input.visible() != 0)
+            return input.take_focus(), input.handle(event) != 0;  // nobody else wanted it
+        return false;
     }
 
-    Owner owner_;
-    Rgb Look::*state_colour_ = &Look::quiet;
-    Text banner_{0, 0, 0, 0, small_size, &Look::warning, true};  // drawn by draw_banner()
-    Fl_Box side_{0, 0, list_width, 100};
-    PeopleList list_{0, 0, list_width, 100, owner_.list};
-    Text state_{0, 0, 10, 10, small_size, &Look::quiet};
-    MenuButton menu_{0, 0, 30, 30};
-    Button send_file_{0, 0, 66, 30, "File\u2026", [this] { owner_.send_file(); }};
-    Button details_button_{0, 0, 76, 30, "Details", [this] { owner_.toggle_details(); }};
-    ConversationView view_{0, 0, 100, 100, owner_.view};
-    MessageInput input_{0, 0, 100, 34, owner_.input};
-    Fl_Group details_{0, 0, details_width, 100};
-    Text details_title_{0, 0, 10, 10, text_size, &Look::text, true};
-    Text details_text_{0, 0, 10, 10, small_size + 1, &Look::text};
-    Button verify_{0, 0, 10, 10, "Mark as verified", [this] { owner_.verify(); }, true};
-    Fl_Check_Button compared_{0, 0, 10, 10, "I compared the number"};
-    Button trust_{0, 0, 10, 10, "Trust the new identity", [this] { owner_.trust(); }};
+    int list_width() const {  // room for the faces only, in a narrow window
+        return w() < 640 ? scaled(34) + 3 * gap : scaled(200);
+    }
+    int middle() const {  // of the conversation: 0 if the details take its place
+        int all = w() - list_width();
+        if (!has_details()) return all;
+        return all - scaled(details_width) < 280 ? 0 : all - scaled(details_width);
+    }
+    int head() const { return scaled(title_size + small_size) + 22; }
+    Model& model_;
+    Wishes& wishes_;
+    Fl_Box side_{0, 0, 0, 0};
+
+  public:  // in the order of Tab
+    PeopleList list{model_, wishes_};
+    ConversationView view{model_, wishes_};
+    MessageInput input{model_, wishes_, view};
+
+  private:
+    Button send_{"Send", [this] { input.send(); }, true};
+    Button menu_{"\u2261", [this] { pop_up(wishes_.menu(), menu_.x(), menu_.y(), true); }};
+    Button send_file_{"File\u2026", [this] { wishes_.send_file(); }};
+    Button details_button_{"Details", [this] { wishes_.toggle_details(); }};
+    Text banner_{small_size, ink::warning, bold, "", ink::alarm}, state_{small_size, ink::quiet};
+
+  public:
+    Details details{wishes_};
 };
 
-// ---- Between the windows and the engine ---------------------------------------------------------
+// ---- What is kept, what is known, what tests see ------------------------------------------------
 
 struct Settings {  // what is remembered from one time to the next: everything but the password
     std::string server = "localhost:5000", user;
     bool dark = false, sound = false;
+    int zoom = 100;
 };
+
+Settings load_settings(const std::filesystem::path& file) {
+    Settings settings;
+    try {
+        chatsecure::read_lines(file, 65536, "", [&](const std::vector<std::string>& words) {
+            if (words.size() != 2) return;
+            if (words[0] == "server") settings.server = words[1];
+            if (words[0] == "user") settings.user = words[1];
+            if (words[0] == "dark") settings.dark = words[1] == "1";
+            if (words[0] == "sound") settings.sound = words[1] == "1";
+            if (words[0] == "zoom")
+                settings.zoom =
+                    std::clamp<int>(chatsecure::parse_number<std::uint16_t>(words[1]).value_or(100),
+                                    smallest_zoom, largest_zoom);
+        });
+    } catch (const chatsecure::Error&) {  // comfort only: it begins as it would the first time
+    }
+    return settings;
+}
+// When the windows are closed: while they are open, nothing waits for a disk.
+void save_settings(const std::filesystem::path& file, const Settings& s) {
+    try {
+        chatsecure::make_private_directory(file.parent_path());
+        std::string text = concat("server ", s.server, "\nuser ", s.user, "\ndark ", s.dark ? 1 : 0,
+                                  "\nsound ", s.sound ? 1 : 0, "\nzoom ", s.zoom, "\n");
+        chatsecure::write_file(file, chatsecure::as_bytes(text), chatsecure::FileMode::owner_only);
+    } catch (const chatsecure::Error& e) {
+        std::cerr << "gui_client_fltk: " << e.what() << std::endl;
+    }
+}
+
+// What Details says of who somebody is.
+Details::Content describe(const Conversation& c) {
+    if (c.name.empty())
+        return {"Everyone",
+                "Each message is sealed for each of those who are online. The server passes on "
+                "what it cannot read.\n \nChoose a person on the left to see their identity."};
+    Details::Content content{c.name};
+    bool known = c.knows_number();
+    if (c.changed) {
+        content.story = "This is not the identity that you know. ";
+        content.prints =
+            concat("Known:\n", grouped(c.changed->pinned), "\nNow:\n", grouped(c.changed->seen));
+        content.act = known ? "Trust the new identity" : nullptr;
+    } else if (known) {
+        content.story = c.verified ? "\u2713 You have compared the number. " : "";
+        content.prints = concat("Identity:\n", grouped(c.number->theirs));
+        content.act = c.verified ? nullptr : "Mark as verified";
+    }
+    if (known) content.number = grouped(c.number->digits);
+    content.story += known ? "Compare the safety number by telephone, or face to face."
+                     : c.online
+                         ? "Asking for the safety number \u2026"
+                         : concat(c.name, " is offline: the safety number is there when they are.");
+    return content;
+}
+
+// For tests: what the window shows, as lines, and where to click.
+class Reports {
+  public:
+    explicit Reports(bool wanted) : wanted_(wanted) {
+        if (wanted) Fl::add_timeout(tick_seconds, tick, this);
+    }
+    void line(const std::string& line) const {
+        if (wanted_) std::cout << line << std::endl;
+    }
+    // When what is about to open waits for keys.
+    void line_soon(const std::string& line) {
+        soon_ = line;
+        auto say = [](void* self) {
+            static_cast<Reports*>(self)->line(static_cast<Reports*>(self)->soon_);
+        };
+        Fl::add_timeout(0, say, this);
+    }
+    // Whenever that has changed.
+    void places(const Fl_Group& window, const ConversationView& view, const PeopleList& list) {
+        if (!wanted_) return;
+        std::string places = places_in(window);
+        for (const auto& [name, place] : view.places())
+            places += line_of(name, place.x, place.y, place.w, place.h);
+        int at = list.y() + gap, high = PeopleList::row_height();
+        for (const Conversation* c : list.rows()) {
+            places += line_of("row-" + c->title(), list.x(), at, list.w(), high);
+            at += high;
+        }
+        if (places == places_) return;
+        places_ = places;
+        std::cout << places << std::flush;
+    }
+
+  private:
+    static std::string line_of(const std::string& name, int x, int y, int w, int h) {
+        return concat("place ", name, " ", x + w / 2, " ", y + h / 2, "\n");
+    }
+    // All that has a label, by its label.
+    static std::string places_in(const Fl_Group& group) {
+        std::string places;
+        for (int i = 0; i < group.children(); ++i) {
+            Fl_Widget& child = *group.child(i);
+            if (child.visible_r() == 0 || child.h() == 0) continue;
+            if (child.label() != nullptr && *child.label() != '\0')
+                places +=
+                    line_of(visible(child.label()), child.x(), child.y(), child.w(), child.h());
+            if (child.as_group() != nullptr) places += places_in(*child.as_group());
+        }
+        return places;
+    }
+    // How late the window's own timer is, at worst: how long it ever did not listen.
+    static constexpr double tick_seconds = 0.02;
+    static void tick(void* data) {
+        auto* self = static_cast<Reports*>(data);
+        auto now = chatsecure::Clock::now();
+        auto took = std::chrono::duration_cast<chatsecure::Milliseconds>(now - self->last_tick_);
+        std::int64_t late = took.count() - 20;
+        if (self->last_tick_ != chatsecure::Clock::time_point{} && late > self->slowest_ms_)
+            self->line(concat("slowest ", self->slowest_ms_ = late, " ms"));
+        self->last_tick_ = now;
+        Fl::repeat_timeout(tick_seconds, &Reports::tick, data);
+    }
+    bool wanted_;
+    std::string places_, soon_;
+    std::int64_t slowest_ms_ = -1;
+    chatsecure::Clock::time_point last_tick_;
+};
+
+// Asks the desktop to mark the window in the taskbar, or no longer to.
+void ask_for_attention([[maybe_unused]] Fl_Window& window, [[maybe_unused]] bool yes) {
+#ifdef CHATSECURE_X11
+    if (fl_display == nullptr || window.shown() == 0) return;
+    XWMHints* hints = XGetWMHints(fl_display, fl_xid(&window));
+    if (hints == nullptr) hints = XAllocWMHints();
+    hints->flags = yes ? hints->flags | XUrgencyHint : hints->flags & ~XUrgencyHint;
+    XSetWMHints(fl_display, fl_xid(&window), hints);
+    XFree(hints);
+#endif
+}
+
+// A path as a file:// address.
+std::string file_address(const std::filesystem::path& path) {
+    std::string address = "file://";
+    for (char c : std::filesystem::absolute(path).string()) {
+        bool safe = c == '/' || (c > 0 && std::isalnum(c) != 0);
+        address += safe ? std::string(1, c)
+                        : "%" + chatsecure::to_hex(chatsecure::as_bytes(std::string_view(&c, 1)));
+    }
+    return address;
+}
+
+// ---- Between the windows and the engine ---------------------------------------------------------
 
 struct Flags {
     SignInForm form;
-    bool ready = false;  // there is a password: sign in at once
-    bool accept_new = false, report = false;
-    std::filesystem::path home;
-    chatsecure::FileTransfers::Options files;
-    std::optional<chatsecure::Fingerprint> server_key;
+    bool report = false;
+    chatsecure::ClientOptions options{};  // as far as flags tell
 };
 
-class App {
+class App final : Wishes {
   public:
     explicit App(Flags flags) : flags_(std::move(flags)) {
-        load_settings();
-        dark = settings_.dark;
+        style = {settings_.dark, settings_.zoom};
+        set_theme();
         SignInForm form = flags_.form;
         if (form.server.empty()) form.server = settings_.server;
         if (form.user.empty()) form.user = settings_.user;
-        conversations_[""];
-        redress();
         sign_in_.fill(form);
         sign_in_.show();
-        if (flags_.report) Fl::add_timeout(tick_seconds, &App::tick, this);
         Fl::add_check(&App::mark_read, this);
-        if (flags_.ready) submit(form);
+        reports_.line(concat("downloads ", flags_.options.files.downloads.string()));
+        if (!flags_.form.user.empty() && !flags_.form.password.empty()) sign_in_.submit();
     }
 
     int run() {
         while (!quit_) Fl::wait(1000);
         client_.reset();
-        while (saver_.joinable()) Fl::wait(1000);  // settings_saved joins it
+        settings_.dark = style.dark;
+        settings_.zoom = style.zoom;
+        save_settings(settings_file_, settings_);
         return 0;
     }
 
   private:
-    // ---- Settings and looks ---------------------------------------------------------------------
-
-    std::filesystem::path settings_file() const { return flags_.home / "window"; }
-    void load_settings() {
-        std::optional<chatsecure::SecretBytes> file;
-        try {
-            file = chatsecure::read_file(settings_file(), 65536);
-        } catch (const chatsecure::Error&) {
-            return;  // comfort only: the window begins as it would the first time
-        }
-        if (!file) return;
-        std::istringstream in{chatsecure::to_string(*file)};
-        for (std::string line; std::getline(in, line);) {
-            std::size_t equals = std::min(line.find('='), line.size());
-            std::string key = line.substr(0, equals);
-            std::string value = line.substr(std::min(equals + 1, line.size()));
-            if (key == "server") settings_.server = value;
-            if (key == "user") settings_.user = value;
-            if (key == "dark") settings_.dark = value == "1";
-            if (key == "sound") settings_.sound = value == "1";
-        }
-    }
-    // On a thread of its own, and one at a time: a window must not wait for a disk.
-    void save_settings() {
-        if (saver_.joinable()) {
-            save_again_ = true;
-            return;
-        }
-        std::string text =
-            concat("server=", settings_.server, "\nuser=", settings_.user,
-                   "\ndark=", settings_.dark ? 1 : 0, "\nsound=", settings_.sound ? 1 : 0, "\n");
-        saver_ = std::thread([this, text] {
-            try {
-                chatsecure::make_private_directory(flags_.home);
-                chatsecure::write_file(settings_file(), chatsecure::as_bytes(text),
-                                       chatsecure::FileMode::owner_only);
-            } catch (const chatsecure::Error& e) {
-                unsaved_ = e.what();
-            }
-            Fl::awake(&App::settings_saved, this);
-        });
-    }
-    static void settings_saved(void* data) {
-        auto* self = static_cast<App*>(data);
-        self->saver_.join();  // to call us was the last that it did
-        if (!self->unsaved_.empty())
-            self->note(std::exchange(self->unsaved_, ""), Entry::Kind::warning);
-        if (std::exchange(self->save_again_, false)) self->save_settings();
-    }
-    void redress() {
-        dress_toolkit();
-        sign_in_.redress();
-        main_.redress();
-        main_.menu().mode(0, FL_MENU_TOGGLE | (settings_.dark ? FL_MENU_VALUE : 0));
-        main_.menu().mode(1, FL_MENU_TOGGLE | (settings_.sound ? FL_MENU_VALUE : 0));
-    }
-
-    // For tests: what the window shows, as lines.
-    void report(const std::string& line) {
-        if (flags_.report) std::cout << line << std::endl;
-    }
-    void report_file(const char* what, const chatsecure::FileInfo& file) {
-        report(concat(what, file.sending ? " to " : " from ", file.user, " ", visible(file.name)));
-    }
-    // How late the window's own timer is, at worst: how long it ever did not listen.
-    static constexpr double tick_seconds = 0.02;
-    static void tick(void* data) {
-        auto* self = static_cast<App*>(data);
-        auto now = chatsecure::Clock::now();
-        auto took = std::chrono::duration_cast<chatsecure::Milliseconds>(now - self->last_tick_);
-        std::int64_t late = took.count() - 20;
-        if (self->last_tick_ != chatsecure::Clock::time_point{} && late > self->slowest_ms_)
-            self->report(concat("slowest ", self->slowest_ms_ = late, " ms"));
-        self->last_tick_ = now;
-        Fl::repeat_timeout(tick_seconds, &App::tick, data);
-    }
-
     // ---- Signing in -----------------------------------------------------------------------------
 
-    void submit(const SignInForm& form) {
-        chatsecure::ClientOptions options;
-        try {
-            chatsecure::HostPort server = chatsecure::parse_host_port(form.server, 5000);
-            options.host = server.host;
-            options.port = server.port;
-        } catch (const chatsecure::Error& e) {
-            return sign_in_.show_error(SignIn::Field::server, e.what());
-        }
-        try {
-            options.user = chatsecure::fold_name(form.user);
-        } catch (const chatsecure::Error& e) {
-            return sign_in_.show_error(SignIn::Field::name, e.what());
-        }
+    void submit(const SignInForm& form) override {
+        chatsecure::HostPort server = chatsecure::parse_host_port(form.server, 5000);
+        chatsecure::ClientOptions options = flags_.options;
+        options.host = server.host;
+        options.port = server.port;
+        options.user = chatsecure::fold_name(form.user);
         options.password = form.password;
         options.register_account = registering_ = form.register_account;
-        options.home = flags_.home;
-        options.files = flags_.files;
-        options.server_key = flags_.server_key;
-        options.accept_new_server = flags_.accept_new;
         options.ask_about_server = true;
         options.on_event = [this] {
             if (!woken_.exchange(true)) Fl::awake(&App::take_events, this);
         };
         settings_.server = form.server;
         settings_.user = options.user;
-        sign_in_.set_busy("Connecting");
+        sign_in_.set_busy("Connecting \u2026");
         client_.reset();
         client_ = std::make_unique<chatsecure::Client>(std::move(options));
     }
 
+    void answer_key(bool accept) override {
+        sign_in_.show_key(std::nullopt);
+        sign_in_.set_busy("Connecting \u2026");
+        client_->try_post(chatsecure::AcceptServerKey{accept});
+    }
+
     void sign_in_failed(const chatsecure::Stopped& stopped) {
         using enum chatsecure::StopReason;
-        report(concat("sign-in-error ", visible(stopped.sentence)));
+        std::string sentence = shown(stopped.sentence);
+        reports_.line(concat("sign-in-error ", visible(stopped.sentence)));
         sign_in_.set_busy("");
-        switch (stopped.reason) {
-            case server_key_changed:
-            case server_distrusted:
-                return sign_in_.show_warning(shown(stopped.sentence));
-            case cannot_connect:
-            case server_key_unknown:
-                return sign_in_.show_error(SignIn::Field::server, first_sentence(stopped.sentence));
-            case login_refused:
-                return sign_in_.show_error(
-                    registering_ ? SignIn::Field::name : SignIn::Field::password,
-                    visible(stopped.sentence));
-            case left:
-            case local_trouble:
-                return sign_in_.show_error(SignIn::Field::password, visible(stopped.sentence));
-        }
-    }
-    static std::string first_sentence(const std::string& text) {
-        return visible(text.substr(0, std::min(text.find('\n'), std::size_t{160})));
+        if (stopped.reason == cannot_connect || stopped.reason == server_key_unknown)
+            sign_in_.show_error(SignIn::Field::server, sentence);
+        else if (stopped.reason == login_refused)
+            sign_in_.show_error(registering_ ? SignIn::Field::name : SignIn::Field::password,
+                                sentence);
+        else
+            sign_in_.show_warning(sentence);
     }
 
     // ---- Events: in this thread, some at a time -------------------------------------------------
@@ -1937,48 +2263,44 @@ class App {
         if (taken > 0) self->refresh();
     }
 
-    void on(const chatsecure::Connecting&) { set_state("connecting", &Look::quiet); }
+    void on(const chatsecure::Connecting&) { set_state("connecting", ink::quiet); }
     void on(const chatsecure::ServerKeyUnknown& e) {
         sign_in_.show_key(e.fingerprint);
-        report(concat("asks-about-key ", e.fingerprint.text()));
+        reports_.line(concat("asks-about-key ", e.fingerprint.text()));
     }
-    void on(const chatsecure::MakingIdentity&) { sign_in_.set_busy("Making your identity key"); }
+    void on(const chatsecure::MakingIdentity&) { sign_in_.set_busy("Making your key \u2026"); }
     void on(const chatsecure::LoggedIn& e) {
-        for (const std::string& user : e.others) person(user).online = true;
+        for (const std::string& user : e.others) model_.person(user).online = true;
         online_ = true;
-        set_state(concat("online as ", e.user), &Look::online);
+        set_state(concat("online as ", e.user), ink::online);
         ask_about_people();
-        if (e.again) return note("Connected again.", Entry::Kind::system);
+        if (e.again) return note("Connected again.");
         flags_.form.password = {};  // wiped, as the field's
         sign_in_.forget_password();
-        save_settings();
         sign_in_.hide();
-        sign_in_.set_busy("");
         main_.show();
         choose("");
-        main_.input().take_focus();
+        main_.input.take_focus();
         note(concat("You are ", e.user, " at ", visible(e.server),
-                    ". Everything written here is read "
-                    "by everyone who is online, and by nobody else."),
-             Entry::Kind::system);
+                    ". Everything written here is read by everyone who is online, and by nobody "
+                    "else. To write to one person, choose them on the left."));
     }
     void on(const chatsecure::ConnectionLost& e) {
-        for (auto& [name, c] : conversations_) c.online = false;
+        model_.all_offline();
         online_ = false;
         show_waiting();
         note(concat("The connection is lost: ", visible(e.reason),
-                    " What you write is sent when it is back."),
-             Entry::Kind::system);
+                    " What you write is sent when it is back."));
     }
     void on(const chatsecure::PersonJoined& e) {
-        person(e.user).online = true;
-        asked_.erase(e.user);
-        add("", {.kind = Entry::Kind::system, .text = concat(e.user, " joined")});
+        model_.person(e.user).online = true;
+        model_.person(e.user).number_asked = false;
+        note("", concat(e.user, " joined"));
         ask_about_people();
     }
     void on(const chatsecure::PersonLeft& e) {
-        person(e.user).online = false;
-        add("", {.kind = Entry::Kind::system, .text = concat(e.user, " left")});
+        model_.person(e.user).online = false;
+        note("", concat(e.user, " left"));
     }
     void on(const chatsecure::RoomMessage& e) {
         check_trust(e.from);
@@ -1987,7 +2309,7 @@ class App {
     void on(const chatsecure::PrivateMessage& e) {
         reply_to_ = e.peer;
         check_trust(e.peer);
-        bool is_new = e.own && !conversations_.contains(e.peer);
+        bool is_new = e.own && model_.find(e.peer) == nullptr;
         add(e.peer, {.from = e.own ? client_->user() : e.peer,
                      .text = shown(e.text),
                      .own = e.own,
@@ -2000,24 +2322,21 @@ class App {
     }
     void on(const chatsecure::DeliveryChanged& e) {
         using enum chatsecure::Delivery;
-        auto found = conversations_.find(e.to);
-        if (found != conversations_.end()) found->second.mark(e);
-        report(concat("mark ", mark_of(e.state), " ", visible(e.text)));
+        Conversation* c = model_.find(e.to);
+        std::string text = c == nullptr ? "" : c->mark(e);
+        reports_.line(concat("mark ", chatsecure::delivery_mark(e.state), " ", visible(e.text)));
         if (!online_ && !over_) show_waiting();
         if (e.state != failed) return;
         if (quitting_ && !quiet_loss_) ++lost_;
-        std::string text = concat(
-            e.to.empty() ? "Not sent to everyone: " : concat("Not delivered to ", e.to, ", who "),
-            visible(e.reason), ": ", shown(e.text));
-        if (found != conversations_.end())
-            warn(e.to, text);
-        else
-            note(text, Entry::Kind::warning);  // perhaps a slip: nobody is called so
+        warn(c == nullptr ? model_.current : e.to,  // perhaps a slip: nobody is called so
+             concat(e.to.empty() ? "Not sent to everyone: "
+                                 : concat("Not delivered to ", e.to, ", who "),
+                    visible(e.reason), ": ", shown(e.text)));
+        if (c != nullptr && !c->trusted) give_back(*c, text);
     }
     // Where it belongs, and no louder: others could fill the list with alarms.
     void on(const chatsecure::Complaint& e) {
-        add(conversations_.contains(e.user) ? e.user : "",
-            {.kind = Entry::Kind::system, .text = visible(e.text)});
+        note(model_.find(e.user) != nullptr ? e.user : "", visible(e.text));
     }
     void on(const chatsecure::IdentityReplaced& e) {
         warn("",
@@ -2027,109 +2346,83 @@ class App {
                     e.now.text()));
     }
     void on(const chatsecure::IdentityPinned& e) {
-        asked_.erase(e.user);
-        add(e.user, {.kind = Entry::Kind::system,
-                     .text = concat("First contact with ", e.user,
-                                    ". Whoever wants to be certain "
-                                    "compares the safety number: Details.")});
-        if (e.user == current_) show_details();
+        model_.person(e.user).number_asked = false;
+        note(e.user, concat("First contact with ", e.user,
+                            ". Whoever wants to be certain compares the safety number: Details."));
+        show_details();
     }
     void on(const chatsecure::IdentityChanged& e) {
-        Conversation& c = person(e.user);
+        Conversation& c = model_.person(e.user);
         c.trusted = c.verified = false;
-        changed_[e.user] = e;
-        numbers_.erase(e.user);  // it was another one's
-        asked_.erase(e.user);
-        warn(e.user, concat("THE IDENTITY OF ", e.user,
-                            " HAS CHANGED. Nothing is sent to or shown "
-                            "from ",
-                            e.user, " until you trust the new one: Details."));
-        if (e.user == current_) show_details();
+        c.changed = e;
+        c.number.reset();  // it was another one's
+        c.number_asked = false;
+        warn(e.user,
+             concat("THE IDENTITY OF ", e.user, " HAS CHANGED. Nothing is sent to or shown from ",
+                    e.user, " until you trust the new one: Details."));
+        show_details();
     }
     void on(const chatsecure::SafetyNumber& e) {
-        numbers_[e.user] = e;
-        Conversation& c = person(e.user);
-        if (e.verified && changed_.erase(e.user) > 0) c.trusted = true;  // both in one act
+        Conversation& c = model_.person(e.user);
+        c.number = e;
+        if (e.verified && std::exchange(c.changed, std::nullopt)) c.trusted = true;  // in one act
         check_trust(e.user);
         set_verified(c, e.verified);
-        report(concat("safety-number ", e.user, " ", e.digits));
+        reports_.line(concat("safety-number ", e.user, " ", e.digits));
         if (e.user == std::exchange(verifying_, "")) {  // a line asked for it
             choose(e.user);
             main_.show_details(true);
         }
-        if (e.user == current_) show_details();
+        show_details();
     }
     void on(const chatsecure::People& e) {
         std::string names;
         for (const chatsecure::Person& p : e.people) {
             names += concat(names.empty() ? "" : ", ", p.user, p.self ? " (you)" : "");
-            auto found = conversations_.find(p.user);
-            if (p.self || found == conversations_.end()) continue;
-            Conversation& c = found->second;
-            c.ignored = p.ignored;
+            Conversation* c = model_.find(p.user);
+            if (p.self || c == nullptr) continue;
+            c->ignored = p.ignored;
             if (p.met) {  // otherwise what we knew of them still stands
-                c.trusted = p.trusted;
-                if (p.trusted && changed_.erase(p.user) > 0) {
-                    numbers_.erase(p.user);  // it may be that of somebody who is not trusted
-                    asked_.erase(p.user);
+                c->trusted = p.trusted;
+                if (p.trusted && std::exchange(c->changed, std::nullopt)) {
+                    c->number.reset();  // perhaps of somebody who is not trusted
+                    c->number_asked = false;
                 }
             }
-            set_verified(c, p.verified && c.trusted);
+            set_verified(*c, p.verified && c->trusted);
         }
-        if (std::exchange(who_, false)) note(concat("Online: ", names), Entry::Kind::system);
+        if (std::exchange(who_, false)) note(concat("Online: ", names));
         people_asked_ = false;
         if (std::exchange(people_changed_, false)) ask_about_people();
         show_details();
     }
-    void on(const chatsecure::Notice& e) { note(visible(e.text), Entry::Kind::system); }
+    void on(const chatsecure::Notice& e) { note(visible(e.text)); }
     void on(const chatsecure::Problem& e) {
         verifying_.clear();
-        note(visible(e.text), Entry::Kind::warning);
+        warn(model_.current, visible(e.text));
     }
 
     void on(const chatsecure::FileEvent& e) {
         using enum chatsecure::FileEvent::Phase;
-        bool is_new = !cards_.contains(e.file.number);
-        FileCard& c = card(e.file, state_after(e.phase));
-        c.done = e.done;
-        c.bytes_per_second = e.bytes_per_second;
-        c.note = e.sentence;
-        c.path = e.path;
+        bool is_new = model_.card(e.file.number) == nullptr;
+        model_.set_card(e);
         if (is_new)
             add(e.file.user, {.kind = Entry::Kind::file,
-                              .from = e.file.sending ? "" : e.file.user,
+                              .from = e.file.sending ? client_->user() : e.file.user,
                               .own = e.file.sending,
                               .file = e.file.number});
-        if (e.phase == started) report_file("file-moving", e.file);
-        if (e.phase == finished) report_file("file-done", e.file);
-        if (e.phase == interrupted || e.phase == stopped)
-            report(concat("file-stopped ", visible(e.sentence)));
-    }
-    static FileCard::State state_after(chatsecure::FileEvent::Phase phase) {
-        using enum chatsecure::FileEvent::Phase;
-        switch (phase) {
-            case offered:
-            case offer_sent:
-                return FileCard::State::offered;
-            case queued:
-            case started:
-            case progress:
-                return FileCard::State::moving;
-            case finished:
-                return FileCard::State::done;
-            case interrupted:
-                return FileCard::State::interrupted;
-            case stopped:
-                return FileCard::State::stopped;
-        }
-        return FileCard::State::stopped;
+        bool ends = e.phase == interrupted || e.phase == stopped;
+        if (ends) reports_.line(concat("file-stopped ", visible(e.sentence)));
+        if (e.phase == started || e.phase == finished)
+            reports_.line(concat(e.phase == started ? "file-moving" : "file-done",
+                                 e.file.sending ? " to " : " from ", e.file.user, " ",
+                                 visible(e.file.name)));
     }
     void on(const chatsecure::FileList& e) {
-        if (e.files.empty()) note("No files are offered or on their way.", Entry::Kind::system);
+        if (e.files.empty()) note("No files are offered or on their way.");
         for (const chatsecure::FileStatus& f : e.files)
             note(concat("File ", f.file.number, ": ", visible(f.file.name),
-                        f.file.sending ? " to " : " from ", f.file.user),
-                 Entry::Kind::system);
+                        f.file.sending ? " to " : " from ", f.file.user));
     }
     void on(const chatsecure::Stopped& e) {
         if (quitting_ && lost_ == 0) {
@@ -2137,83 +2430,57 @@ class App {
         } else if (main_.shown() == 0) {
             sign_in_failed(e);
         } else {
-            report(concat("stopped ", visible(e.sentence)));
-            for (auto& [name, c] : conversations_) c.online = false;
+            reports_.line(concat("stopped ", visible(e.sentence)));
+            model_.all_offline();
             over_ = true;
-            set_state("disconnected", &Look::warning);
-            main_.set_banner(
-                lost_ == 0 ? shown(e.sentence)
-                           : concat(lost_, lost_ == 1 ? " message was" : " messages were",
-                                    " not delivered: see the marks. Close the window once more."));
+            set_state("disconnected", ink::warning);
+            ended_ = lost_ == 0
+                         ? shown(e.sentence)
+                         : concat(lost_, lost_ == 1 ? " message was" : " messages were",
+                                  " not delivered: see the marks. Close the window once more.");
             main_.end_input();
         }
     }
 
     // ---- The model changes ----------------------------------------------------------------------
 
-    Conversation& person(const std::string& user) {
-        if (conversations_.size() >= forget_at_) forget_strangers();
-        Conversation& c = conversations_[user];
-        c.name = user;
-        return c;
-    }
-    // Those who have left and never said a word: a server may announce names without end.
-    void forget_strangers() {
-        std::erase_if(conversations_, [&](const auto& entry) {
-            const auto& [name, c] = entry;
-            return !name.empty() && name != current_ && !c.online && c.trusted && c.entries.empty();
-        });
-        auto is_gone = [&](const auto& entry) { return !conversations_.contains(entry.first); };
-        std::erase_if(numbers_, is_gone);
-        std::erase_if(changed_, is_gone);
-        std::erase_if(asked_, [&](const auto& name) { return !conversations_.contains(name); });
-        forget_at_ = 2 * conversations_.size() + 1000;
-    }
     // The identity had changed, and here is a sign that it is settled: is it?
     void check_trust(const std::string& user) {
-        if (changed_.contains(user)) ask_about_people();
+        if (const Conversation* c = model_.find(user); c != nullptr && c->changed)
+            ask_about_people();
     }
     void set_verified(Conversation& c, bool verified) {
-        if (verified && !c.verified) report(concat("verified ", c.name));
+        if (verified && !c.verified) reports_.line(concat("verified ", c.name));
         c.verified = verified;
     }
-    FileCard& card(const chatsecure::FileInfo& file, FileCard::State state) {
-        if (cards_.size() > Conversation::scrollback) {  // those of long ago go, as messages do
-            using enum FileCard::State;
-            auto over = std::find_if(cards_.begin(), cards_.end(), [](const auto& entry) {
-                return entry.second.state == done || entry.second.state == stopped;
-            });
-            if (over != cards_.end()) cards_.erase(over);
-        }
-        FileCard& c = cards_[file.number];
-        c.file = file;
-        c.state = state;
-        return c;
-    }
     void add(const std::string& where, Entry entry) {
-        Conversation& c = person(where);
+        Conversation& c = model_.person(where);
         entry.time = time_;
-        bool from_others =
-            !entry.own && (entry.kind == Entry::Kind::message || entry.kind == Entry::Kind::file);
+        bool from_others = entry.is_said() && !entry.own;
         bool news = from_others || entry.kind == Entry::Kind::warning;
         const Entry& added = c.add(std::move(entry));
-        if (where == current_) main_.view().update();
-        bool seen = where == current_ && is_reading();
+        if (where == model_.current) main_.view.update(added.own);
+        bool seen = where == model_.current && is_reading();
         if (news && !seen) ++c.unread;
         if (from_others && !seen && settings_.sound) fl_beep(FL_BEEP_MESSAGE);
-        if (flags_.report && added.kind != Entry::Kind::file)
-            report(concat("shown ", c.title(), " | ", added.from.empty() ? "*" : added.from, ": ",
-                          visible(added.text)));
-        if (flags_.report && added.kind == Entry::Kind::file)
-            report(concat("card ", added.file, " ", visible(cards_[added.file].file.name)));
+        if (from_others && !seen && !where.empty()) {
+            ask_for_attention(main_, true);
+            reports_.line(concat("attention ", where));
+        }
+        if (added.new_day) reports_.line(concat("day ", day_text(added.time)));
+        const FileEvent* card = model_.card(added.file);
+        reports_.line(card != nullptr
+                          ? concat("card ", added.file, " ", visible(card->file.name))
+                          : concat("shown ", c.title(), " | ", added.is_said() ? added.from : "*",
+                                   ": ", visible(added.text)));
     }
     // Whether the end of the current conversation is before somebody's eyes. No widget has the
     // focus while another program has the keyboard.
-    bool is_reading() const { return main_.is_at_end() && Fl::focus() != nullptr; }
+    bool is_reading() { return main_.view.is_at_end() && Fl::focus() != nullptr; }
     // FLTK calls it whenever something has happened.
     static void mark_read(void* data) {
         auto* self = static_cast<App*>(data);
-        unsigned& unread = self->conversations_.at(self->current_).unread;
+        unsigned& unread = self->model_.conversations.at(self->model_.current).unread;
         if (unread == 0 || self->main_.shown() == 0 || !self->is_reading()) return;
         unread = 0;
         self->refresh();
@@ -2221,45 +2488,45 @@ class App {
     void warn(const std::string& where, const std::string& text) {
         add(where, {.kind = Entry::Kind::warning, .text = text});
     }
-    // A line of our own, where the user looks.
-    void note(const std::string& text, Entry::Kind kind) {
-        add(current_, {.kind = kind, .text = text});
+    // A line of our own, where the user looks or elsewhere.
+    void note(const std::string& text) { note(model_.current, text); }
+    void note(const std::string& where, const std::string& text) {
+        add(where, {.kind = Entry::Kind::system, .text = text});
+    }
+    // What somebody must not read yet is not lost for that.
+    void give_back(Conversation& c, const std::string& text) {
+        if (c.name == model_.current && main_.input.size() == 0)
+            main_.input.put(text);
+        else if (c.name != model_.current && c.draft.empty())
+            c.draft = text;
     }
 
-    void set_state(const std::string& text, Rgb Look::*colour) {
+    void set_state(const std::string& text, Fl_Color colour) {
         main_.set_state(text, colour);
-        report(concat("state ", text));
+        reports_.line(concat("state ", text));
     }
-
     void show_waiting() {
         std::size_t waiting = client_->waiting();
         set_state(waiting == 0 ? std::string("reconnecting")
                                : concat("reconnecting, ", waiting, " to send"),
-                  &Look::warning);
+                  ink::warning);
     }
-
-    // After some events: the list, the title and the cards are drawn once for all of them.
+    // After some events: what depends on all of them is set and drawn once.
     void refresh() {
-        unsigned unread = 0;
-        for (const auto& [name, c] : conversations_) unread += c.unread;
+        unsigned unread = model_.unread();
         std::string title = concat(unread > 0 ? concat("(", unread, ") ") : "", client_->user(),
                                    " \u2013 ChatSecure");
         if (title != title_) main_.copy_label(title.c_str());
         title_ = title;
+        if (unread == 0) ask_for_attention(main_, false);
+        const Conversation& c = model_.shown();
+        std::string banner = ended_;
+        if (banner.empty() && !c.trusted)
+            banner = concat("The identity of ", c.name,
+                            " has changed. Nothing is sent to or shown from ", c.name,
+                            " until you have compared the new one: Details.");
+        main_.set_banner(banner);
         main_.redraw();
-    }
-
-    // Everyone first, then who is online, then the rest; by name.
-    std::vector<const Conversation*> rows() const {
-        std::vector<const Conversation*> rows;
-        for (const auto& [name, c] : conversations_) rows.push_back(&c);
-        std::stable_sort(rows.begin(), rows.end(), [](const auto* a, const auto* b) {
-            auto rank = [](const Conversation* c) {
-                return c->name.empty() ? 0 : c->online ? 1 : 2;
-            };
-            return rank(a) < rank(b);
-        });
-        return rows;
     }
 
     // ---- What the user does ---------------------------------------------------------------------
@@ -2270,9 +2537,8 @@ class App {
             if (!online_) show_waiting();
             return true;
         }
-        note(over_ ? "You are not connected any more: this was not done."
-                   : "Too much waits to be sent already: this was not done.",
-             Entry::Kind::warning);
+        warn(model_.current, over_ ? "You are not connected any more: this was not done."
+                                   : "Too much waits to be sent already: this was not done.");
         refresh();
         return false;
     }
@@ -2284,34 +2550,40 @@ class App {
             people_asked_ = client_->try_post(chatsecure::ListPeople{});
     }
 
-    void choose(const std::string& name) {
-        current_ = name;
-        Conversation& c = person(name);
+    // Each conversation has its own half-typed line, so none goes to the wrong one.
+    void choose(const std::string& name) override {
+        MessageInput& input = main_.input;
+        if (name != model_.current) model_.person(model_.current).draft = input.value();
+        model_.current = name;
+        Conversation& c = model_.person(name);
         c.unread = 0;
-        main_.view().show_conversation(&c);
+        input.put(std::exchange(c.draft, ""));
+        main_.view.show_conversation(&c);
         show_details();
         refresh();
-        report(concat("chosen ", c.title()));
+        reports_.line(concat("chosen ", c.title()));
     }
 
+    // In Everyone with the name in front.
+    void reply(const std::string& user) override {
+        if (model_.current.empty()) main_.input.put(concat(user, ": ", main_.input.value()));
+        main_.input.take_focus();
+    }
     // What was written, or a command. False if nothing came of it: then the line can be corrected.
-    bool send_line(const std::string& line) {
+    bool send_line(const std::string& line) override {
         using namespace chatsecure;
         try {
-            if (is_command(line, "/help")) {
-                for (const auto& [usage, meaning] : command_help)
-                    note(concat(usage, ": ", meaning), Entry::Kind::system);
-                refresh();
-                return true;
-            }
+            if (!help_asked(line).empty()) return show_help(), true;
             if (is_command(line, "/quit")) return close(), true;
             std::optional<Command> command = parse_command(line, reply_to_);
             if (!command) return true;
-            if (auto* say = std::get_if<Say>(&*command); say && !current_.empty())
-                command = Tell{current_, std::move(say->text)};
-            if (const auto* tell = std::get_if<Tell>(&*command);
-                tell && tell->user != current_ && conversations_.contains(tell->user))
-                choose(tell->user);
+            if (auto* say = std::get_if<Say>(&*command); say && !model_.current.empty())
+                command = Tell{model_.current, std::move(say->text)};
+            if (const auto* tell = std::get_if<Tell>(&*command)) {
+                const Conversation* to = model_.find(tell->user);
+                if (to != nullptr && tell->user != model_.current) choose(tell->user);
+                if (to != nullptr && !to->trusted) return blocked(*to);
+            }
             if (const auto* verify = std::get_if<Verify>(&*command)) verifying_ = verify->user;
             who_ = who_ || std::holds_alternative<ListPeople>(*command);
             bool changes_people = std::holds_alternative<Ignore>(*command) ||
@@ -2321,49 +2593,93 @@ class App {
             if (taken && changes_people) ask_about_people();
             return taken;
         } catch (const Error& e) {
-            note(visible(e.what()), Entry::Kind::warning);
+            warn(model_.current, visible(e.what()));
             refresh();
             return false;
         }
     }
+    // It stays in the input, and what has to be done first is shown.
+    bool blocked(const Conversation& to) {
+        reports_.line(concat("blocked ", to.name));
+        main_.show_details(true);
+        show_details();
+        return false;
+    }
+    void show_help() {
+        std::string text = "Commands:";
+        for (const auto& help : chatsecure::command_help) {
+            bool to_one = help.usage == "TEXT" && !model_.current.empty();
+            text += concat("\n", help.usage, ": ",
+                           to_one ? concat("to ", model_.current, " alone") : help.meaning);
+        }
+        note(concat(text,
+                    "\n \nKeys:\nEnter, Shift-Enter: send; a new line\n"
+                    "Up, Tab: recall what you wrote; complete a name or a command\n"
+                    "Ctrl-PageUp, Ctrl-PageDown: the conversation before, the next\n"
+                    "Ctrl-O, Ctrl-D, Ctrl-Q: offer a file; details; quit\n"
+                    "Ctrl +, Ctrl \u2212, Ctrl 0: larger, smaller, usual letters\n"
+                    "PageUp, PageDown: read back\n"
+                    "Tab to the conversation, then Left, Right, Enter: buttons and links; Menu: "
+                    "what else can be done"));
+        refresh();
+    }
 
     // A button on the card of a file.
-    void press(Action action, unsigned number) {
-        switch (action) {
-            case Action::accept:
-                return static_cast<void>(post(chatsecure::AcceptFile{number, ""}));
-            case Action::decline:
-                return static_cast<void>(post(chatsecure::DeclineFile{number}));
-            case Action::cancel:
-                return static_cast<void>(post(chatsecure::CancelFile{number}));
-            case Action::open_folder: {
-                std::string folder = cards_[number].path.parent_path().string();
-                std::array<char, 512> problem{};
-                if (fl_open_uri(concat("file://", folder).c_str(), problem.data(),
-                                static_cast<int>(problem.size())) == 0)
-                    note(concat("Cannot open ", visible(folder), ": ", problem.data()),
-                         Entry::Kind::warning);
-                return;
-            }
-        }
+    void press(Action action, unsigned number) override {
+        const FileEvent* card = model_.card(number);
+        if (card == nullptr) return;
+        if (action == Action::save) post(chatsecure::AcceptFile{number, ""});
+        if (action == Action::decline) post(chatsecure::DeclineFile{number});
+        if (action == Action::cancel) post(chatsecure::CancelFile{number});
+        if (action == Action::open) open(file_address(card->path));
+        if (action == Action::open_folder) open(file_address(card->path.parent_path()));
+    }
+    // With the program that the desktop has for it.
+    void open(const std::string& address) {
+        reports_.line(concat("opens ", address));
+        std::array<char, 512> problem{};
+        if (fl_open_uri(address.c_str(), problem.data(), static_cast<int>(problem.size())) == 0)
+            warn(model_.current,
+                 concat("Cannot open ", visible(address), ": ", visible(problem.data())));
+        refresh();
+    }
+    // Whoever sends a link chooses where it leads; whoever clicks sees that first, all of it.
+    void open_link(const std::string& address) override {
+        if (address.size() > 400)
+            return warn(model_.current, "This address is too long to be shown whole: not opened.");
+        reports_.line_soon(concat("asks-about-link ", address));
+        if (!ask(main_, concat("Open this in your browser?\n", address), "Open", "Cancel"))
+            return reports_.line("stays");
+        open(address);
     }
 
     void offer(const std::filesystem::path& path) {
-        if (current_.empty())
-            note("Files go to one person: choose one on the left.", Entry::Kind::warning);
+        if (model_.current.empty())
+            warn("", "Files go to one person: choose one on the left.");
         else
-            post(chatsecure::SendFile{current_, {path}});
+            post(chatsecure::SendFile{model_.current, {path}});
         refresh();
     }
-    void send_file() {
-        if (current_.empty()) return offer({});
+    void send_file() override {
+        if (model_.current.empty()) {  // to whom?
+            std::vector<MenuLine> people;
+            for (const std::string& name : model_.online())
+                people.push_back({name, [this, name] {
+                                      choose(name);
+                                      send_file();
+                                  }});
+            if (people.empty()) return note("Nobody else is online to take a file."), refresh();
+            reports_.line_soon("asks-to-whom");
+            return main_.pop_up_at_file(people);
+        }
         Fl_Native_File_Chooser chooser(Fl_Native_File_Chooser::BROWSE_FILE);
-        std::string title = concat("A file for ", current_);
+        std::string title = concat("A file for ", model_.current);
         chooser.title(title.c_str());
+        reports_.line_soon("asks-for-file");
         if (chooser.show() == 0) offer(chooser.filename());
     }
     // Absolute paths, or file:// addresses, one on each line.
-    void drop_files(const std::string& text) {
+    void drop_files(const std::string& text) override {
         std::istringstream in(text);
         for (std::string line; std::getline(in, line);) {
             while (line.ends_with('\r') || line.ends_with(' ')) line.pop_back();
@@ -2374,88 +2690,72 @@ class App {
             }
             if (line.empty()) continue;
             if (std::filesystem::path(line).is_relative()) {  // some other text
-                note("Only files can be dropped here.", Entry::Kind::warning);
+                warn(model_.current, "Only files can be dropped here.");
                 return refresh();
             }
             offer(line);
         }
     }
 
-    // ---- Trust ----------------------------------------------------------------------------------
-
-    void toggle_details() {
+    // Opens or closes the details, and says what is known now.
+    void toggle_details() override {
         main_.show_details(!main_.has_details());
-        asked_.erase(current_);
+        reports_.line(concat("details ", main_.has_details() ? 1 : 0));
+        model_.person(model_.current).number_asked = false;
         show_details();
     }
     void show_details() {
         if (!main_.has_details()) return;
-        if (current_.empty())
-            return main_.set_details("Everyone",
-                                     "Each message is sealed for each of those who are online. The "
-                                     "server passes on what it cannot read.\n \nChoose a person on "
-                                     "the left to see their identity.",
-                                     false, false);
-        auto number = numbers_.find(current_);
-        auto changed = changed_.find(current_);
-        std::string text;
-        if (changed != changed_.end())
-            text = concat("This is not the identity that you know.\n \nKnown:\n",
-                          grouped(changed->second.pinned), "\n \nNow:\n",
-                          grouped(changed->second.seen), "\n \n");
-        bool must_trust = changed != changed_.end();
-        bool known = number != numbers_.end() &&
-                     (!must_trust || number->second.theirs == changed->second.seen);
-        if (!known && asked_.insert(current_).second)
-            client_->try_post(chatsecure::Verify{current_});
-        if (must_trust && !known && !conversations_.at(current_).online)
-            text += concat(current_, " is offline. When they are back, compare safety numbers.");
-        if (known && must_trust)
-            text += concat("Safety number with the new one:\n", grouped(number->second.digits));
-        else if (known)
-            text += concat(
-                "Safety number: compare it by telephone, or face to face.\n \n",
-                grouped(number->second.digits), "\n \nIdentity:\n", grouped(number->second.theirs),
-                "\n \n",
-                number->second.verified ? "\u2713 You have compared it." : "Not compared yet.");
-        main_.set_details(current_, text, known && !must_trust && !number->second.verified,
-                          known && must_trust);
+        Conversation& c = model_.person(model_.current);
+        if (!c.name.empty() && !c.knows_number() && !std::exchange(c.number_asked, true))
+            client_->try_post(chatsecure::Verify{c.name});
+        main_.details.set(describe(c));
     }
-    void verify() {
-        auto number = numbers_.find(current_);
-        if (number == numbers_.end()) return;
-        post(chatsecure::Verify{current_, true, number->second.theirs});
+    void settle() override {
+        const Conversation& c = model_.shown();
+        if (!c.knows_number()) return;
+        post(chatsecure::Verify{c.name, true, c.number->theirs});
         ask_about_people();
     }
-    // The button wants the tick "I compared the number", so this is more than Trust.
-    void trust() {
-        auto changed = changed_.find(current_);
-        if (changed == changed_.end()) return;
-        post(chatsecure::Verify{current_, true, changed->second.seen});
-        ask_about_people();
+
+    // ---- Settings -------------------------------------------------------------------------------
+
+    std::vector<MenuLine> menu() override {
+        auto tick = [](bool yes) { return FL_MENU_TOGGLE | (yes ? FL_MENU_VALUE : 0); };
+        return {{"Dark theme", [this] { toggle_theme(); }, tick(style.dark)},
+                {"Sound for messages", [this] { settings_.sound = !settings_.sound; },
+                 tick(settings_.sound)},
+                {"Larger text (Ctrl +)", [this] { zoom(1); }},
+                {"Smaller text (Ctrl \u2212)", [this] { zoom(-1); }},
+                {"Commands and keys", [this] { show_help(); }},
+                {"Quit (Ctrl Q)", [this] { close(); }}};
+    }
+    void toggle_theme() {
+        style.dark = !style.dark;
+        set_theme();
+        main_.redraw();
+        reports_.line(concat("dark ", style.dark ? 1 : 0));
+    }
+    void zoom(int by) override {
+        style.zoom = by == 0 ? 100 : std::clamp(style.zoom + 10 * by, smallest_zoom, largest_zoom);
+        main_.layout();
+        reports_.line(concat("zoom ", style.zoom));
     }
 
     // ---- Leaving --------------------------------------------------------------------------------
 
-    void close() {
+    void close() override {
         if (!client_ || main_.shown() == 0) {  // nothing has begun
             quit_ = true;
             if (client_) client_->stop();
             return;
         }
-        bool moving = std::any_of(cards_.begin(), cards_.end(), [](const auto& entry) {
-            return entry.second.state == FileCard::State::moving;
-        });
-        if (moving && !quitting_) {
-            report("asks-about-leaving");
-            if (!ask(main_, "Files are on their way. They can go on next time.", "Leave", "Stay"))
-                return report("stays");
-        }
-        bool unsent = !over_ && client_->waiting() > 0;
-        if (unsent && !quitting_) {
-            report("asks-about-messages");
-            if (!ask(main_, "What waits to be sent is lost if you leave now.", "Leave", "Stay"))
-                return report("stays");
+        bool moving = model_.is_any_moving(), unsent = !over_ && client_->waiting() > 0;
+        if ((moving || unsent) && !quitting_) {
+            reports_.line_soon(moving ? "asks-about-leaving" : "asks-about-messages");
+            std::string files = moving ? "Files are on their way. They can go on next time. " : "";
+            std::string texts = unsent ? "What waits to be sent is lost if you leave now." : "";
+            if (!ask(main_, files + texts, "Leave", "Stay")) return reports_.line("stays");
         }
         // Asked twice, or nobody is there to say goodbye to. Otherwise the engine waits a little
         // for what is still on its way; what is lost without our having said so keeps the window.
@@ -2466,147 +2766,68 @@ class App {
             return;
         }
         quiet_loss_ = unsent;
-        Fl::add_timeout(
-            10,
-            [](void* data) {
-                auto* self = static_cast<App*>(data);
-                if (!self->over_) self->quit_ = true;
-            },
-            this);
+        auto give_up = [](void* self) {
+            if (!static_cast<App*>(self)->over_) static_cast<App*>(self)->quit_ = true;
+        };
+        Fl::add_timeout(10, give_up, this);
     }
 
-    // For tests: where to click, whenever that has changed.
-    void report_places() {
-        if (!flags_.report) return;
-        std::string places;
-        auto put = [&](const std::string& name, int x, int y, int w, int h) {
-            places += concat("place ", name, " ", x + w / 2, " ", y + h / 2, "\n");
-        };
-        auto put_widget = [&](const char* name, const Fl_Widget* widget) {
-            if (widget->visible_r() != 0)
-                put(name, widget->x(), widget->y(), widget->w(), widget->h());
-        };
-        if (sign_in_.shown() != 0 && main_.shown() == 0)
-            for (const SignIn::Place& place : sign_in_.places())
-                put_widget(place.name, place.widget);
-        if (main_.shown() != 0) {
-            for (const MainWindow::Place& place : main_.places())
-                put_widget(place.name, place.widget);
-            for (const auto& place : main_.view().places())
-                put(concat(label_of(place.action), "-", place.file), place.x, place.y, place.w,
-                    place.h);
-            int row = 0;
-            for (const Conversation* c : rows())
-                put(concat("row-", c->title()), main_.list().x(),
-                    main_.list().y() + gap + PeopleList::row_height * row++, main_.list().w(),
-                    PeopleList::row_height);
-        }
-        if (places == places_) return;
-        places_ = places;
-        std::cout << places << std::flush;
-    }
-
-    SignIn::Owner sign_in_owner() {
-        return {[this](const SignInForm& form) { submit(form); },
-                [this](bool accept) {
-                    sign_in_.show_key(std::nullopt);
-                    sign_in_.set_busy("Connecting");
-                    client_->try_post(chatsecure::AcceptServerKey{accept});
-                },
-                [this] { close(); }, [this] { report_places(); }};
-    }
-    MainWindow::Owner main_owner() {
-        MainWindow::Owner owner;
-        owner.list = {[this] { return rows(); }, [this] { return current_; },
-                      [this](const std::string& name) { choose(name); }};
-        owner.view = {[this](unsigned number) -> const FileCard* {
-                          auto found = cards_.find(number);
-                          return found == cards_.end() ? nullptr : &found->second;
-                      },
-                      [this](Action action, unsigned number) { press(action, number); },
-                      [this](const std::string& text) { drop_files(text); }};
-        owner.input = {
-            [this](const std::string& line) { return send_line(line); },
-            {},
-            [this](const std::string& word, bool first) { return complete(word, first); },
-            {},
-            [this](const std::string& text) { drop_files(text); }};
-        owner.send_file = [this] { send_file(); };
-        owner.verify = [this] { verify(); };
-        owner.trust = [this] { trust(); };
-        owner.toggle_details = [this] { toggle_details(); };
-        owner.toggle_theme = [this] {
-            settings_.dark = dark = !dark;
-            redress();
-            report(concat("dark ", dark ? 1 : 0));
-            save_settings();
-        };
-        owner.toggle_sound = [this] {
-            settings_.sound = !settings_.sound;
-            redress();
-            save_settings();
-        };
-        owner.close = [this] { close(); };
-        owner.drawn = [this] { report_places(); };
-        owner.title = [this] { return conversations_.at(current_).title(); };
-        owner.subtitle = [this] { return subtitle(); };
-        return owner;
-    }
-    std::string subtitle() const {
-        const Conversation& c = conversations_.at(current_);
-        if (current_.empty()) {
-            auto here =
-                std::count_if(conversations_.begin(), conversations_.end(),
-                              [](const auto& e) { return !e.first.empty() && e.second.online; });
-            return here == 0   ? "nobody else is online"
-                   : here == 1 ? "one other person is online"
-                               : concat(here, " others are online");
-        }
-        return concat(c.online ? "online" : "offline",
-                      !c.trusted   ? " \u00b7 identity has changed: nothing is sent"
-                      : c.verified ? " \u00b7 verified"
-                                   : "",
-                      c.ignored ? " \u00b7 ignored" : "");
-    }
-    // Names, and commands if it is the first word.
-    std::vector<std::string> complete(const std::string& word, bool first) const {
-        std::vector<std::string> found;
-        for (const auto& help : chatsecure::command_help) {
-            std::string_view command = help.usage.substr(0, help.usage.find(' '));
-            if (first && word[0] == '/' && command.starts_with(word)) found.emplace_back(command);
-        }
-        for (const auto& [name, c] : conversations_)
-            if (!name.empty() && name.starts_with(word)) found.push_back(name);
-        return found;
+    void drawn() override {
+        const Fl_Group& window = main_.shown() != 0 ? static_cast<Fl_Group&>(main_) : sign_in_;
+        reports_.places(window, main_.view, main_.list);
     }
 
     Flags flags_;
-    Settings settings_;
-    std::map<std::string, Conversation> conversations_;  // by name
-    std::size_t forget_at_ = 5000;                       // so many are too many
-    std::map<unsigned, FileCard> cards_;                 // by number
-    std::map<std::string, chatsecure::SafetyNumber> numbers_;
-    std::map<std::string, chatsecure::IdentityChanged> changed_;
-    std::set<std::string> asked_;  // whose safety number we have asked for
-    std::string verifying_;        // whose safety number a line has asked for
-    bool people_asked_ = false;    // ListPeople is on its way,
-    bool people_changed_ = false;  // and to be sent once more
-    bool who_ = false;             // and its answer to be shown
-    std::string current_, reply_to_, title_, places_;
+    Model model_;
+    Reports reports_{flags_.report};
+    std::filesystem::path settings_file_ = flags_.options.home / "window";
+    Settings settings_ = load_settings(settings_file_);
+    std::string verifying_;                         // whose safety number a line has asked for
+    bool people_asked_ = false;                     // ListPeople is on its way,
+    bool people_changed_ = false;                   // and to be sent once more
+    bool who_ = false;                              // and its answer to be shown
+    std::string reply_to_, title_, ended_;          // ended_: why the connection does not come back
     Time time_ = std::chrono::system_clock::now();  // of the event that is being handled
     bool registering_ = false, online_ = false, over_ = false, quitting_ = false, quit_ = false;
     std::size_t lost_ = 0;     // messages that failed while we were leaving,
     bool quiet_loss_ = false;  // which the user had not agreed to
-    std::int64_t slowest_ms_ = -1;
-    chatsecure::Clock::time_point last_tick_;
-    SignIn sign_in_{sign_in_owner()};
-    MainWindow main_{main_owner()};
-    std::thread saver_;                           // joinable while settings are being saved
-    bool save_again_ = false;                     // they have changed since
-    std::string unsaved_;                         // why; written by saver_ before it ends
+    SignIn sign_in_{*this};
+    MainWindow main_{model_, *this};
     std::atomic<bool> woken_ = false;             // take_events is on its way
     std::unique_ptr<chatsecure::Client> client_;  // last: its thread uses the line above
 };
+
+// Where people look for what they have received: the desktop's own folder, where there is one.
+std::filesystem::path default_downloads() {
+    const char *set = std::getenv("XDG_DOWNLOAD_DIR"), *home_is = std::getenv("HOME");
+    if (set != nullptr && *set != '\0') return set;
+    if (home_is == nullptr) return "downloads";
+    std::filesystem::path home = home_is;
+    std::ifstream in(home / ".config" / "user-dirs.dirs");
+    const std::string name = "XDG_DOWNLOAD_DIR=\"$HOME/";  // and then: Downloads"
+    for (std::string line; std::getline(in, line);)
+        if (line.starts_with(name) && line.size() > name.size() + 1 && line.ends_with('"'))
+            return home / line.substr(name.size(), line.size() - name.size() - 1);
+    return std::filesystem::is_directory(home / "Downloads") ? home / "Downloads" : "downloads";
+}
+
+// What stands for us in the taskbar: something that was said.
+void set_icon() {
+    constexpr int size = 64;
+    std::vector<unsigned char> pixels;
+    for (int y = 0; y < size; ++y)
+        for (int x = 0; x < size; ++x) {
+            auto in_disc = [&](double left, double top, double r) {
+                return std::hypot(x - left, y - top) < r;
+            };
+            bool bubble = in_disc(32, 29, 20) || (y > 40 && y < 54 && x > 16 && x < 70 - y);
+            for (int dot : {22, 32, 42}) bubble = bubble && !in_disc(dot, 29, 3.5);
+            unsigned char paper = bubble ? 255 : 60, opaque = in_disc(31.5, 31.5, 32) ? 255 : 0;
+            pixels.insert(pixels.end(), {paper, paper, 255, opaque});
+        }
+    Fl_RGB_Image icon(pixels.data(), size, size, 4);
+    Fl_Window::default_icon(&icon);
+}
 
 cxxopts::Options make_options() {
     cxxopts::Options options("gui_client_fltk", "The ChatSecure client in a window.\n");
@@ -2625,7 +2846,7 @@ cxxopts::Options make_options() {
     add("home", "directory of identities, pins and settings",
         cxxopts::value<std::string>()->default_value(chatsecure::default_home().string()), "DIR");
     add("downloads", "where received files go; made when needed",
-        cxxopts::value<std::string>()->default_value("downloads"), "DIR");
+        cxxopts::value<std::string>()->default_value(default_downloads().string()), "DIR");
     add("report", "print what the window shows: for tests");
     add("version", "print the version and exit");
     add("help", "print this and exit");
@@ -2636,6 +2857,7 @@ cxxopts::Options make_options() {
 }  // namespace
 
 int main(int argc, char** argv) {
+    chatsecure::open_standard_descriptors();
     std::setlocale(LC_ALL, "");
     cxxopts::Options options = make_options();
     Flags flags;
@@ -2650,16 +2872,16 @@ int main(int argc, char** argv) {
         if (!flags.form.server.empty()) chatsecure::parse_host_port(flags.form.server, 5000);
         flags.form.user = given["user"].as<std::string>();
         flags.form.register_account = given.count("register") > 0;
-        flags.accept_new = given.count("accept-new") > 0;
+        flags.options.accept_new_server = given.count("accept-new") > 0;
         flags.report = given.count("report") > 0;
-        flags.home = given["home"].as<std::string>();
-        flags.files.downloads = given["downloads"].as<std::string>();
+        flags.options.home = given["home"].as<std::string>();
+        flags.options.files.downloads = given["downloads"].as<std::string>();
         if (given.count("server-key") > 0)
-            flags.server_key = chatsecure::fingerprint_from(given["server-key"].as<std::string>());
+            flags.options.server_key =
+                chatsecure::fingerprint_from(given["server-key"].as<std::string>());
         if (std::optional<chatsecure::SecretBytes> password =
                 chatsecure::find_password(given["password-file"].as<std::string>()))
             flags.form.password = *password;
-        flags.ready = !flags.form.user.empty() && !flags.form.password.empty();
     } catch (const std::exception& e) {
         std::cerr << "gui_client_fltk: " << e.what()
                   << "\n./gui_client_fltk --help lists the flags.\n";
@@ -2668,10 +2890,11 @@ int main(int argc, char** argv) {
 #ifndef _WIN32
     chatsecure::make_write_errors_errors();
 #endif
-    Fl::lock();  // several threads: Fl::awake works
-    Fl::set_boxtype(field_box, draw_field_box, 6, 7, 12, 13);
-    Fl::set_boxtype(FL_DOWN_BOX, draw_field_box, 2, 2, 4, 4);  // FLTK's own widgets likewise
+    Fl::lock();                                                  // several threads: Fl::awake works
+    Fl::set_boxtype(FL_DOWN_BOX, draw_field_box, 6, 7, 12, 13);  // of every widget of FLTK
     Fl::set_boxtype(FL_UP_BOX, draw_field_box, 2, 2, 4, 4);
+    Fl::set_font(emoji_font, " emoji");
+    set_icon();
     Fl::visible_focus(1);
     Fl::option(Fl::OPTION_FNFC_USES_GTK, false);  // GTK's chooser stops our events while it is open
     return App(std::move(flags)).run();

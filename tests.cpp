@@ -11858,13 +11858,13 @@ class Window {
     Process* operator->() { return &*gui_; }
 
     // Clicks in the middle of something, wherever it is now.
-    void click(const std::string& name) {
+    void click(const std::string& name, const std::string& clicks = "1") {
         std::string place = concat("place ", name, " ");
         if (gui_->output().find(place) == std::string::npos) gui_->wait_for(place);
         std::string line = line_with(gui_->output(), place);
         xdotool(concat(
             "mousemove --window $(xdotool search --onlyvisible --name ChatSecure | tail -1) ",
-            line.substr(place.size()), " click 1"));
+            line.substr(place.size()), " click ", clicks));
     }
     void type(const std::string& text) { xdotool(concat("type --delay 2 -- '", text, "'")); }
     void key(const std::string& name) { xdotool("key " + name); }
@@ -11916,20 +11916,24 @@ int check_gui() {
     auto bob = start_bob();
     bob->wait_for(" online");
 
-    step("a password that is too short is refused, beside its field");
+    step("a weak password, and one typed in two ways, are refused before any server is asked");
     window->click("name");
     window->fill("name", "alice");
     window->fill("password", "short");
-    window->click("register");
-    window->click("enter");
+    window->click("This is a new account");
+    window->click("Create account");
+    (*window)->wait_for("place This password is too weak");
+    window->fill("password", std::string(password));
+    window->fill("repeat", "something else");
+    window->click("Create account");
+    (*window)->wait_for("place This is not what you typed above.");
+    window->fill("repeat", std::string(password));
+    window->click("Create account");
     (*window)->wait_for("asks-about-key ");
     std::string key = line_with((*window)->output(), "asks-about-key ").substr(15);
     if (!contains(here.server->output(), key)) throw Error("The window shows another key.");
     step("the server's fingerprint is shown, and accepted");
-    window->click("accept-key");
-    (*window)->wait_for("sign-in-error ");
-    window->fill("password", std::string(password));
-    window->click("enter");
+    window->click("It is the same");
     step("alice registers, and is online");
     (*window)->wait_for("state online as alice");
     bob->wait_for("alice joined");
@@ -11942,6 +11946,52 @@ int check_gui() {
     (*window)->wait_for("mark \u2713 Hello from the window\n");
     bob->write("Hello from the terminal\n");
     (*window)->wait_for("shown Everyone | bob: Hello from the terminal\n");
+
+    step("a double click selects a word, and a click with the right button answers");
+    window->click("text Hello from the terminal", "--repeat 2 1");
+    window->click("input", "2");  // pastes what is selected
+    window->type(", you said");
+    window->key("Return");
+    bob->wait_for("alice: Hello, you said\n");
+    window->click("text Hello from the terminal", "3");
+    window->key("Down Down Return");  // Reply
+    window->type("good morning");
+    window->key("Return");
+    bob->wait_for("alice: bob: good morning\n");
+
+    step("a link is opened only after it was shown where it leads");
+    bob->write("It is at https://example.org/plan, and not at file:///etc/passwd\n");
+    (*window)->wait_for("place Link-");
+    std::string link = line_with((*window)->output(), "place Link-");
+    link = link.substr(6, link.find(' ', 6) - 6);
+    window->click(link);
+    (*window)->wait_for("asks-about-link https://example.org/plan\n");
+    window->key("Return");  // Cancel
+    (*window)->wait_for("stays");
+    window->click(link);
+    (*window)->wait_for("asks-about-link https://example.org/plan\n");
+    window->key("Tab Return");  // Open
+    (*window)->wait_for("opens https://example.org/plan\n");
+
+    step("larger letters, and the usual ones again");
+    window->key("ctrl+plus");
+    (*window)->wait_for("zoom 110");
+    window->key("ctrl+0");
+    (*window)->wait_for("zoom 100");
+
+    step("in Everyone, File asks to whom");
+    window->click("File\u2026");
+    (*window)->wait_for("asks-to-whom");
+    window->key("Down Return");
+    (*window)->wait_for("chosen bob");
+    (*window)->wait_for("asks-for-file");
+    window->key("Escape");
+    window->click("row-Everyone");
+    (*window)->wait_for("chosen Everyone");
+
+    step("a private message asks for attention");
+    bob->write("/msg alice look here\n");
+    (*window)->wait_for("attention bob");
 
     step("private messages, both ways, and the sender sees that hers has arrived");
     window->click("row-bob");
@@ -11958,7 +12008,7 @@ int check_gui() {
     write_bytes(here.homes.path / "first.bin", noise(3'000'000));
     bob->write(concat("/file alice ", (here.homes.path / "first.bin").string(), "\n"));
     (*window)->wait_for("card 1 first.bin");
-    window->click("Accept-1");
+    window->click("Save-1");
     bob->wait_for("first.bin to alice: has arrived");
     (*window)->wait_for("file-done from bob first.bin");
     if (!same_content(here.homes.path / "first.bin", downloads / "first.bin"))
@@ -11988,10 +12038,21 @@ int check_gui() {
     bob->wait_for("\n");
     std::string line = line_with(bob->output(), "safety number with alice: ");
     std::string digits = line.substr(line.find(": ") + 2);
-    window->click("details");
+    window->click("Details");
     (*window)->wait_for("safety-number bob " + digits);
-    window->click("verify");
+    window->click("Mark as verified");  // does nothing without a tick
+    window->click("I compared the number");
+    window->click("Mark as verified");
     (*window)->wait_for("verified bob");
+
+    step("the cross closes the details, and /help knows that this is private, and the keys");
+    window->click("\u2715");
+    (*window)->wait_for("details 0");
+    window->click("input");
+    window->type("/help");
+    window->key("Return");
+    (*window)->wait_for("TEXT: to bob alone");
+    (*window)->wait_for("Ctrl-O");
 
     step("the server is killed and comes back: the window too, and what was written meanwhile");
     here.server->signal(SIGKILL);
@@ -12019,24 +12080,30 @@ int check_gui() {
     bob->wait_for("online: alice");
     bob->write("/msg alice it is me\n/verify alice\n");
     (*window)->wait_for("shown bob | *: THE IDENTITY OF bob HAS CHANGED");
+    window->click("Details");
     bob->wait_for("safety number with alice: ");
     bob->wait_for("\n");
     line = line_with(bob->output(), "safety number with alice: ");
     if (line.substr(line.find(": ") + 2) == digits) throw Error("The number has not changed.");
     (*window)->wait_for("safety-number bob " + line.substr(line.find(": ") + 2));
-    window->click("trust");  // does nothing without a tick
+    window->resize(480, 360);  // what is to be compared is still whole
+    (*window)->wait_for("place Trust the new identity ");
+    window->resize(960, 640);
+    (*window)->wait_for("place Send ");
+    window->click("Trust the new identity");  // does nothing without a tick
     window->click("row-bob");
     window->type("is it you?");  // goes to the input, although the list was clicked
     window->key("Return");
-    (*window)->wait_for("shown bob | *: Not delivered to bob, who has another identity");
-    window->click("compared");
-    window->click("trust");
+    (*window)->wait_for("blocked bob");
+    window->click("I compared the number");
+    window->click("Trust the new identity");
     (*window)->wait_for("verified bob");  // compared and trusted: both in one act
-    window->click("row-bob");
-    window->type("welcome back");
-    window->key("Return");
-    bob->wait_for("alice -> you: welcome back\n");
+    bob->write("/msg alice and?\n");
+    (*window)->wait_for("shown bob | bob: and?");
     if (contains(bob->output(), "is it you?")) throw Error("Something went to a stranger.");
+    window->click("input");  // what was blocked is still there
+    window->key("Return");
+    bob->wait_for("alice -> you: is it you?\n");
 
     step("a slip in a name is shown where one looks, and /who answers");
     window->type("/msg bbo hello");
@@ -12056,7 +12123,7 @@ int check_gui() {
     (*window)->wait_for("shown Everyone | bob: message 4999\n", std::chrono::minutes(1));
 
     step("the menu: the dark theme is chosen, and remembered");
-    window->click("menu");
+    window->click("\u2261");
     window->key("Down Return");
     (*window)->wait_for("dark 1");
 
@@ -12083,7 +12150,7 @@ int check_gui() {
     bob->signal(SIGCONT);
     bob->wait_for("alice left");
     if ((*window)->await_end() != 0) throw Error("The window did not end well.");
-    if (!contains(read_text(here.homes.path / "window/window"), "dark=1\n"))
+    if (!contains(read_text(here.homes.path / "window/window"), "dark 1\n"))
         throw Error("The window does not remember its theme.");
     show(concat("     the window's timer was late by at most ", window->slowest(), "\n"));
 
@@ -12092,8 +12159,12 @@ int check_gui() {
     here.server->end();
     test_key(2).save(here.data.path / "server_private.pem", {}, 0);
     here.start();
-    flags.insert(flags.end(), {"-u", "alice"});
-    window = std::make_unique<Window>(flags, here.environment());
+    flags = {"127.0.0.1:" + here.port, "--home", (here.homes.path / "window").string(), "-u",
+             "alice"};
+    std::vector<std::string> environment = here.environment();
+    environment.push_back("XDG_DOWNLOAD_DIR=" + downloads.string());
+    window = std::make_unique<Window>(flags, environment);
+    (*window)->wait_for("downloads " + downloads.string() + "\n");
     (*window)->wait_for("sign-in-error THE KEY OF THE SERVER");
     if (contains(here.server->output(), "joined")) throw Error("It logged in all the same.");
     show(concat(steps, " steps, all good\n"));
