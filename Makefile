@@ -98,7 +98,9 @@ EDIT_CFLAGS := -DCHATSECURE_LIBEDIT
 EDIT_LIBS   := -ledit
 endif
 
-COMPILE = $(CXX) $(CPPFLAGS) -std=c++20 $(WARNINGS) $(CXXFLAGS) $(CRYPTO_CFLAGS) -pthread
+# On 32-bit systems: files of more than 2 GiB, times after 2038. On others it changes nothing.
+LARGE   = -D_FILE_OFFSET_BITS=64 -D_TIME_BITS=64
+COMPILE = $(CXX) $(CPPFLAGS) -std=c++20 $(LARGE) $(WARNINGS) $(CXXFLAGS) $(CRYPTO_CFLAGS) -pthread
 # The tests are many and each runs once: they build in half the time with less optimisation.
 $(O)/tests: CXXFLAGS := $(if $(filter file,$(origin CXXFLAGS)),-O1,$(CXXFLAGS))
 need = $(if $(call has,$(1)),,@echo "$(1) is missing: 'make deps' installs it ($(2))." && exit 1)
@@ -146,7 +148,8 @@ check-gui: $(O)/tests $(O)/server $(O)/client $(O)/gui_client_fltk
 	$(O)/tests --check-gui
 
 # Breaks the header in many small ways, and sees whether the tests notice. clang++ is much quicker.
-SABOTAGED = $(or $(shell command -v clang++),$(CXX)) $(CPPFLAGS) $(CRYPTO_CFLAGS) -std=c++20 -O0
+SABOTAGED = $(or $(shell command -v clang++),$(CXX)) $(CPPFLAGS) $(CRYPTO_CFLAGS) -std=c++20 \
+    $(LARGE) -O0
 sabotage: $(O)/tests
 	@SABOTAGE_COMPILE='$(SABOTAGED) -pthread' SABOTAGE_LIBS='$(LDFLAGS) $(CRYPTO_LIBS)' \
 	    $(O)/tests --sabotage $(ONLY)

@@ -1334,7 +1334,10 @@ using ParamBuilder = std::unique_ptr<OSSL_PARAM_BLD, detail::Freed<OSSL_PARAM_BL
 Bytes made_up_rsa_der(int bits, std::uint64_t exponent) {
     detail::BignumPtr n(::BN_new()), e(::BN_new());
     ::BN_rand(n.get(), bits, BN_RAND_TOP_ONE, BN_RAND_BOTTOM_ODD);
-    ::BN_set_word(e.get(), exponent);
+    for (int shift : {32, 0}) {  // a word may have 32 bits
+        ::BN_lshift(e.get(), e.get(), 32);
+        ::BN_add_word(e.get(), static_cast<std::uint32_t>(exponent >> shift));
+    }
     ParamBuilder builder(::OSSL_PARAM_BLD_new());
     ::OSSL_PARAM_BLD_push_BN(builder.get(), OSSL_PKEY_PARAM_RSA_N, n.get());
     ::OSSL_PARAM_BLD_push_BN(builder.get(), OSSL_PKEY_PARAM_RSA_E, e.get());
@@ -1535,7 +1538,7 @@ TEST_CASE("chapter 4: AES-256-GCM opens nothing that was changed") {
 TEST_CASE("chapter 4: one cipher object serves many messages, also after a bad one") {
     Secret<32> key = secret_of(3);
     AesGcm opener(key);
-    for (std::uint64_t number = 0; number < 10; ++number) {
+    for (std::size_t number = 0; number < 10; ++number) {
         Bytes sealed = gcm_seal(key, number, {}, Bytes(number, 'x'));
         Bytes bad = sealed;
         bad.back() ^= 1;
@@ -3314,6 +3317,23 @@ TEST_CASE("chapter 9: a hash covers several blocks") {
               sha256(as_bytes(std::string_view(content).substr(0, size))));
 }
 
+TEST_CASE("chapter 9: behind its first 4 GiB a file is read and written where it says") {
+    TempDir dir;
+    write_text(dir.path / "x", "the beginning");
+    constexpr std::uint64_t far = (4ULL << 30) + 5;  // the disk keeps no bytes of the gap
+    detail::File written(detail::open_part(dir.path / "x", false));
+    REQUIRE(written.write_at(far, as_bytes("the end")));
+    SourceFile file(dir.path / "x");
+    CHECK(file.size() == far + 7);
+    Bytes seven(7);
+    file.read(far, seven);
+    CHECK(to_string(seven) == "the end");
+    file.read(0, seven);
+    CHECK(to_string(seven) == "the beg");
+    CHECK(detail::truncate_file(written.handle(), far));
+    CHECK(std::filesystem::file_size(dir.path / "x") == far);
+}
+
 TEST_CASE("chapter 9: an empty file is a file") {
     TempDir dir;
     write_text(dir.path / "empty", "");
@@ -3845,7 +3865,8 @@ std::optional<FileError> fill(PartFile& part, std::size_t total) {
     std::string content = pattern(total);
     try {
         while (part.size() < total) {
-            std::string_view left = std::string_view(content).substr(part.size());
+            auto written = static_cast<std::size_t>(part.size());
+            std::string_view left = std::string_view(content).substr(written);
             part.append(as_bytes(left.substr(0, file_chunk_bytes)));
         }
     } catch (const FileError& e) {
@@ -3956,7 +3977,7 @@ struct CreditRound {
         return t.account.due(outstanding() - t.account.outstanding(), transfers.size());
     }
     void step() {
-        Transfer& t = transfers[below(transfers.size())];
+        Transfer& t = transfers[static_cast<std::size_t>(below(transfers.size()))];
         switch (below(4)) {
             case 0:
             case 1:
@@ -4131,7 +4152,7 @@ TEST_CASE("chapter 10: what was queued arrives, in its order, in one record") {
     Line::Arrived arrived = line.end();
     CHECK(arrived.records.size() == 1);  // one encryption and one system call for all of them
     REQUIRE(arrived.messages.size() == 100);
-    for (std::uint64_t number = 0; number < 100; ++number) {
+    for (std::size_t number = 0; number < 100; ++number) {
         CHECK(arrived.messages[number].first == Ping::type);
         CHECK(from_wire<Ping>(arrived.messages[number].second).number == number);
     }
@@ -4310,7 +4331,8 @@ TEST_CASE(
     bool in_order = true;
     for (const auto& [type, body] : arrived.messages) {
         std::uint64_t number = from_wire<Ping>(body).number;
-        in_order = in_order && expected.at(number >> 32)++ == (number & 0xffffffff);
+        in_order = in_order &&
+                   expected.at(static_cast<std::size_t>(number >> 32))++ == (number & 0xffffffff);
     }
     CHECK(in_order);
 }
@@ -10405,12 +10427,12 @@ TEST_CASE("programs: P11: whoever is killed at whatever instant of a transfer, i
         // The instant: when so much of it is on bob's disk.
         std::size_t instant = random() % (size + size / 50);
         auto there = [&] {
-            std::size_t most = 0;
+            std::uint64_t most = 0;
             std::error_code gone;
             if (std::filesystem::exists(here.downloads))
                 for (const auto& entry : std::filesystem::directory_iterator(here.downloads, gone))
                     if (auto bytes = entry.file_size(gone); !gone)
-                        most = std::max<std::size_t>(most, bytes);
+                        most = std::max<std::uint64_t>(most, bytes);
             return most;
         };
         while (there() < std::min(instant, size)) std::this_thread::yield();
