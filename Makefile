@@ -71,8 +71,8 @@ else
 
 # ---- Everything else ----------------------------------------------------------------------------
 
-.PHONY: all test demo bench bench-hostile bench-gui check-gui run-gui sabotage clean install help \
-        no-window
+.PHONY: all test demo bench bench-hostile bench-gui check-gui check-portable run-gui sabotage clean \
+        install help no-window
 all: $(O)/server $(O)/client
 
 # The window client, where FLTK is.
@@ -147,6 +147,10 @@ bench-gui: $(O)/tests $(O)/server $(O)/client $(O)/gui_client_fltk
 check-gui: $(O)/tests $(O)/server $(O)/client $(O)/gui_client_fltk
 	$(O)/tests --check-gui
 
+# Other processors, on this one: 32 bits, and the bytes of numbers the other way round.
+check-portable:
+	.ci/portable $(ONLY)
+
 # Breaks the header in many small ways, and sees whether the tests notice. clang++ is much quicker.
 SABOTAGED = $(or $(shell command -v clang++),$(CXX)) $(CPPFLAGS) $(CRYPTO_CFLAGS) -std=c++20 \
     $(LARGE) -O0
@@ -184,6 +188,7 @@ help:
 	@echo "make run-gui   starts a server, if none runs, and opens a window"
 	@echo "make check-gui drives that window, in a display that nobody sees"
 	@echo "make bench-gui measures it under a flood of messages"
+	@echo "make check-portable builds, tests and talks with i386, arm64 and s390x (Debian, root)"
 	@echo "make sabotage  breaks the header in many small ways: the tests must notice each"
 	@echo "make install   into PREFIX ($(PREFIX)), below DESTDIR; the header too"
 	@echo "make clean     removes what was built"
