@@ -71,8 +71,8 @@ else
 
 # ---- Everything else ----------------------------------------------------------------------------
 
-.PHONY: all test demo bench bench-hostile bench-gui check-gui check-portable run-gui sabotage clean \
-        install help no-window
+.PHONY: all test demo bench bench-hostile bench-gui check-gui check-portable run-gui sabotage \
+        clean install help no-window
 all: $(O)/server $(O)/client
 
 # The window client, where FLTK is.
