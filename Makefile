@@ -71,8 +71,8 @@ else
 
 # ---- Everything else ----------------------------------------------------------------------------
 
-.PHONY: all test demo bench bench-hostile bench-gui check-gui run-gui sabotage clean install help \
-        no-window
+.PHONY: all test demo bench bench-hostile bench-gui check-gui check-portable run-gui sabotage \
+        clean install help no-window
 all: $(O)/server $(O)/client
 
 # The window client, where FLTK is.
@@ -98,7 +98,9 @@ EDIT_CFLAGS := -DCHATSECURE_LIBEDIT
 EDIT_LIBS   := -ledit
 endif
 
-COMPILE = $(CXX) $(CPPFLAGS) -std=c++20 $(WARNINGS) $(CXXFLAGS) $(CRYPTO_CFLAGS) -pthread
+# On 32-bit systems: files of more than 2 GiB, times after 2038. On others it changes nothing.
+LARGE   = -D_FILE_OFFSET_BITS=64 -D_TIME_BITS=64
+COMPILE = $(CXX) $(CPPFLAGS) -std=c++20 $(LARGE) $(WARNINGS) $(CXXFLAGS) $(CRYPTO_CFLAGS) -pthread
 # The tests are many and each runs once: they build in half the time with less optimisation.
 $(O)/tests: CXXFLAGS := $(if $(filter file,$(origin CXXFLAGS)),-O1,$(CXXFLAGS))
 need = $(if $(call has,$(1)),,@echo "$(1) is missing: 'make deps' installs it ($(2))." && exit 1)
@@ -145,8 +147,13 @@ bench-gui: $(O)/tests $(O)/server $(O)/client $(O)/gui_client_fltk
 check-gui: $(O)/tests $(O)/server $(O)/client $(O)/gui_client_fltk
 	$(O)/tests --check-gui
 
+# Other processors, on this one: 32 bits, and the bytes of numbers the other way round.
+check-portable:
+	.ci/portable $(ONLY)
+
 # Breaks the header in many small ways, and sees whether the tests notice. clang++ is much quicker.
-SABOTAGED = $(or $(shell command -v clang++),$(CXX)) $(CPPFLAGS) $(CRYPTO_CFLAGS) -std=c++20 -O0
+SABOTAGED = $(or $(shell command -v clang++),$(CXX)) $(CPPFLAGS) $(CRYPTO_CFLAGS) -std=c++20 \
+    $(LARGE) -O0
 sabotage: $(O)/tests
 	@SABOTAGE_COMPILE='$(SABOTAGED) -pthread' SABOTAGE_LIBS='$(LDFLAGS) $(CRYPTO_LIBS)' \
 	    $(O)/tests --sabotage $(ONLY)
@@ -295,6 +302,7 @@ help:
 	@echo "make run-gui   starts a server, if none runs, and opens a window"
 	@echo "make check-gui drives that window, in a display that nobody sees"
 	@echo "make bench-gui measures it under a flood of messages"
+	@echo "make check-portable builds, tests and talks with i386, arm64 and s390x (Debian, root)"
 	@echo "make sabotage  breaks the header in many small ways: the tests must notice each"
 	@echo "make install   into PREFIX ($(PREFIX)), below DESTDIR: programs, header, man pages,"
 	@echo "               completion for bash, a service for systemd, the window's menu entry"

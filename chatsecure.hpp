@@ -9376,6 +9376,9 @@ namespace detail {
 
 // ---- POSIX: files -------------------------------------------------------------------------------
 
+// Otherwise what belongs behind the first 4 GiB of a file would be written over its beginning.
+static_assert(sizeof(off_t) >= 8, "On this system, compile with -D_FILE_OFFSET_BITS=64.");
+
 inline int open_file(const std::filesystem::path& path, bool create, FileMode mode) {
     int flags = create ? O_WRONLY | O_CREAT | O_EXCL | O_NOFOLLOW : O_RDONLY;
     return ::open(path.c_str(), flags | O_CLOEXEC, mode == FileMode::owner_only ? 0600 : 0644);

@@ -1374,7 +1374,10 @@ using ParamBuilder = std::unique_ptr<OSSL_PARAM_BLD, detail::Freed<OSSL_PARAM_BL
 Bytes made_up_rsa_der(int bits, std::uint64_t exponent) {
     detail::BignumPtr n(::BN_new()), e(::BN_new());
     ::BN_rand(n.get(), bits, BN_RAND_TOP_ONE, BN_RAND_BOTTOM_ODD);
-    ::BN_set_word(e.get(), exponent);
+    for (int shift : {32, 0}) {  // a word may have 32 bits
+        ::BN_lshift(e.get(), e.get(), 32);
+        ::BN_add_word(e.get(), static_cast<std::uint32_t>(exponent >> shift));
+    }
     ParamBuilder builder(::OSSL_PARAM_BLD_new());
     ::OSSL_PARAM_BLD_push_BN(builder.get(), OSSL_PKEY_PARAM_RSA_N, n.get());
     ::OSSL_PARAM_BLD_push_BN(builder.get(), OSSL_PKEY_PARAM_RSA_E, e.get());
@@ -1575,7 +1578,7 @@ TEST_CASE("chapter 4: AES-256-GCM opens nothing that was changed") {
 TEST_CASE("chapter 4: one cipher object serves many messages, also after a bad one") {
     Secret<32> key = secret_of(3);
     AesGcm opener(key);
-    for (std::uint64_t number = 0; number < 10; ++number) {
+    for (std::size_t number = 0; number < 10; ++number) {
         Bytes sealed = gcm_seal(key, number, {}, Bytes(number, 'x'));
         Bytes bad = sealed;
         bad.back() ^= 1;
@@ -2953,6 +2956,219 @@ TEST_CASE("chapter 8: a user who is pinned twice is an error") {
     CHECK(contains(complaint([&] { PinStore{dir.path / "known_users"}; }), "line 2"));
 }
 
+// ---- The same bytes everywhere ------------------------------------------------------------------
+//
+// With these keys and secrets a short conversation has exactly these bytes, whatever the machine's
+// word size and byte order. They were computed by another program (Python's `cryptography`), from
+// the header's essays alone: whoever writes a client in another language can begin with them. What
+// RSA pads at random (OAEP, PSS) was recorded once, and is opened or verified here.
+
+namespace {
+
+constexpr std::string_view alice_pem = R"(-----BEGIN PRIVATE KEY-----
+MIIEvQIBADANBgkqhkiG9w0BAQEFAASCBKcwggSjAgEAAoIBAQC46cXN+JlhaRQ3
+zrJJv7CV173SdYRRSMayzkdvGJxrV7kLHhEc2CXTREEsQ3In8FUO07zWOiUtvwQK
+kJjSEcyF6zw7QuwV6SknkGRja9XlTkuDASRU8VpLzlx4LDm6NB6ISK4KXK3KuzOd
+zu3JpaiMTF+qMgfLy2HJii4tKhtNwyxc6LqFRsa5jcsNYkA1jXHPQeEk0xGRSzi5
+rpKCMRAViwNELfxP575ZKT9f1kZzn91eHreJqV7VfDaaTd1NCkFdLvWkuPlozxL3
+H0ihU6saoEIpxNzdr9zP/cWeVZye/QvDKXwfqxhn2avcvaJS4t8AGadVNxKYDQKX
+h8t20NdnAgMBAAECggEAAl/gSTI/oL7K4nrihBE7+u2JknJ8Q3VCSXuZBorseqzc
+lxsSnvPu2BtAsokpL8VDL0fnetdjTkuUnQ0KYBzTF5CxU5UHTZ65/YbhayMctWWd
+GymstODXxxzjtD/Qhc4a1wlpbh168WIr8rR8hDgcaAOUv/xAj+pHQv8DTD/eXVn7
+HcBag8O6CzeODgRQrz7b04VNs5MuTrXRdC+qFz41+4aOEmlmTT4Rv6oIcxkm/vgy
+VfnuQ4+fHuqs8NwIp3PTvXEBj45Rym+LKc966rZNVHL9B83HAsa49GQdkDc476Qc
+HQ6WPhk5OKM2rkcsbbqLaTVYE84Af9gKnTtI70CmfQKBgQD7kupkizbnhc9xAPZz
+GCamNKAs8jWdm0+c4lhftojehjxO7faDFbWoLOYl19k7gkZnzvqzmhd2J+crUkNl
+xqYsfEVG76r1HRV9DQHKwBmbeKxHADD2sGaQvKfUQs7YNo6j/W6ezYfJqBUkKyYJ
+7PWlqp1e82I7BsawRJRMT75i7QKBgQC8Kp5OXAgXZqRgtQp4FjRuDiNNsu/+ooOy
+KaqP7fNUkDtkzQ8FfH1vXsQExW1poEVTKAhRxq3uyQtz5pQt5zwRl1c8vtlDTXvF
+Bs5PPrjoVseTTzEp5suPnj9pVIxlNt6KDGSy+GB4PkK+HIBGBvr/rtoJ6FdvQ+R6
+fN3ZPX91IwKBgDU0KOYCmyXzop9feL92iBX2YzmeL8CZLAkdxVrYm7GT6gU3Rj8K
+xFRAypuOPp7bOlCR8WsyV2vhnH4I87/+dv5Jec06uokEEZtUuOBMKB49MxIA9Fn3
+jHlnrIazalNHlnsQCekDxofbSD1R8sV+m6ThpE6EYm3hTPvSRRqucrExAoGAD8P2
+XZRibSuBbETe6q7Zl7sBhDoQ16HgLOZGzyZds+EdyNVRg+EpVVJ4U/oCr83o4Q3C
+nK9r1Uzs87oHAk2Uf9jRS1qmM3hjfV+Tm5oivfy/Xf1NnjgjKBZXM8kMtlJBlQly
+ynf7BTgaOXmD2dot34xT4m6gHMdwdj7OC6yWaEcCgYEAtnNi88DuJdX/PnsAjFv7
+mgMFTPF76OsMiUB0LDtAr+nHezb0OavPMq21M89WtOTEkNv7R096xgDlpLQciA5p
+pwgnK2V3p9Q+ktpGnEFarF4t65k7ywNF8o5aaApiCyp+K69xvc2Dn0OxeHwyJLUH
+BRaFS9J5mtOmtbmqLc5hkxM=
+-----END PRIVATE KEY-----
+)";
+constexpr std::string_view bob_pem = R"(-----BEGIN PRIVATE KEY-----
+MIIEvwIBADANBgkqhkiG9w0BAQEFAASCBKkwggSlAgEAAoIBAQCq+vvqrZ4Dgw66
+vLZLVyLtez6AU2WCf/qqazHaFGS9ASoXWC22AQFhXxl7VrdOvuQo5lh58gwbtZoh
+sKTQGbLUeDx7qPiPMwrBxzo6DkIVMyMhNQq4PSTSUY3ndHGHYp5+p4hCAFc2EmmF
+aefO3LiF6+ZFWShIIQ0Jwy8v2VcDsoKRLFLOjyerU/ighSKEhY4Gm/+DDYIuYGcW
+V3nIs21v2VIoxTlzGZaG9M3Tk2x/6d3pj/9FHspfsEGZ7Xx8oNaLBL+wlIk9rOVa
+uSm2ngHFU2xcEAbRWHOjpsls53BEflvEBbRs95GugBEc9ZkG3n4nk0/J8fRgKBSC
+TPBkkSxXAgMBAAECggEAO5Fqj+XB7eZMjOlvN0tZ21P7P/kOHguZWKM1AI3nVOPh
+drWdY1HxWauotIxPG8ussMUjoQSfjE3WL5Obr/asE5L6O3jwc+9r+XwAALbz9e/V
+dt3EaNDAkdeg8Tjjzq+gmW6jrZ7xw2Bhy/3MKYlDbkDz/kgkHREKulJ6j5iQVLRb
+1mWkFOfKf1m50xPAPGByrT40isTY6JI71lWo1HHf1evv77eOnztfvjfSYokJ/Ktc
+fPpYrFvNYPU7o76tkqMWmtVV7K8hmZwhbQawZ34Y24UYXLE4CZJ38drvdwpUw1z+
+42eQh7twYXhrlzP8qetVdgsLq5Cqd896fOoHf2joIQKBgQDhF4T6/+LZOPI6tZOU
+JoVC6QkvJ8Ml1AQYIHusTM9xh9RUwL7r5vYMRdfaz3DxvmwmlwRBlaLPCFmnaIZi
+jjTW3x5iH5P3Xxf4eNbz1vWkiaaXRBQdwVvAgKpAa8YV6cp87TYF3gmZi1fRZtBu
+JZnt0PDlDslgmF5pNuEWnmo+YQKBgQDCdVN4oVPEAnLzUUljWy9SaZZQgWVf0YP0
+lac/8P4wajHC5mKKfMuNsJgaCSt1zDkGArwGLMkHUu+w6h5KwxXZEbNgKWsxjg8+
+QggXXRCayrECnf1wMs/RTJWsANMBTNSSxCY2PmHcnNggaV0q8sI68WOjVvU5vIUt
+PnFvbwS1twKBgQDLSEVltYD2srI4iVHNw3godHNB7gQU/sPv0i4+7mOOYaBGJoiG
+XeCqNs15pEyZVmMv+sTyQiR2G1F0mjZ7fXiE8Z3r+h7UkkIAuYlPUDwqK9KS2/3a
+3YxybwDTC0Iq+ihP6J8Yb212CNz3lYX5Y+X/W+qiw1bk8Naa6OAhYFINIQKBgQCM
+MGdX7P5lrdpPPgfpYCCSilp6eX6rAHHgD0+/Ei8+miB7wPnDm0poQKq3AmtZhjyJ
+78i7rufSpuD0KyRhg5kpn9AwgEuuMxscKCCLL2W8ImpQV7QRgiA+ZLb2hLWaF1ic
+4lol+v00PcK2Qx+Oyepq8gGCDTvHPvjH8F95FZFQqwKBgQCKR1bkDYojodKDuKBO
+jxxbmfr9hktpgyCWghuLjnfckmRXShFLqI0olHa5rrAXVq5ecVjQcoQ5JeMSO6WT
+J7Lto846LR9uETELUTIkgvBNBx/Lto08tjpGUwIbmiyvZ5eyuJCY5URQdQJGBDiO
+5aVS6W0a9eEbK10C6yFXg+xr0Q==
+-----END PRIVATE KEY-----
+)";
+constexpr std::string_view key_frame_hex =
+    "29a6065cf8a416ac11613df559a946b92aa0cc02ded474e99a156a479b00a9be9722d119fb7f1059"
+    "28882ebffe249bd65a9c5b4c8f9177e0850d788c05044199f1faf27b66aca33edebeb9839d5f6dca"
+    "ea2dee3971847b4b23029c22c1ee33459ea30765ec0a6f21760b677cadbb1507b675ce63fd0bb50d"
+    "1bd061e7d94446a0347b6e49876b6cb83973d43d2f31372b3aae9cbb82f5248f2d3fb27cf73ed594"
+    "ffe05867ef54187c37a0c93b57bf4dd4da174397ac27323deb39b358276c5794b878a33d54e51495"
+    "632ac4131cb1d2a6fb2b60c2d6147b604d77a2ad6baba586646597eea38c1c5710108389532d80f4"
+    "a2364e3c8fb3f569fa7bdfdc6cee45aa";
+constexpr std::string_view alice_signature_hex =
+    "5d212c991a1c08d68cb9fa6e483599bd40d9e16ff9a4068880a0425c3e45a7fbbd1fefabbb81945d"
+    "f7c0720bf0e84c7748ac61499f632237c5d9b1eb4c2a2f7c2af71febcb989e6ff39481c073ff926c"
+    "1666e6bd3a3e8d0d7ae76ad3e20730d24f43b0a01f084e57b63ac5a56cc956905f89eab71fd0ff67"
+    "69ee5763f5b954bb01f5941a6d03b9a8bd6e0dbd16e69e7bf7b8d70a10b738b64843d76953cde48c"
+    "fdfa0c0463f8444c54638adc6f090e37bffacf074efe20759237d9f0e3ed4f6c88769d3ae2ec602f"
+    "58e35035018cfab2a56ef5ae5a1eda58b45b198eb44e788ec50fccdfbabdfc6868e2531dfa07f504"
+    "c2ad03fa91c29057a89ece236d362ef7";
+constexpr std::string_view bob_signature_hex =
+    "9717467d2cecf1dddec199486c8ba4502ead30459f3f643685b71fde9d9a5d7bcbb3a986be60f69d"
+    "dfd78096867e54a304a24b8f86fdaeba46c1cefdd558041c5f200aac2971e2ad39ef125ff5b3ff43"
+    "1018bb2f0f65071787ec996ecf71f3c78f8cd37bb02ee8398f193f24c3a9ea6d749ff2f56d3c4f6b"
+    "dadd2f4bbd1f83150d3080b9ad3b130a4728be827f0f38203f4dd71750b48274ff3986b2cb0afc23"
+    "676659acbbfdb4b0d65eff9263f879e373c907e0c6e64ea29410047d168fcfcca8033b2d446b3d46"
+    "b5fa1c1b1e5a729be4542dec973de8803b41e5f6f7691dcf81654d95cb0dec15832da82154103fcc"
+    "ca0f77087f01b754231fac01fc23ce50";
+constexpr std::string_view encapsulated_hex =
+    "9303336f94121a2ae5871b0aea5565f3e82c68109acb892c7759eb3e787d9dae932450d0ace2a0f5"
+    "f1c04403984b481beac04879a95eb72fa731cd0a23f1c6d285f29709ba3502fa03abe429721af248"
+    "14430582358107af523b64fa956ad1b4a3f964e30bd999f6b0b28bed76cd28ceb305c905dbc327c6"
+    "75672b8a21d397c931c9d3ff64f9f96c6df8ad34cb5b15f9a03a33dbd243f5d6e1c4d1bc720a1abe"
+    "882607c4a580338cbef7aa04ba2b480d16e49346ee87743cd45883ac912b1305b126630a469bb26e"
+    "cfc8f270d8cfb4b00f0255bf24f64bdc705e292ebde856eab751dec91cdd485d2c82f671c176e354"
+    "88a2d770a0c330e2b1246a9ef5f176d6";
+
+RsaPrivateKey fixed_key(std::string_view pem) {
+    TempDir dir;
+    write_text(dir.path / "pem", pem);
+    return RsaPrivateKey::load(dir.path / "pem", {}).value();
+}
+X25519Key fixed_x25519(std::uint8_t fill) { return X25519Key::from_private(secret_of(fill)); }
+
+// A login's card, with a signature that was recorded.
+Card fixed_card(std::string_view user, const RsaPrivateKey& key, std::uint8_t x25519,
+                std::uint64_t issued, std::uint64_t run, std::string_view signature) {
+    return {
+        std::string(user),  key.public_key().der(), fixed_x25519(x25519).public_key(), issued, run,
+        from_hex(signature)};
+}
+
+}  // namespace
+
+TEST_CASE("chapter 5: the bytes of a handshake and its records, on every machine") {
+    RsaPrivateKey server = fixed_key(alice_pem);
+    CHECK(server.public_key().fingerprint().text() ==
+          "SHA256:VYxammulnxgqak8IAhbshwfuaC1eN2Zg0kWWB7BCQXw");
+    CHECK(hex_of(server.derived_secret("a purpose")) ==
+          "4614a739233d91bdd1e0722d7af9908b7d4cc8134b25e326cab6cebd1b29f2c4");
+    CHECK(to_hex(make_frame(as_bytes("hello"))) == "0000000568656c6c6f");
+
+    Bytes hello1 = join(as_bytes(protocol_magic), fixed_x25519(0x11).public_key());
+    Bytes hello2 =
+        join(as_bytes(protocol_magic), fixed_x25519(0x22).public_key(), server.public_key().der());
+    CHECK(to_hex(hello1) ==
+          "43484154534543317b4e909bbe7ffe44c465a220037d608ee35897d31ef972f07f74892c"
+          "b0f73f13");
+    CHECK(to_hex(sha256(hello2)) ==
+          "9f59cc1cb7de218573ba0c666ea22530a4c3462381af53b561009cf4f201dc6d");
+    Bytes key3 = from_hex(key_frame_hex);
+    std::optional<Secret<32>> secret = server.decrypt(key3, sha256(hello1, hello2));
+    REQUIRE(secret);
+    CHECK(hex_of(*secret) == hex_of(secret_of(0x33)));
+    HopKeys keys =
+        detail::derive_hop_keys(hello1, hello2, key3, *secret,
+                                fixed_x25519(0x22).shared_secret(fixed_x25519(0x11).public_key()));
+    CHECK(hex_of(keys.client_to_server) ==
+          "90bb62c40faf5711703a39a93fa64d3141eb5e211ff429753504a1e37534971d");
+    CHECK(hex_of(keys.server_to_client) ==
+          "084d9a5d29dfeee71456e61f14f03f4caa4f0f1ebc5204efdce8994a3d3003da");
+    CHECK(to_hex(keys.channel_binding) ==
+          "b417f58b42e283c770e6cc7399c17b303b7cdbfb96fdcc5b3d95a48589f758f5");
+
+    RecordCipher up(std::move(keys.client_to_server)), down(std::move(keys.server_to_client));
+    CHECK(to_hex(sealed_record(up, "hello")) ==
+          "0000001593272e5b196ee1a0b6f01450c07beb895151e8cb5f");
+    CHECK(to_hex(sealed_record(up, "")) == "000000106249371ae9a34f9ab6d58555d26f6cd7");
+    CHECK(to_hex(sealed_record(down, "\x01\x01\x01")) ==
+          "00000013eb14df2b4ea371fb66927a49090bf54fcc7355");
+}
+
+TEST_CASE("chapter 8: the bytes of a conversation between two people, on every machine") {
+    RsaPrivateKey alice = fixed_key(alice_pem), bob = fixed_key(bob_pem);
+    Card from = fixed_card("alice", alice, 0x44, 1000, 7, alice_signature_hex);
+    Card to = fixed_card("bob", bob, 0x55, 2000, 8, bob_signature_hex);
+    CHECK(to_hex(sha256(from.signed_part())) ==
+          "f9b2d1d933ebc2a7726427b3cf36cbd955e908b12e5bb000d429df1f4224122d");
+    CHECK(to_hex(sha256(to.signed_part())) ==
+          "4f8813c7c33c9fc50eed4131765bb53ea3be5905df771c4e6813a1d4ed29ac78");
+    CheckedCard from_checked(encode(from), "alice"), to_checked(encode(to), "bob");
+    CHECK(to_hex(from_checked.hash) ==
+          "d47a6f8a5542108312c6feea3cd692e76685baf25d595bfdf47b2f4e3ccd3ded");
+    CHECK(to_hex(to_checked.hash) ==
+          "c4fb379372bdb4e317a4a5a5aac1feaec5f3f628dbe22b04f03f043cbe675658");
+    CHECK(safety_number("alice", from_checked.fingerprint, "bob", to_checked.fingerprint) ==
+          "06416 17860 63428 36030 61964 30003 32936 88953 36505 27048 01915 04189");
+
+    Bytes open;
+    append_fields(open, PayloadType::open, encode(from), from_hex(encapsulated_hex));
+    CHECK(to_hex(sha256(open)) ==
+          "fb172a5f5435b5bd27a5bb961826fa7b5e66d3771e6f35ac80da0174dd845184");
+    std::optional<Secret<32>> secret =
+        bob.decrypt(from_hex(encapsulated_hex), join(from_checked.hash, to_checked.hash));
+    REQUIRE(secret);
+    CHECK(hex_of(*secret) == hex_of(secret_of(0x66)));
+    Secret<32> x25519 = fixed_x25519(0x55).shared_secret(from.ephemeral);
+    auto [chat, files] =
+        detail::pair_lanes<SealingLane>(from_checked.hash, to_checked.hash, *secret, x25519);
+    auto payload = [](SealingLane& lane, Kind kind, ByteView body) {
+        Bytes bytes(1, static_cast<std::uint8_t>(PayloadType::sealed));
+        lane.seal_to(bytes, kind, body);
+        return to_hex(bytes);
+    };
+    CHECK(payload(chat, Kind::text, Text{9, "only for you"}.encoded()) ==
+          "0200000000000000019d8c1094bb0bc71128ce12afcf7fca87ac3ff6a9243130218f9a0c"
+          "2136ea7fb1fc6404c980");
+
+    Bytes room = gcm_seal(secret_of(0x77), 0, {},
+                          Text{0x0102030405060708, "Gr\u00fc\u00dfe an alle"}.encoded());
+    CHECK(to_hex(room) ==
+          "1d0fb4cd2f9ba9cb5027d619ef171ad6352205e9a5e03b3b087528682ac4efe29b724c4b"
+          "2c62c0");
+    CHECK(open_room_text(room, secret_of(0x77)));
+    Bytes wrapped;
+    chat.seal_to(wrapped, Kind::room_key, secret_of(0x77).view(), sha256(room));
+    CHECK(to_hex(wrapped) ==
+          "000000000000000282e9f9e5b2fa02bfad88bf24cc03fbb798cff876d09e6996f1a1033c"
+          "f6f4e14efd61d33af1ad347eef2bf1cf793a12df63");
+
+    Bytes shown;
+    append_fields(shown, std::uint64_t{1}, ~std::uint64_t{0});
+    CHECK(payload(chat, Kind::receipt, shown) ==
+          "020000000000000003f8fb24b8ecf55af5de9d1c3bbd1abf19102b80df295e5b528a75c7"
+          "56ce8a6171dc");
+    CHECK(payload(files, Kind::file_chunk, encode(FileChunk{3, 5ULL << 30, as_bytes("bytes")})) ==
+          "0200000000000000010c82fb2afdd89a9067500588a8b1b2d9e451e52861c96831c25bb3"
+          "31e3f1c5786fc5e93fe345");
+}
+
 // ---- Chapter 9. Files: the pure and the disk pieces ---------------------------------------------
 
 namespace {
@@ -3352,6 +3568,23 @@ TEST_CASE("chapter 9: a hash covers several blocks") {
     for (std::size_t size : {262'143U, 262'144U, 262'145U, 524'288U, 600'000U})
         CHECK(file.hash_of_beginning(size, no_stop) ==
               sha256(as_bytes(std::string_view(content).substr(0, size))));
+}
+
+TEST_CASE("chapter 9: behind its first 4 GiB a file is read and written where it says") {
+    TempDir dir;
+    write_text(dir.path / "x", "the beginning");
+    constexpr std::uint64_t far = (4ULL << 30) + 5;  // the disk keeps no bytes of the gap
+    detail::File written(detail::open_part(dir.path / "x", false));
+    REQUIRE(written.write_at(far, as_bytes("the end")));
+    SourceFile file(dir.path / "x");
+    CHECK(file.size() == far + 7);
+    Bytes seven(7);
+    file.read(far, seven);
+    CHECK(to_string(seven) == "the end");
+    file.read(0, seven);
+    CHECK(to_string(seven) == "the beg");
+    CHECK(detail::truncate_file(written.handle(), far));
+    CHECK(std::filesystem::file_size(dir.path / "x") == far);
 }
 
 TEST_CASE("chapter 9: an empty file is a file") {
@@ -3885,7 +4118,8 @@ std::optional<FileError> fill(PartFile& part, std::size_t total) {
     std::string content = pattern(total);
     try {
         while (part.size() < total) {
-            std::string_view left = std::string_view(content).substr(part.size());
+            auto written = static_cast<std::size_t>(part.size());
+            std::string_view left = std::string_view(content).substr(written);
             part.append(as_bytes(left.substr(0, file_chunk_bytes)));
         }
     } catch (const FileError& e) {
@@ -3996,7 +4230,7 @@ struct CreditRound {
         return t.account.due(outstanding() - t.account.outstanding(), transfers.size());
     }
     void step() {
-        Transfer& t = transfers[below(transfers.size())];
+        Transfer& t = transfers[static_cast<std::size_t>(below(transfers.size()))];
         switch (below(4)) {
             case 0:
             case 1:
@@ -4171,7 +4405,7 @@ TEST_CASE("chapter 10: what was queued arrives, in its order, in one record") {
     Line::Arrived arrived = line.end();
     CHECK(arrived.records.size() == 1);  // one encryption and one system call for all of them
     REQUIRE(arrived.messages.size() == 100);
-    for (std::uint64_t number = 0; number < 100; ++number) {
+    for (std::size_t number = 0; number < 100; ++number) {
         CHECK(arrived.messages[number].first == Ping::type);
         CHECK(from_wire<Ping>(arrived.messages[number].second).number == number);
     }
@@ -4350,7 +4584,8 @@ TEST_CASE(
     bool in_order = true;
     for (const auto& [type, body] : arrived.messages) {
         std::uint64_t number = from_wire<Ping>(body).number;
-        in_order = in_order && expected.at(number >> 32)++ == (number & 0xffffffff);
+        in_order = in_order &&
+                   expected.at(static_cast<std::size_t>(number >> 32))++ == (number & 0xffffffff);
     }
     CHECK(in_order);
 }
@@ -10947,12 +11182,12 @@ TEST_CASE("programs: P11: whoever is killed at whatever instant of a transfer, i
         // The instant: when so much of it is on bob's disk.
         std::size_t instant = random() % (size + size / 50);
         auto there = [&] {
-            std::size_t most = 0;
+            std::uint64_t most = 0;
             std::error_code gone;
             if (std::filesystem::exists(here.downloads))
                 for (const auto& entry : std::filesystem::directory_iterator(here.downloads, gone))
                     if (auto bytes = entry.file_size(gone); !gone)
-                        most = std::max<std::size_t>(most, bytes);
+                        most = std::max<std::uint64_t>(most, bytes);
             return most;
         };
         while (there() < std::min(instant, size)) std::this_thread::yield();
