@@ -1606,14 +1606,16 @@ SecretBytes written(const Write& write) {
 class RsaPublicKey {
   public:
     // From SPKI, DER, as it comes from others. Throws ProtocolError if it is no RSA key that we
-    // accept, or if bytes follow it.
+    // accept, or not written in the one way that DER knows: OpenSSL also reads others, and a key
+    // in two spellings would be two keys to whoever compares bytes.
     static RsaPublicKey from_der(ByteView der, std::string_view what = "A public key") {
         const unsigned char* cursor = der.data();
         detail::PkeyPtr key(::d2i_PUBKEY(nullptr, &cursor, static_cast<long>(der.size())));
         detail::require_usable_rsa<ProtocolError>(key, what);
-        if (cursor != der.data() + der.size())
-            throw ProtocolError(concat(what, " has bytes behind it."));
-        return RsaPublicKey(std::move(key));
+        RsaPublicKey result(std::move(key));
+        if (!std::equal(der.begin(), der.end(), result.der_.begin(), result.der_.end()))
+            throw ProtocolError(concat(what, " is not written as DER, or has bytes behind it."));
+        return result;
     }
     // From a file's content. Throws Error.
     static RsaPublicKey from_pem(ByteView pem, std::string_view what) {
