@@ -2336,15 +2336,19 @@ class ScramServer {
         std::string_view left = client_final;
         std::string_view binding = detail::take_attribute(left, 'c');
         std::string_view nonce = detail::take_attribute(left, 'r');
+        std::string_view proof;
         Bytes claimed;
         try {
-            claimed = from_base64(detail::take_attribute(left, 'p'));
+            proof = detail::take_attribute(left, 'p');
+            claimed = from_base64(proof);
         } catch (const Error&) {
             return std::nullopt;
         }
-        if (binding != binding_ || nonce != nonce_ || claimed.size() != 32) return std::nullopt;
-        std::string auth_message =
-            concat(first_bare_, ",", server_first_, ",c=", binding, ",r=", nonce);
+        std::string without_proof = concat("c=", binding, ",r=", nonce);
+        if (binding != binding_ || nonce != nonce_ || claimed.size() != 32 ||
+            client_final != concat(without_proof, ",p=", proof))  // nothing stands behind it
+            return std::nullopt;
+        std::string auth_message = concat(first_bare_, ",", server_first_, ",", without_proof);
         Secret<32> client_key(claimed);  // once the XOR is undone
         detail::xor_into(client_key.span(),
                          hmac_sha256(verifier_.stored_key, as_bytes(auth_message)).view());

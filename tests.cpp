@@ -2119,6 +2119,8 @@ TEST_CASE("chapter 6: a changed proof does not log in, whatever was changed") {
             return proof.substr(0, proof.find(",p=")) + ",p=" + to_base64(Bytes(32));
         },
         [](std::string proof) { return proof.substr(0, proof.find(",p=")); },
+        [](std::string proof) { return proof + ","; },  // as `make fuzz` has found
+        [](std::string proof) { return proof + ",x=y"; },
     };
     for (const auto& change : changes) {
         Login login;
@@ -13383,7 +13385,8 @@ void write_seeds(const std::filesystem::path& corpus) {
     save("payload", text);
 
     const RightLogin right;
-    save_texts("scram_server", {right.first + "\n" + right.final});
+    save_texts("scram_server",
+               {right.first + "\n" + right.final, right.first + "\n" + right.final + ",x"});
     save_texts("scram_client", {right.server_first + "\n" + right.server_final});
     save_texts("verifier", {right.verifier.text()});
     const RsaPublicKey& key = test_key(0).public_key();
