@@ -71,8 +71,8 @@ else
 
 # ---- Everything else ----------------------------------------------------------------------------
 
-.PHONY: all test demo bench bench-hostile bench-gui check-gui check-portable run-gui sabotage \
-        clean install help no-window
+.PHONY: all test demo fuzz bench bench-hostile bench-gui check-gui check-portable run-gui sabotage
+.PHONY: clean install help no-window
 all: $(O)/server $(O)/client
 
 # The window client, where FLTK is.
@@ -135,6 +135,27 @@ demo: $(O)/tests $(O)/server $(O)/client
 
 bench: $(O)/tests $(O)/server $(O)/client
 	@$(O)/tests --bench
+
+# Bytes that nobody thought of, for everything that takes bytes from outside: the last part of
+# tests.cpp. What was found out (and what was found) stays in this folder for the next time.
+FUZZ_CXX     ?= clang++
+FUZZ_SECONDS ?= 10
+FUZZ         := $(if $(filter .,$(O)),build,$(O))/fuzz
+FUZZ_FLAGS   := -O1 -g1 -fsanitize=fuzzer,address,undefined -fno-sanitize-recover=all
+
+# With the test cases left out, whose tools are then unused.
+$(FUZZ)/fuzz: tests.cpp chatsecure.hpp Makefile
+	@mkdir -p $(FUZZ)
+	@echo 'extern "C" int LLVMFuzzerTestOneInput(const char*, unsigned long) { return 0; }' | \
+	    $(FUZZ_CXX) $(FUZZ_FLAGS) -x c++ - -o $@.probe 2>/dev/null || { \
+	    echo "make fuzz needs clang with libFuzzer: on Debian the packages clang and" \
+	         "libclang-rt-NN-dev (NN: clang's version)."; exit 1; }
+	$(FUZZ_CXX) $(CPPFLAGS) -std=c++20 $(WARNINGS) -Wno-unused -Wno-unused-parameter \
+	    $(FUZZ_FLAGS) -DCHATSECURE_FUZZ -DDOCTEST_CONFIG_DISABLE $(CRYPTO_CFLAGS) -pthread \
+	    -o $@ $< $(LDFLAGS) $(CRYPTO_LIBS)
+
+fuzz: $(FUZZ)/fuzz
+	@FUZZ_SECONDS=$(FUZZ_SECONDS) $(FUZZ)/fuzz
 
 # One member floods another, strangers crowd the door: what people notice of it.
 bench-hostile: $(O)/tests $(O)/server $(O)/client
@@ -297,6 +318,7 @@ help:
 	@echo "               'make deps demo' and 'make deps test' work on a fresh machine"
 	@echo "make demo      shows a real conversation, and what a wire tap sees of it"
 	@echo "make test      builds and runs the tests"
+	@echo "make fuzz      feeds random bytes to all that takes bytes, FUZZ_SECONDS (10) each"
 	@echo "make bench     measures logins, relaying, round trips and files"
 	@echo "make bench-hostile measures what hostile members and strangers can do"
 	@echo "make run-gui   starts a server, if none runs, and opens a window"

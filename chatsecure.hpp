@@ -1657,14 +1657,16 @@ SecretBytes written(const Write& write) {
 class RsaPublicKey {
   public:
     // From SPKI, DER, as it comes from others. Throws ProtocolError if it is no RSA key that we
-    // accept, or if bytes follow it.
+    // accept, or not written in the one way that DER knows: OpenSSL also reads others, and a key
+    // in two spellings would be two keys to whoever compares bytes.
     static RsaPublicKey from_der(ByteView der, std::string_view what = "A public key") {
         const unsigned char* cursor = der.data();
         detail::PkeyPtr key(::d2i_PUBKEY(nullptr, &cursor, static_cast<long>(der.size())));
         detail::require_usable_rsa<ProtocolError>(key, what);
-        if (cursor != der.data() + der.size())
-            throw ProtocolError(concat(what, " has bytes behind it."));
-        return RsaPublicKey(std::move(key));
+        RsaPublicKey result(std::move(key));
+        if (!std::equal(der.begin(), der.end(), result.der_.begin(), result.der_.end()))
+            throw ProtocolError(concat(what, " is not written as DER, or has bytes behind it."));
+        return result;
     }
     // From a file's content. Throws Error.
     static RsaPublicKey from_pem(ByteView pem, std::string_view what) {
@@ -2398,15 +2400,19 @@ class ScramServer {
         std::string_view left = client_final;
         std::string_view binding = detail::take_attribute(left, 'c');
         std::string_view nonce = detail::take_attribute(left, 'r');
+        std::string_view proof;
         Bytes claimed;
         try {
-            claimed = from_base64(detail::take_attribute(left, 'p'));
+            proof = detail::take_attribute(left, 'p');
+            claimed = from_base64(proof);
         } catch (const Error&) {
             return std::nullopt;
         }
-        if (binding != binding_ || nonce != nonce_ || claimed.size() != 32) return std::nullopt;
-        std::string auth_message =
-            concat(first_bare_, ",", server_first_, ",c=", binding, ",r=", nonce);
+        std::string without_proof = concat("c=", binding, ",r=", nonce);
+        if (binding != binding_ || nonce != nonce_ || claimed.size() != 32 ||
+            client_final != concat(without_proof, ",p=", proof))  // nothing stands behind it
+            return std::nullopt;
+        std::string auth_message = concat(first_bare_, ",", server_first_, ",", without_proof);
         Secret<32> client_key(claimed);  // once the XOR is undone
         detail::xor_into(client_key.span(),
                          hmac_sha256(verifier_.stored_key, as_bytes(auth_message)).view());

@@ -277,11 +277,20 @@ struct TempDir {
     }
 };
 
+// A new one, or the one in a folder that several processes share, as `make fuzz` wants it.
+RsaPrivateKey make_test_key(int n) {
+    const char* folder = std::getenv("CHATSECURE_TEST_KEYS");
+    if (folder == nullptr) return RsaPrivateKey::generate(2048);
+    std::filesystem::path path = std::filesystem::path(folder) / concat(n, ".pem");
+    if (auto there = RsaPrivateKey::load(path, {})) return std::move(*there);
+    RsaPrivateKey key = RsaPrivateKey::generate(2048);
+    key.save(path, {}, 0);
+    return key;
+}
 // RSA keys are expensive to make: three serve all tests. n = 0, 1, 2.
 const RsaPrivateKey& test_key(int n) {
-    static const std::array<RsaPrivateKey, 3> keys{RsaPrivateKey::generate(2048),
-                                                   RsaPrivateKey::generate(2048),
-                                                   RsaPrivateKey::generate(2048)};
+    static const std::array<RsaPrivateKey, 3> keys{make_test_key(0), make_test_key(1),
+                                                   make_test_key(2)};
     return keys.at(static_cast<std::size_t>(n));
 }
 
@@ -1681,6 +1690,19 @@ TEST_CASE("chapter 4: a public key goes through DER and PEM") {
                    "key.pem holds no RSA key"));
 }
 
+// Found by `make fuzz`: OpenSSL reads them all as the same key.
+TEST_CASE("chapter 4: a public key has one spelling") {
+    const Bytes good = test_key(0).public_key().der();
+    Bytes parameters = good, length = good;
+    REQUIRE(good[17] == 0x05);  // NULL, where an algorithm's parameters stand
+    parameters[17] = 0x1c;
+    REQUIRE(good[1] == 0x82);  // a length in two bytes
+    length[1] = 0x83;
+    length.insert(length.begin() + 2, 0);
+    for (const Bytes& other : {parameters, length})
+        CHECK(contains(complaint([&] { RsaPublicKey::from_der(other); }), "not written as DER"));
+}
+
 TEST_CASE("chapter 4: a private key is saved and loaded, with a password and without") {
     TempDir dir;
     for (std::string password : {std::string(), std::string("correct horse"),
@@ -2231,6 +2253,8 @@ TEST_CASE("chapter 6: a changed proof does not log in, whatever was changed") {
             return proof.substr(0, proof.find(",p=")) + ",p=" + to_base64(Bytes(32));
         },
         [](std::string proof) { return proof.substr(0, proof.find(",p=")); },
+        [](std::string proof) { return proof + ","; },  // as `make fuzz` has found
+        [](std::string proof) { return proof + ",x=y"; },
     };
     for (const auto& change : changes) {
         Login login;
@@ -8978,10 +9002,13 @@ struct DicedPair {
     std::deque<Side> sides;
 
     DicedPair(std::uint32_t seed, const std::filesystem::path& dir) : random(seed) {
+        static const std::array<Bytes, 6> all{noise(150'000, 0), noise(150'000, 1),
+                                              noise(0),          noise(70'000, 3),
+                                              noise(140'000, 4), noise(210'000, 5)};
         for (std::size_t i = 0; i < 6; ++i) {  // two have the same name and the same size
             std::filesystem::create_directories(dir / concat(i));
             std::filesystem::path path = dir / concat(i) / (i < 2 ? "same" : concat("file ", i));
-            Bytes content = noise(i < 2 ? 150'000 : (i - 2) * 70'000, unsigned(i));
+            const Bytes& content = all.at(i);
             if (!std::filesystem::exists(path)) write_bytes(path, content);
             sources.push_back(std::make_shared<SourceFile>(path));
             contents.insert(to_string(content));
@@ -8994,7 +9021,8 @@ struct DicedPair {
         std::string user = index == 0 ? "alice" : "bob";
         return {login, user, {sha256(as_bytes(user))}};
     }
-    std::size_t below(std::size_t n) { return random() % n; }
+    std::function<std::uint32_t()> draw = [this] { return static_cast<std::uint32_t>(random()); };
+    std::size_t below(std::size_t n) { return draw() % n; }
 
     void come(std::size_t i) {
         Side &one = sides[i], &two = sides[1 - i];
@@ -13767,6 +13795,8 @@ int bench_gui() {
 
 // ---- main ---------------------------------------------------------------------------------------
 
+#ifndef CHATSECURE_FUZZ
+
 namespace {
 
 // Counts test cases, for the last line.
@@ -13952,3 +13982,1096 @@ int main(int argc, char** argv) {
         std::cout << Counter::passed << " passed, " << Counter::failed << " failed\n";
     return code;
 }
+
+#endif
+
+// =================================================================================================
+//  make fuzz
+// =================================================================================================
+//
+// Tests try what somebody has thought of. A fuzzer tries the rest: it changes bytes at random,
+// keeps what has reached code that nothing before has reached, and changes that again, some
+// thousand times a second (libFuzzer, which belongs to clang). Sanitizers make a crash of every
+// wrong access, and require() of everything that does not hold.
+//
+// All targets are in one program, which libFuzzer starts: LLVMFuzzerInitialize at the end. Without
+// CHATSECURE_FUZZ=TARGET it writes the seeds, taken from a real conversation, and starts itself
+// once for each target; with it and the name of a file it runs that input alone.
+
+#ifdef CHATSECURE_FUZZ
+
+namespace {
+
+void require(bool holds, std::string_view what) {
+    if (holds) return;
+    std::cerr << "\nThis does not hold: " << what << std::endl;
+    std::abort();
+}
+
+// Runs what may refuse its input, by an Error. Any other exception is a finding.
+template <class F>
+bool accepted(F function) {
+    try {
+        function();
+        return true;
+    } catch (const Error&) {
+        return false;
+    }
+}
+
+// An input, taken apart into whatever a target needs. At its end everything is 0 or empty.
+class Dice {
+  public:
+    explicit Dice(ByteView bytes) : left_(bytes) {}
+    bool empty() const { return left_.empty(); }
+    std::uint64_t number(std::size_t bytes) {
+        std::uint64_t value = 0;
+        for (std::uint8_t byte : take(bytes)) value = value << 8 | byte;
+        return value;
+    }
+    std::uint8_t byte() { return static_cast<std::uint8_t>(number(1)); }
+    ByteView take(std::size_t bytes) {
+        ByteView taken = left_.first(std::min(bytes, left_.size()));
+        left_ = left_.subspan(taken.size());
+        return taken;
+    }
+    ByteView blob() { return take(static_cast<std::size_t>(number(2))); }  // length and bytes
+    ByteView rest() { return take(left_.size()); }
+    std::string_view line() {
+        std::string_view all = as_text(left_), one = all.substr(0, all.find('\n'));
+        take(one.size() + 1);
+        return one;
+    }
+
+  private:
+    ByteView left_;
+};
+// What Dice::blob takes apart.
+Bytes blob_of(ByteView bytes) {
+    Bytes out;
+    append_fields(out, static_cast<std::uint16_t>(bytes.size()));
+    append(out, bytes);
+    return out;
+}
+
+// A file with this content, in memory where the system has such a folder.
+std::filesystem::path file_of(ByteView content) {
+    static const TempDir dir;
+    write_bytes(dir.path / "file", content);
+    return dir.path / "file";
+}
+
+std::pair<Socket, Socket> local_pair() {  // without TCP's ports, which would be used up
+    std::array<int, 2> ends{};
+    if (::socketpair(AF_UNIX, SOCK_STREAM, 0, ends.data()) != 0) throw Error("No sockets.");
+    return {Socket(ends[0]), Socket(ends[1])};
+}
+
+// ---- Chapters 1 and 9: texts --------------------------------------------------------------------
+
+void fuzz_visible(ByteView input) {
+    std::string shown = visible(as_text(input));
+    for (std::string_view left = shown; !left.empty();)
+        require(!drives_the_screen(take_code_point(left)), "what is visible drives no screen");
+    require(utf8_length(shown).has_value(), "what is visible is UTF-8");
+    require(visible(shown) == shown, "what is visible stays as it is");
+}
+void fuzz_name(ByteView input) {
+    std::string_view text = as_text(input);
+    if (is_valid_name(text)) require(fold_name(text) == text, "a valid name stays as it is");
+    accepted([&] {
+        std::string name = fold_name(text);
+        require(is_valid_name(name), "what was folded is valid");
+        require(visible(name) == name, "a name drives no screen");
+    });
+}
+void fuzz_file_name(ByteView input) {
+    std::string name = safe_file_name(as_text(input));
+    require(safe_file_name(name) == name, "a safe name stays as it is");
+    require(!name.empty() && name.size() <= max_file_name_bytes, "it is neither empty nor long");
+    require(name.find_first_of("/\\") == name.npos && name[0] != '.', "it leaves no folder");
+    require(visible(name) == name, "it drives no screen");
+    for (unsigned number : {0U, 1U, 4'000'000'000U})
+        require(safe_file_name(numbered_name(name, number)).find_first_of("/\\") == name.npos,
+                "with a number it leaves no folder");
+}
+void fuzz_base64(ByteView input) {
+    std::string text(as_text(input));
+    accepted([&] { require(to_base64(from_base64(text)) == text, "one text for each value"); });
+    require(from_base64(to_base64(input)) == to_bytes(input), "base64 there and back");
+}
+void fuzz_fingerprint(ByteView input) {
+    std::string text(as_text(input));
+    accepted([&] { require(Fingerprint::parse(text).text() == text, "one text for each value"); });
+}
+
+// ---- Chapters 3 and 5: frames and records -------------------------------------------------------
+
+// The reader sees the stream in pieces; what it must find is computed from the whole.
+void fuzz_frames(ByteView input) {
+    Dice dice(input);
+    std::size_t piece = dice.byte() + std::size_t{1};
+    ByteView stream = dice.rest(), left = stream;
+    std::vector<Bytes> expected;
+    bool too_long = false;
+    while (left.size() >= frame_header_bytes) {
+        std::size_t length = std::size_t{left[0]} << 24 | std::size_t{left[1]} << 16 |
+                             std::size_t{left[2]} << 8 | left[3];
+        too_long = length > max_handshake_bytes;
+        if (too_long || left.size() - frame_header_bytes < length) break;
+        expected.push_back(to_bytes(left.subspan(frame_header_bytes, length)));
+        left = left.subspan(frame_header_bytes + length);
+    }
+    std::pair<Socket, Socket> ends = local_pair();
+    FrameReader reader(ends.second, max_handshake_bytes);
+    std::vector<Bytes> found;
+    bool refused = !accepted([&] {
+        for (;;) {
+            while (std::optional<ByteSpan> frame = reader.take(max_handshake_bytes))
+                found.push_back(to_bytes(*frame));
+            if (stream.empty()) return;
+            write_all(ends.first, stream.first(std::min(piece, stream.size())));
+            stream = stream.subspan(std::min(piece, stream.size()));
+            while (reader.read_now() == FrameReader::Got::some) {
+            }
+        }
+    });
+    require(found == expected && refused == too_long, "frames, however the stream is cut");
+}
+
+void fuzz_hello(ByteView input) {
+    accepted([&] {
+        ClientHandshake client;
+        client.receive_hello(input);
+        HopKeys keys;
+        client.key_message(keys);
+    });
+    Dice dice(input);
+    ByteView frame1 = dice.take(protocol_magic.size() + 32);
+    accepted([&] { ServerHandshake(test_key(0), frame1).receive_key(dice.rest()); });
+}
+
+void fuzz_record(ByteView input) {
+    Bytes content = to_bytes(input);
+    RecordCipher opener(secret_of(1)), sealer(secret_of(1));
+    if (content.size() > max_record_frame) return;
+    accepted([&] {
+        Bytes again(frame_header_bytes);
+        append(again, opener.open(content));
+        sealer.seal(again);
+        require(again == make_frame(input), "a record has one plaintext");
+    });
+}
+
+// Records that open, whatever is in them, and some that do not, as the owner of a connection sees
+// them.
+void fuzz_connection(ByteView input) {
+    Dice dice(input);
+    auto [ours, theirs] = local_pair();
+    Connection connection(std::move(theirs), 1 << 20, 1 << 20);
+    connection.secure(secret_of(1), secret_of(2));
+    RecordCipher sealer(secret_of(1));
+    bool damaged = false;
+    Bytes stream, sent, received;
+    while (!dice.empty() && stream.size() < 60'000) {
+        damaged = damaged || dice.byte() == 0xff;
+        Bytes record(frame_header_bytes);
+        append(record, dice.blob());
+        append(sent, ByteView(record).subspan(frame_header_bytes));
+        sealer.seal(record);
+        if (damaged) record.back() ^= 1;
+        append(stream, record);
+    }
+    write_all(ours, stream);
+    ours.finish_writing();
+    accepted([&] {
+        while (std::optional<Message> message = connection.next())
+            append_fields(received, message->type, message->body);
+    });
+    require(received.size() <= sent.size() &&
+                std::equal(received.begin(), received.end(), sent.begin()),
+            "messages come as they were sent");
+}
+
+// ---- Chapter 7 and 9: messages ------------------------------------------------------------------
+
+template <class T>
+void check_message(ByteView bytes) {
+    accepted([&] {
+        require(encode(decode<T>(bytes, "a message")) == to_bytes(bytes), "one text a message");
+    });
+}
+template <class... T>
+void check_any_of(std::uint8_t type, ByteView body) {
+    ((static_cast<std::uint8_t>(T::type) == type ? check_message<T>(body) : void()), ...);
+}
+template <class... T>
+void check_any_kind_of(std::uint8_t kind, ByteView body) {
+    ((static_cast<std::uint8_t>(T::kind) == kind ? check_message<T>(body) : void()), ...);
+}
+
+void fuzz_message(ByteView input) {
+    Reader record(input, "a record");
+    accepted([&] {
+        while (!record.empty()) {
+            Message message = take_message(record);
+            check_any_of<Welcome, Goodbye, Ping, Pong, Quit, RegisterAccount, Registered, Scram,
+                         LoginDone, PublishCard, Joined, Ready, Left, GetCard, CardOf, Send,
+                         Delivered, Fanout, RoomDelivered, Undelivered, Taken>(
+                static_cast<std::uint8_t>(message.type), message.body);
+        }
+    });
+}
+void fuzz_file_message(ByteView input) {
+    Dice dice(input);
+    std::uint8_t kind = dice.byte();
+    check_any_kind_of<FileOffer, FileAccept, FileCredit, FileChunk, FileOver>(kind, dice.rest());
+}
+
+// ---- Chapters 4, 6 and 8: keys, logins, cards, payloads -----------------------------------------
+
+void fuzz_public_key(ByteView input) {
+    accepted([&] {
+        RsaPublicKey key = RsaPublicKey::from_der(input);
+        require(key.der() == to_bytes(input), "one spelling for each key");
+        key.encrypt(secret_of(1), {});
+    });
+}
+// (Not encrypted ones: how long these take stands in the file, which is our own.)
+void fuzz_pem(ByteView input) {
+    accepted([&] {
+        RsaPublicKey key = RsaPublicKey::from_pem(input, "The file");
+        require(RsaPublicKey::from_pem(as_bytes(key.pem()), "it").der() == key.der(), "PEM again");
+    });
+    if (contains(as_text(input), "ENCRYPTED")) return;
+    accepted([&] { RsaPrivateKey::load(file_of(input), {}); });
+    accepted([&] { fingerprint_from(file_of(input).string()); });
+}
+
+// What server and client say in the one login that is right, with nonces that are always the same.
+struct RightLogin {
+    Secret<32> salted = secret_of(4);
+    ScramVerifier verifier = make_verifier(salted, as_bytes("a salt"), few_iterations);
+    ScramClient client{"alice", as_bytes("binding"), scram_gs2_header, "the client's nonce"};
+    ScramServer server{client.first(), as_bytes("binding"), scram_gs2_header, "and ours"};
+    std::string first = client.first(), server_first = server.challenge(verifier), final = [&] {
+        client.receive_challenge(server_first);
+        return client.final(salted);
+    }();
+    std::string server_final = server.check(final).value();
+};
+
+void fuzz_scram_server(ByteView input) {
+    static const RightLogin right;
+    Dice dice(input);
+    accepted([&] {
+        std::string_view first = dice.line(), final = dice.line();
+        ScramServer server(first, as_bytes("binding"), scram_gs2_header, "and ours");
+        require(is_valid_name(server.user()), "who logs in has a name");
+        server.challenge(right.verifier);
+        if (server.check(final))
+            require(first == right.first && final == right.final, "only the right login is right");
+    });
+}
+void fuzz_scram_client(ByteView input) {
+    static const RightLogin right;
+    Dice dice(input);
+    accepted([&] {
+        std::string_view server_first = dice.line(), server_final = dice.line();
+        ScramClient client("alice", as_bytes("binding"), scram_gs2_header, "the client's nonce");
+        ScramClient::Challenge challenge = client.receive_challenge(server_first);
+        require(challenge.iterations >= min_iterations && challenge.iterations <= max_iterations,
+                "iterations have bounds");
+        client.final(right.salted);
+        client.verify_server(server_final);
+        require(server_first == right.server_first && server_final == right.server_final,
+                "only the right server is right");
+    });
+}
+void fuzz_verifier(ByteView input) {
+    std::string_view text = as_text(input);
+    accepted(
+        [&] { require(ScramVerifier::parse(text).text() == text, "one text for each value"); });
+}
+
+void fuzz_card(ByteView input) {
+    check_message<Card>(input);
+    accepted([&] {
+        CheckedCard card(input, "alice");
+        require(card.user == "alice" && input.size() <= max_card_bytes, "it is alice's");
+        require(card.identity.der() == card.identity_der, "one spelling for each key");
+    });
+}
+
+// A sealed payload or an Open, as it comes from somebody, and what lies in it.
+void fuzz_payload(ByteView input) {
+    static const LoginKeys me(test_key(0), "me", 1), them(test_key(1), "alice", 1);
+    static const CheckedCard card(them.card_bytes, "alice");
+    accepted([&] {
+        OpenPayload open = decode<OpenPayload>(input, "somebody's keys");
+        require(encode(open) == to_bytes(input), "one text for each Open");
+        accepted([&] { CheckedCard(open.card, "alice"); });
+        PairReceiver(me, card, open.encapsulated);
+    });
+    OpeningLane lane(secret_of(3));
+    std::uint64_t good = 0, lost = 0;
+    for (Dice dice(input); !dice.empty();) {
+        OpenedPayload opened = lane.open(dice.blob());
+        if (opened.state != OpenedPayload::State::good) continue;
+        ++good;
+        lost += opened.lost;
+        require(good + lost <= max_sealed_per_lane, "sequence numbers grow");
+        if (auto text = Text::decoded(opened.body))
+            require(text->encoded() == to_bytes(opened.body), "one text for each Text");
+    }
+    if (auto text = open_room_text(input, secret_of(3))) Text::decoded(as_bytes(*text));
+    if (auto text = Text::decoded(input))
+        require(text->encoded() == to_bytes(input), "one text for each Text");
+}
+
+void fuzz_shown_ids(ByteView input) {
+    ShownIds shown;
+    std::set<std::uint64_t> before;
+    for (Dice dice(input); !dice.empty();) {
+        std::uint64_t id = dice.number(2) * 0x1'0000'0001;
+        for (int times = dice.byte() % 3 == 0 ? 600 : 1; times > 0; --times, ++id) {
+            bool fresh = shown.judge(id) == ShownIds::Verdict::fresh;
+            if (!fresh) continue;
+            require(before.insert(id).second, "nothing is shown twice");
+            shown.add(id);
+            require(shown.judge(id) != ShownIds::Verdict::fresh, "what was shown is known");
+        }
+    }
+}
+
+// ---- Files that the programs read ---------------------------------------------------------------
+
+void fuzz_users_db(ByteView input) {
+    std::filesystem::path path = file_of(input);
+    const Account added{"new", ScramVerifier{few_iterations, {1}, {}, {}}, {}, "now"};
+    accepted([&] {
+        AuthStore accounts(path);
+        std::size_t size = accounts.size();
+        bool is_new = accounts.add(added);
+        accounts.set_identity("new", as_bytes("identity"));
+        AuthStore again(path);
+        require(again.size() == size + (is_new ? 1 : 0), "no account is lost");
+        require(again.find("new")->identity == bytes_of("identity"), "what was written is there");
+        require(is_new || again.size() == size, "nobody has two accounts");
+    });
+}
+void fuzz_known_users(ByteView input) {
+    std::filesystem::path path = file_of(input);
+    accepted([&] {
+        PinStore pins(path);
+        pins.next_issued("me", {});
+        pins.save();
+        std::string written = read_text(path);
+        PinStore again(path);
+        again.next_issued("zz", {});  // so that there is something to write
+        again.save();
+        for (Dice dice(as_bytes(written)); !dice.empty();)
+            require(contains(read_text(path), dice.line()), "no pin is lost");
+    });
+}
+void fuzz_known_servers(ByteView input) {
+    static const TempDir home;
+    write_bytes(home.path / "known_servers", input);
+    accepted([&] {
+        KnownServers known(home.path);
+        std::optional<Fingerprint> before = known.find("b:2");
+        known.pin("a:1", {});
+        require(known.find("a:1") == Fingerprint{} && known.find("b:2") == before, "pins stay");
+    });
+}
+void fuzz_password_file(ByteView input) {
+    accepted([&] {
+        std::optional<SecretBytes> found = find_password(file_of(input));
+        require(found.has_value(), "a password, or a sentence");
+        require(!contains(as_text(*found), "\n"), "a password is a line");
+    });
+}
+
+// ---- Chapter 13: what a user types --------------------------------------------------------------
+
+void fuzz_size(ByteView input) {
+    accepted([&] { readable_size(parse_size(as_text(input))); });
+}
+void fuzz_host_port(ByteView input) {
+    accepted([&] {
+        HostPort found = parse_host_port(as_text(input), 5000);
+        require(!found.host.empty() && found.port != 0, "a host and a port");
+        bool is_ipv6 = contains(found.host, ":");
+        HostPort again = parse_host_port(is_ipv6 ? concat("[", found.host, "]:", found.port)
+                                                 : concat(found.host, ":", found.port),
+                                         1);
+        require(again.host == found.host && again.port == found.port, "the same again");
+    });
+}
+void fuzz_command(ByteView input) {
+    std::string_view line = as_text(input);
+    for (const std::filesystem::path& path : paths_from(line)) path_from(path.string());
+    accepted([&] {
+        std::optional<Command> command = parse_command(line, "alice");
+        if (!command) return;
+        if (auto* say = std::get_if<Say>(&*command)) require_sendable(say->text);
+        if (auto* tell = std::get_if<Tell>(&*command))
+            require(is_valid_name(tell->user) && !tell->text.empty(), "somebody, and a text");
+        if (auto* file = std::get_if<SendFile>(&*command))
+            require(is_valid_name(file->user), "a file goes to somebody");
+    });
+}
+
+// ---- Chapter 9: the machine ---------------------------------------------------------------------
+
+// Two honest machines, and everything between them as the input says.
+void fuzz_two_machines(ByteView input) {
+    static const TempDir dir;
+    Dice dice(input);
+    DicedPair pair(1, dir.path);
+    pair.draw = [&] { return static_cast<std::uint32_t>(dice.number(2)); };
+    for (int i = 0; i < 3000 && !dice.empty() && pair.fault.empty(); ++i) pair.step();
+    pair.draw = [&] { return static_cast<std::uint32_t>(pair.random()); };
+    pair.settle();
+    if (pair.fault.empty()) pair.check();
+    require(pair.fault.empty(), pair.fault);
+}
+
+// One honest machine. The other one says what the input says.
+void fuzz_transfers(ByteView input) {
+    static const TempDir dir;
+    Dice dice(input);
+    DicedPair pair(1, dir.path);
+    DicedPair::Side& side = pair.sides[0];
+    side.other = LoginId{2};
+    auto come_to_rest = [&] {
+        for (bool more = true; std::exchange(more, false);) {
+            std::vector<unsigned> numbers;
+            for (const auto& [number, attempt] : side.attempts) numbers.push_back(number);
+            for (unsigned number : numbers) more = side.work(number, false) || more;
+            while (pair.hear_disk(0)) more = true;
+        }
+    };
+    auto check = [&] {
+        // What it says about the other one's client is right.
+        bool is_ours = contains(pair.fault, "a gap") || contains(pair.fault, "without a word");
+        require(!is_ours, pair.fault);
+        pair.fault.clear();
+        require(side.files.list().files.size() <= 2000, "transfers have a bound");
+    };
+    while (!dice.empty()) {
+        std::uint8_t what = dice.byte();
+        auto number = [&] { return static_cast<unsigned>(dice.byte() % 8); };
+        FilePeer peer = DicedPair::peer_at(1, side.other);
+        accepted([&] {
+            switch (what % 12) {
+                case 0:
+                    return side.files.accept(number(), to_string(dice.blob()));
+                case 1:
+                    return side.files.cancel(number());
+                case 2:
+                    return side.files.decline(number());
+                case 3:
+                    return side.files.offer(peer, pair.sources[dice.byte() % 6]);
+                case 4:
+                    side.files.peer_left(side.other, peer.user);
+                    side.other = LoginId{dice.byte() % 4U + 2};
+                    return side.files.peer_is_back();
+                case 5:
+                    if (!side.attempts.empty()) side.work(side.attempts.begin()->first, what > 200);
+                    return void(pair.hear_disk(0));
+                case 6:
+                    return side.files.came_back(static_cast<std::uint32_t>(dice.number(4)));
+                case 7:
+                    return side.files.tick(Clock::now() + std::chrono::minutes(dice.byte()));
+                default: {
+                    OpenedPayload payload;
+                    payload.kind = static_cast<Kind>(dice.byte());
+                    payload.buffer = to_bytes(dice.blob());
+                    payload.body = payload.buffer;
+                    side.files.receive(peer, std::move(payload));
+                }
+            }
+        });
+        check();
+    }
+    side.files.peer_left(side.other, "bob");  // an offer waits for the user as long as he is there
+    for (int turn = 0; turn < 200 && !side.files.list().files.empty(); ++turn) {  // some are queued
+        come_to_rest();
+        side.files.tick(Clock::now() + std::chrono::hours(30));
+        check();
+    }
+    for (const FileStatus& status : side.files.list().files)
+        require(false, concat("everything comes to an end: ", name_of(status.state), " ",
+                              status.file.sending ? "to send" : "to receive"));
+}
+
+// ---- A whole server -----------------------------------------------------------------------------
+
+// A member that costs little: the slow hash and the signature are made once.
+class QuickMember : public HandDriven {
+  public:
+    QuickMember(std::uint16_t port, const std::string& user) : HandDriven(port, user) {}
+    void enter() {
+        static std::map<Bytes, Bytes> salted;  // by salt
+        static std::map<std::string, Bytes> cards;
+        auto [salt, iterations] = scram_of(challenge());
+        Bytes& hash = salted[salt];
+        if (hash.empty())
+            hash = to_bytes(pbkdf2_sha256(as_bytes(password), salt, iterations).view());
+        send(Scram{scram_->final(Secret<32>(hash))});
+        done = receive<LoginDone>();
+        Bytes& card = cards[user_];
+        if (card.empty()) card = LoginKeys(test_key(1), user_, 1).card_bytes;
+        send(PublishCard{card});
+    }
+    // Sends the pieces of an input, each as it is (a type, a length, a body).
+    void send_all(Dice dice) {
+        while (!dice.empty()) {
+            std::uint8_t type = dice.byte();
+            Bytes message;
+            append_fields(message, type, to_bytes(dice.blob()));
+            connection_.outbox.push_control(message);
+            if (type % 2 == 0) connection_.flush();
+        }
+        connection_.flush();
+    }
+    // Reads until the server has ended the connection, which it must.
+    void see_the_end() {
+        try {
+            drain();
+        } catch (const TimedOut&) {
+            require(false, "the server answers or ends");
+        } catch (const NetworkError&) {
+            // as it should be
+        }
+    }
+    Message next() { return connection_.expect(deadline_); }
+
+  private:
+    ScramClient::Challenge scram_of(const std::string& server_first) {
+        return scram_->receive_challenge(server_first);
+    }
+};
+
+struct FuzzedServer {
+    RunningServer server;
+    static ServerOptions options() {
+        static const DataDir data;
+        static const std::string users = [] {
+            add_account(data.path, "alice");
+            add_account(data.path, "mallory");
+            return read_text(data.path / "users.db");
+        }();
+        if (read_text(data.path / "users.db") != users) write_text(data.path / "users.db", users);
+        ServerOptions options = server_options(data.path);
+        options.announce_every = Milliseconds(0);
+        return options;
+    }
+    FuzzedServer() : server(options()) {}
+    std::uint16_t port() { return server->port(); }
+};
+
+// Somebody who is behind the handshake, and not logged in.
+void fuzz_server_stranger(ByteView input) {
+    FuzzedServer fuzzed;
+    QuickMember stranger(fuzzed.port(), "mallory");
+    stranger.send_all(Dice(input));
+    stranger.finish();
+    stranger.see_the_end();
+    QuickMember alice(fuzzed.port(), "alice");
+    alice.enter();  // nobody else has suffered
+}
+// A member. Alice, who is login 1, reads what comes of it; mallory is 2.
+void fuzz_server_member(ByteView input) {
+    FuzzedServer fuzzed;
+    QuickMember alice(fuzzed.port(), "alice");
+    alice.enter();
+    alice.receive<Ready>();
+    QuickMember other(fuzzed.port(), "mallory");
+    other.enter();
+    other.send_all(Dice(input));
+    accepted([&] { other.send(Quit{}); });
+    other.see_the_end();
+    for (;;) {
+        Message message = alice.next();
+        if (message.type == Left::type) break;
+        if (message.type == Delivered::type)
+            require(from_wire<Delivered>(message.body).from == LoginId{2}, "nobody forges");
+        else if (message.type == RoomDelivered::type)
+            require(from_wire<RoomDelivered>(message.body).from == LoginId{2}, "nobody forges");
+        else
+            require(from_wire_as<Joined>(message).user == "mallory", "only mallory is heard");
+    }
+}
+
+// ---- A whole client -----------------------------------------------------------------------------
+
+// A hostile server with two accomplices, bob and carol, against alice's engine.
+void fuzz_client(ByteView input) {
+    static const TempDir home;
+    static const LoginKeys bob(test_key(2), "bob", 1), carol(test_key(2), "carol", 1);
+    static const bool prepared = (give_identity(home.path, "alice", 1), true);
+    require(prepared, "alice has an identity");
+    Fingerprint key = test_key(0).public_key().fingerprint();
+    std::filesystem::path account =
+        home.path / "servers" / to_hex(ByteView(key.digest).first(16)) / "alice";
+    for (const char* name : {"known_users", "login"}) std::filesystem::remove(account / name);
+    std::filesystem::remove(home.path / "known_servers");
+    std::filesystem::remove_all(home.path / "downloads");
+
+    HostileServer server;
+    ClientOptions options = client_options(server.port(), "alice", home.path);
+    options.files.downloads = home.path / "downloads";
+    options.regather = Milliseconds(1);
+    Client alice(std::move(options));
+    server.let_in({{2, "bob"}, {3, "carol"}});
+    const CheckedCard alices_card(server.alice_card(), "alice");
+
+    struct Accomplice {
+        LoginId id;
+        const LoginKeys& keys;
+        std::optional<PairSender> pair{};
+        Bytes open{};
+    };
+    std::array<Accomplice, 2> accomplices{{{LoginId{2}, bob}, {LoginId{3}, carol}}};
+    Bytes last;
+    auto deliver = [&](LoginId from, Lane lane, Bytes payload) {
+        last = to_wire(Delivered{from, lane, payload});
+        server.send(last);
+    };
+    auto with_keys = [&](Accomplice& who) -> PairSender& {
+        if (!who.pair) {
+            who.pair.emplace(who.keys, alices_card, who.open);
+            deliver(who.id, Lane::interactive, who.open);
+        }
+        return *who.pair;
+    };
+    for (Dice dice(input); !dice.empty();) {
+        std::uint8_t what = dice.byte();
+        Accomplice& who = accomplices[what & 1];
+        accepted([&] {
+            switch (what / 2 % 8) {
+                case 0: {
+                    std::uint8_t type = dice.byte();
+                    Bytes message;
+                    append_fields(message, type, to_bytes(dice.blob()));
+                    return server.send(message);
+                }
+                case 1: {
+                    auto lane = static_cast<Lane>(dice.byte() & 1);
+                    auto kind = static_cast<Kind>(dice.byte());
+                    return deliver(who.id, lane, with_keys(who).seal(lane, kind, dice.blob()));
+                }
+                case 2: {
+                    PairSender& pair = with_keys(who);
+                    SealedRoomText room = seal_room_text(as_text(dice.blob()));
+                    last = to_wire(RoomDelivered{who.id, room.sealed,
+                                                 pair.wrap_key(room.key, sha256(room.sealed))});
+                    return server.send(last);
+                }
+                case 3: {
+                    std::optional<Command> command = parse_command(as_text(dice.blob()), "bob");
+                    if (command) alice.try_post(std::move(*command));
+                    return;
+                }
+                case 4:
+                    return server.send(CardOf{LoginId{dice.byte() % 6U}, who.keys.card_bytes});
+                case 5:
+                    with_keys(who);
+                    return deliver(LoginId{dice.byte() % 6U}, Lane::interactive, who.open);
+                case 6:
+                    return server.send(last);
+                default:
+                    return server.send(Joined{LoginId{dice.byte() % 6U}, to_string(dice.blob())});
+            }
+        });
+    }
+    try {
+        constexpr std::uint64_t number = 0xfeedfeedfeedfeed;
+        server.send(Ping{number});
+        while (server.receive<Pong>().number != number) {
+        }
+    } catch (const TimedOut&) {
+        require(false, "the client answers or ends");
+    } catch (const NetworkError&) {
+        // it has had enough of this server
+    }
+    std::set<std::pair<std::string, std::uint64_t>> shown;
+    auto note = [&](const std::string& user, std::uint64_t id) {
+        require(is_valid_name(user), "a message is from somebody");
+        require(shown.insert({user, id}).second, "nothing is shown twice");
+    };
+    while (std::optional<Event> event = alice.poll_event()) {
+        auto* room = std::get_if<RoomMessage>(&event->what);
+        auto* note_alone = std::get_if<PrivateMessage>(&event->what);
+        if (room != nullptr && !room->own) note(room->from, room->id);
+        if (note_alone != nullptr && !note_alone->own) note(note_alone->peer, note_alone->id);
+    }
+    if (std::filesystem::exists(home.path / "downloads"))
+        for (const auto& entry : std::filesystem::directory_iterator(home.path / "downloads")) {
+            std::string name = entry.path().filename().string();
+            require(safe_file_name(name) == name, "what is saved has a safe name");
+        }
+}
+
+// ---- The targets --------------------------------------------------------------------------------
+
+struct Target {
+    const char* name;
+    void (*run)(ByteView);
+    std::size_t longest = 4096;  // input
+    bool has_threads = false;
+};
+constexpr Target targets[]{
+    {"server_member", fuzz_server_member, 4096, true},
+    {"client", fuzz_client, 4096, true},
+    {"server_stranger", fuzz_server_stranger, 4096, true},
+    {"two_machines", fuzz_two_machines, 4096},
+    {"transfers", fuzz_transfers, 2048},
+    {"visible", fuzz_visible},
+    {"name", fuzz_name},
+    {"file_name", fuzz_file_name},
+    {"base64", fuzz_base64},
+    {"fingerprint", fuzz_fingerprint},
+    {"frames", fuzz_frames},
+    {"hello", fuzz_hello},
+    {"record", fuzz_record},
+    {"connection", fuzz_connection},
+    {"message", fuzz_message},
+    {"file_message", fuzz_file_message},
+    {"public_key", fuzz_public_key},
+    {"pem", fuzz_pem},
+    {"scram_server", fuzz_scram_server},
+    {"scram_client", fuzz_scram_client},
+    {"verifier", fuzz_verifier},
+    {"card", fuzz_card},
+    {"payload", fuzz_payload},
+    {"shown_ids", fuzz_shown_ids, 100},
+    {"users_db", fuzz_users_db},
+    {"known_users", fuzz_known_users},
+    {"known_servers", fuzz_known_servers},
+    {"password_file", fuzz_password_file},
+    {"size", fuzz_size},
+    {"host_port", fuzz_host_port},
+    {"command", fuzz_command},
+};
+
+// ---- Seeds --------------------------------------------------------------------------------------
+
+// Bob, driven by hand, who writes down what he and the others say on each layer.
+class Recorder : public QuickMember {
+  public:
+    using Save = std::function<void(const std::string& target, ByteView input)>;
+    Recorder(std::uint16_t port, Save save) : QuickMember(port, "bob"), save_(std::move(save)) {}
+
+    template <class T>
+    void say(const T& message) {
+        Bytes wire = to_wire(message), piece(1, wire[0]);
+        append(piece, blob_of(ByteView(wire).subspan(message_header_bytes)));
+        save_("message", wire);
+        append(said_, piece);
+        save_("server_member", said_);
+        send(message);
+    }
+    template <class T>
+    T hear() {
+        for (;;) {
+            Message message = next();
+            Bytes wire, piece{0, static_cast<std::uint8_t>(message.type)};
+            append_fields(wire, message.type, message.body);
+            append(piece, blob_of(message.body));
+            save_("message", wire);
+            append(heard_, piece);
+            save_("client", heard_);
+            if (message.type == Delivered::type) take_keys(from_wire<Delivered>(message.body));
+            if (message.type == T::type) return from_wire<T>(message.body);
+        }
+    }
+    // Logs in, and exchanges keys with alice, login 1.
+    void meet_alice() {
+        std::string server_first = challenge();
+        auto [salt, iterations] = scram_->receive_challenge(server_first);
+        Scram first{scram_->first()},
+            final{scram_->final(pbkdf2_sha256(as_bytes(password), salt, iterations))};
+        Bytes login = chatsecure::join(Bytes(1, 12), blob_of(encode(first)));
+        save_("server_stranger", chatsecure::join(login, Bytes(1, 12), blob_of(encode(final))));
+        RegisterAccount account{"carol", make_verifier(secret_of(1), salt, iterations).text(),
+                                test_key(1).public_key().der()};
+        save_("server_stranger", chatsecure::join(Bytes(1, 10), blob_of(encode(account)), login));
+        save_("message", chatsecure::join(to_wire(first), to_wire(final), to_wire(account)));
+        send(final);
+        hear<LoginDone>();
+        send(PublishCard{keys_.card_bytes});
+        hear<Ready>();
+        say(GetCard{alice_});
+        card_.emplace(hear<CardOf>().card, "alice");
+        Bytes open;
+        pair_.emplace(keys_, *card_, open);
+        save_("card", card_->card_bytes());
+        save_("payload", ByteView(open).subspan(1));
+        say(Send{alice_, Lane::interactive, 0, open});
+    }
+    void seal(Kind kind, ByteView body) {
+        note(kind, body);
+        say(Send{alice_, Lane::interactive, 1, pair_->seal(Lane::interactive, kind, body)});
+    }
+    template <class T>
+    void seal(const T& message) {
+        seal(T::kind, encode(message));
+    }
+    void tell_everybody(const Text& text) {
+        SealedRoomText sealed = seal_room_text(as_text(text.encoded()));
+        Bytes keys;
+        append_fields(keys, alice_, pair_->wrap_key(sealed.key, sha256(sealed.sealed)));
+        append(heard_, chatsecure::join(Bytes(1, 4), blob_of(text.encoded())));
+        say(Fanout{2, sealed.sealed, keys});
+    }
+    // Reads until alice has sent him something of this kind, and returns it.
+    Bytes await(Kind kind) {
+        for (;;) {
+            auto delivered = hear<Delivered>();
+            ByteView rest = delivered.payload.subspan(1);
+            if (delivered.payload[0] == 1) continue;
+            OpenedPayload opened = opener_->open(delivered.lane, rest);
+            note(opened.kind, opened.body);
+            if (opened.kind == kind) return to_bytes(opened.body);
+        }
+    }
+
+  private:
+    void take_keys(const Delivered& message) {
+        if (message.payload[0] == 1)
+            opener_.emplace(keys_, *card_,
+                            decode<OpenPayload>(message.payload.subspan(1), "").encapsulated);
+    }
+    // What lies in a payload: the ops of fuzz_client and fuzz_transfers that send the same.
+    void note(Kind kind, ByteView body) {
+        auto k = static_cast<std::uint8_t>(kind);
+        std::uint8_t lane = kind == Kind::file_chunk ? 1 : 0;
+        save_("file_message", chatsecure::join(Bytes(1, k), body));
+        save_("payload", chatsecure::join(blob_of(body)));
+        append(heard_, chatsecure::join(Bytes{2, lane, k}, blob_of(body)));
+        save_("client", heard_);
+        append(files_, chatsecure::join(Bytes{8, k}, blob_of(body)));
+        if (kind == Kind::file_offer) append(files_, Bytes{0, 1, 0, 0});  // accepted
+        append(files_, Bytes{5, 5});                                      // the disk works
+        save_("transfers", files_);
+    }
+    struct KnownCard : CheckedCard {
+        Bytes bytes;
+        KnownCard(ByteView b, std::string_view owner) : CheckedCard(b, owner), bytes(to_bytes(b)) {}
+        const Bytes& card_bytes() const { return bytes; }
+    };
+    Save save_;
+    LoginKeys keys_{test_key(2), "bob", 1};
+    LoginId alice_{1};
+    std::optional<KnownCard> card_;
+    std::optional<PairSender> pair_;
+    std::optional<PairReceiver> opener_;
+    Bytes said_, heard_, files_;  // the whole conversation so far, as inputs
+};
+
+// Alice, a real client, and bob talk through a real server. All that they say becomes seeds, and so
+// do the files that they leave behind.
+void write_seeds(const std::filesystem::path& corpus) {
+    auto save = [&](const std::string& target, ByteView input) {
+        std::filesystem::path folder = corpus / target;
+        std::filesystem::create_directories(folder);
+        write_bytes(folder / concat("seed-", to_hex(ByteView(sha256(input)).first(8))), input);
+    };
+    auto save_texts = [&](const std::string& target, std::initializer_list<std::string> texts) {
+        for (const std::string& text : texts) save(target, as_bytes(text));
+    };
+    Room room({"alice", "bob"});
+    Proxy tap((*room.server)->port());
+    FilePerson alice(room, "alice", tap.port());
+    alice.chat.next<LoggedIn>();
+    Recorder bob((*room.server)->port(), save);
+    bob.meet_alice();
+    alice.chat.meet("bob");
+    alice.chat->post(Say{"Good evening, everybody."});
+    bob.hear<RoomDelivered>();
+    alice.chat->post(Tell{"bob", "Meet me at the old mill at nine: \u05e9\u05dc\u05d5\u05dd."});
+    Bytes text = bob.await(Kind::text);
+    bob.seal(Kind::receipt, ByteView(text).first(8));
+    bob.seal(Kind::text, Text{7, "I shall be there."}.encoded());
+    bob.tell_everybody(Text{8, "Good evening."});
+    alice.chat.next_room();
+    bob.await(Kind::receipt);
+    alice.offer("bob", "map.txt", noise(100));
+    auto offer = decode<FileOffer>(bob.await(Kind::file_offer), "");
+    bob.seal(FileAccept{offer.id, 0, sha256(), 50});
+    bob.await(Kind::file_chunk);
+    bob.seal(FileCredit{offer.id, 100});
+    bob.await(Kind::file_chunk);
+    bob.seal(FileOver{offer.id, 0, ""});
+    bob.seal(FileOffer{1, "plan.pdf", 10, 0});
+    alice.accept_next();
+    bob.await(Kind::file_accept);
+    Bytes chunk = encode(FileChunk{1, 0, as_bytes("0123456789")});
+    bob.seal(Kind::file_chunk, chunk);
+    bob.say(Ping{1});
+    bob.hear<Pong>();
+    bob.say(Quit{});
+    bob.hear<Goodbye>();
+    for (const Message& m : {Message{Undelivered::type, {}}, Message{Taken::type, {}}})
+        save("message", Bytes{static_cast<std::uint8_t>(m.type), 0, 0, 0, 0});
+    alice.chat.leave();
+
+    for (bool from_client : {true, false}) {
+        Bytes stream = tap.recorded(from_client);
+        for (int piece : {0, 20, 255})
+            save("frames", join(Bytes(1, static_cast<std::uint8_t>(piece)), stream));
+        ByteView left = stream;
+        std::vector<ByteView> frames;
+        while (frames.size() < 2) {
+            std::size_t length = frame_length(left, max_record_frame);
+            frames.push_back(left.subspan(frame_header_bytes, length));
+            left = left.subspan(frame_header_bytes + length);
+        }
+        save("hello", from_client ? join(frames[0], frames[1]) : to_bytes(frames[0]));
+    }
+    Bytes messages = join(to_wire(Ping{1}), to_wire(GetCard{LoginId{1}})), record(4);
+    append(record, messages);
+    RecordCipher(secret_of(1)).seal(record);
+    save("record", ByteView(record).subspan(frame_header_bytes));
+    save("connection", join(Bytes(1, 0), blob_of(messages), Bytes(1, 0), blob_of(messages)));
+    Bytes sealed;
+    SealingLane lane(secret_of(3));
+    lane.seal_to(sealed, Kind::text, text);
+    save("payload", blob_of(sealed));
+    save("payload", text);
+
+    const RightLogin right;
+    save_texts("scram_server",
+               {right.first + "\n" + right.final, right.first + "\n" + right.final + ",x"});
+    save_texts("scram_client", {right.server_first + "\n" + right.server_final});
+    save_texts("verifier", {right.verifier.text()});
+    const RsaPublicKey& key = test_key(0).public_key();
+    save("public_key", key.der());
+    for (const char* name : {"server_public.pem", "server_private.pem"})
+        save_texts("pem", {read_text(room.data.path / name)});
+    save_texts("users_db", {"# accounts\n\n" + read_text(room.data.path / "users.db") + "# end"});
+    for (const auto& [path, content] : snapshot(room.homes.path / "alice"))
+        for (const char* name : {"known_users", "known_servers"})
+            if (path.ends_with(name)) save_texts(name, {content});
+    save_texts("password_file", {"correct horse\n", "correct horse\r\nbattery", "\n"});
+
+    save_texts("visible", {"a\x1b[2Jb", "\u202e\u05e9", "\xff\xc0\x80\xed\xa0\x80", "a\tb\nc"});
+    save_texts("name", {"alice", "Bob_2", "you", "a.b-c"});
+    save_texts("file_name", {"../.ssh/x", "C:\\con.txt", "a b.tar.gz", "-rf", "\u202e\xff.pdf",
+                             std::string(190, 'a') + "\u00e9.jpeg", "lpt\u00b9. "});
+    save_texts("base64", {"", "aGVsbG8=", "aGVsbA==", "aGVs"});
+    save_texts("fingerprint", {key.fingerprint().text()});
+    save_texts("size", {"4096", "500k", "2 MB", "1.5G", "0.1t"});
+    save_texts("host_port", {"localhost", "chat.example.org:5000", "[::1]:1", "::1", "[fe80::1]"});
+    for (const CommandHelp& help : command_help) save("command", as_bytes(help.usage));
+    save_texts("command",
+               {"hello", "//a", "/msg bob hi", "/reply x", "/accept 1 a.txt", "/cancel 2",
+                "/file bob \"a b\" c\\ d file:///tmp/a%20b ~/x", "/verify bob ok"});
+    for (const char* line :
+         {"/msg bob hi", "/file bob /etc/hostname", "/accept 1", "/verify bob ok", "/ignore bob",
+          "hello", "/room verified", "/trust bob"})
+        save("client", join(Bytes(1, 6), blob_of(as_bytes(line)), Bytes{2, 0, 1},
+                            blob_of(Text{9, "hello"}.encoded()), Bytes{12, 10, 2}));
+    save("shown_ids", noise(300));
+    for (unsigned seed = 1; seed <= 5; ++seed) save("two_machines", noise(seed * 800, seed));
+}
+
+// ---- All of them --------------------------------------------------------------------------------
+
+std::string after(const std::string& text, std::string_view label) {  // what follows, to the blank
+    std::size_t at = text.rfind(label);
+    if (at == text.npos) return "";
+    std::size_t begin = text.find_first_not_of(' ', at + label.size());
+    return begin == text.npos ? "" : text.substr(begin, text.find_first_of(" \n", begin) - begin);
+}
+
+// Runs each target for FUZZ_SECONDS, as many at a time as there are processors. What a run has
+// found out (inputs that reach more code) stays for the next one.
+int fuzz_all(const std::filesystem::path& program) {
+    const std::filesystem::path here = program.parent_path(), corpus = here / "corpus",
+                                keys = here / "keys", findings = here / "findings";
+    const unsigned seconds = from_environment("FUZZ_SECONDS", 10);
+    const char* chosen = std::getenv("TARGET");
+    for (const auto& folder : {corpus, keys, findings}) std::filesystem::create_directories(folder);
+    ::setenv("CHATSECURE_TEST_KEYS", keys.c_str(), 1);
+    write_seeds(corpus);
+    std::mutex mutex;  // guards what stands below, and the output
+    std::size_t next = 0;
+    int failed = 0;
+    unsigned long long executions = 0;
+    auto work = [&] {
+        for (;;) {
+            std::unique_lock lock(mutex);
+            while (next < std::size(targets) && chosen != nullptr &&
+                   chosen != std::string_view(targets[next].name))
+                ++next;
+            if (next == std::size(targets)) return;
+            const Target& target = targets[next++];
+            lock.unlock();
+            std::filesystem::create_directories(corpus / target.name);
+            Process run({program.filename().string(), (corpus / target.name).string(),
+                         concat("-max_total_time=", seconds), concat("-max_len=", target.longest),
+                         "-len_control=0", "-timeout=20", "-print_final_stats=1",
+                         concat("-detect_leaks=", target.has_threads ? 0 : 1),
+                         concat("-artifact_prefix=", (findings / target.name).string(), "-")},
+                        Process::Input::pipe,
+                        {concat("CHATSECURE_FUZZ=", target.name),
+                         concat("CHATSECURE_TEST_KEYS=", keys.string())});
+            int code = run.end();
+            std::string output = run.output(), input = after(output, "Test unit written to");
+            std::string count = after(output, "stat::number_of_executed_units:");
+            lock.lock();
+            executions += parse_number<unsigned long long>(count).value_or(0);
+            if (code == 0) {
+                show(concat(target.name, ": ", count, " executions, ", seconds, " s\n"));
+                continue;
+            }
+            ++failed;
+            show(concat(
+                output.substr(output.size() - std::min<std::size_t>(output.size(), 6000)), "\n",
+                target.name, ": FOUND SOMETHING. Again:\n  CHATSECURE_FUZZ=", target.name,
+                " CHATSECURE_TEST_KEYS=", keys.string(), " ", program.string(), " ", input, "\n"));
+        }
+    };
+    std::vector<std::thread> workers;
+    for (unsigned i = 0; i < std::max(1U, std::thread::hardware_concurrency()); ++i)
+        workers.emplace_back(work);
+    for (std::thread& worker : workers) worker.join();
+    show(concat(executions, " executions, ", failed, " targets have found something\n"));
+    return failed == 0 ? 0 : 1;
+}
+
+const Target* target = nullptr;  // of this process
+
+}  // namespace
+
+extern "C" int LLVMFuzzerInitialize(int* argc, char*** argv) {
+    ::signal(SIGPIPE, SIG_IGN);
+    std::error_code ignored;  // in memory, where there is such a folder: thousands of small files
+    if (std::filesystem::is_directory("/dev/shm", ignored)) ::setenv("TMPDIR", "/dev/shm", 0);
+    std::filesystem::path program = std::filesystem::absolute((*argv)[0]);
+    program_directory = program.parent_path();
+    const char* name = std::getenv("CHATSECURE_FUZZ");
+    for (const Target& one : targets)
+        if (name != nullptr && name == std::string_view(one.name)) target = &one;
+    if (target != nullptr) return 0;
+    int code = 1;
+    try {
+        if (*argc > 1 || name != nullptr)
+            throw Error("There is no such target in CHATSECURE_FUZZ.");
+        code = fuzz_all(program);
+    } catch (const std::exception& e) {
+        std::cerr << e.what() << '\n';
+    }
+    std::exit(code);
+}
+
+extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* bytes, std::size_t size) {
+    target->run({bytes, size});
+    return 0;
+}
+
+#endif
