@@ -6789,19 +6789,25 @@ TEST_CASE("P5: whatever is played back, under whatever number or name, nobody sa
     PairSender sender(bob, alice_card, open), own(twin, alice_card, own_open);
     Bytes text = sender.seal(Lane::interactive, Kind::text, Text{1, "once"}.encoded());
     Bytes own_text = own.seal(Lane::interactive, Kind::text, Text{1, "I said so"}.encoded());
+    Bytes offer = sender.seal(Lane::interactive, Kind::file_offer, encode(FileOffer{1, "f", 9, 0}));
     auto play = [&](std::uint32_t id, const Bytes& opening, const Bytes& payload) {
         server.send(Delivered{LoginId{id}, Lane::interactive, opening});
         server.send(Delivered{LoginId{id}, Lane::interactive, payload});
     };
-    play(2, open, text);
+    auto play_all = [&](std::uint32_t id) {
+        play(id, open, text);
+        server.send(Delivered{LoginId{id}, Lane::interactive, offer});
+    };
+    play_all(2);
     CHECK(alice.next_private().text == "once");
+    alice.next_file(Phase::offered);
     server.send(Joined{LoginId{3}, "bob"});  // while he is here
-    play(3, open, text);
+    play_all(3);
     server.send(Left{LoginId{2}});
     server.send(Left{LoginId{3}});
     for (std::uint32_t id : {4U, 2U, 2U}) {  // when he has left; with his old number; and again
         server.send(Joined{LoginId{id}, "bob"});
-        play(id, open, text);
+        play_all(id);
         server.send(Left{LoginId{id}});
     }
     server.send(Joined{LoginId{5}, "alice"});  // ourselves, with our own identity
@@ -6813,6 +6819,8 @@ TEST_CASE("P5: whatever is played back, under whatever number or name, nobody sa
     for (;;) {
         Event event = alice.pull();
         CHECK_FALSE(std::holds_alternative<PrivateMessage>(event.what));
+        const auto* file = std::get_if<FileEvent>(&event.what);
+        CHECK_FALSE((file != nullptr && file->phase == Phase::offered));
         if (const auto* people = std::get_if<People>(&event.what)) {
             REQUIRE(people->people.size() == 2);
             CHECK(people->people[1].user == "bob");
