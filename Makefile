@@ -71,8 +71,8 @@ else
 
 # ---- Everything else ----------------------------------------------------------------------------
 
-.PHONY: all test demo fuzz bench bench-hostile bench-gui check-gui check-portable run-gui sabotage
-.PHONY: clean install help no-window
+.PHONY: all test demo fuzz endure bench bench-hostile bench-gui check-gui check-portable run-gui
+.PHONY: sabotage clean install help no-window
 all: $(O)/server $(O)/client
 
 # The window client, where FLTK is.
@@ -156,6 +156,10 @@ $(FUZZ)/fuzz: tests.cpp chatsecure.hpp Makefile
 
 fuzz: $(FUZZ)/fuzz
 	@FUZZ_SECONDS=$(FUZZ_SECONDS) $(FUZZ)/fuzz
+
+# Twenty people, and all that can happen to them. MINUTES=60 for longer, SEED=7 for the same dice.
+endure: $(O)/tests $(O)/server $(O)/client
+	@MINUTES=$(or $(MINUTES),5) $(if $(SEED),SEED=$(SEED)) $(O)/tests --endure
 
 # One member floods another, strangers crowd the door: what people notice of it.
 bench-hostile: $(O)/tests $(O)/server $(O)/client
@@ -319,6 +323,7 @@ help:
 	@echo "make demo      shows a real conversation, and what a wire tap sees of it"
 	@echo "make test      builds and runs the tests"
 	@echo "make fuzz      feeds random bytes to all that takes bytes, FUZZ_SECONDS (10) each"
+	@echo "make endure    twenty people, all that can happen to them, for MINUTES (5); SEED"
 	@echo "make bench     measures logins, relaying, round trips and files"
 	@echo "make bench-hostile measures what hostile members and strangers can do"
 	@echo "make run-gui   starts a server, if none runs, and opens a window"

@@ -7,6 +7,7 @@
 //      ./tests --bench         measures
 //      ./tests --bench-hostile measures what a hostile member can do to one victim
 //      ./tests --bench-gui     measures the window client under a flood of messages
+//      ./tests --endure        lets twenty people come and go for MINUTES (`make endure`)
 //      ./tests --check-gui     drives the window client in a display of its own
 //      ./tests --sabotage      breaks the header in many ways: do the tests notice? (make sabotage)
 //
@@ -4087,14 +4088,15 @@ TEST_CASE("chapter 9: a folder that is removed meanwhile is an error, not a cras
 
 namespace {
 
-// A disk of its own, of 1 MB. Only root may have one.
+// A disk of its own. Only root may have one.
 class SmallDisk {
   public:
-    explicit SmallDisk(std::filesystem::path at) : at_(std::move(at)) {
+    explicit SmallDisk(std::filesystem::path at, const std::string& size = "1m")
+        : at_(std::move(at)) {
         std::filesystem::create_directory(at_);
         if (::geteuid() != 0) return;
         try {
-            shell("mount -t tmpfs -o size=1m tmpfs '" + at_.string() + "' 2>/dev/null");
+            shell("mount -t tmpfs -o size=" + size + " tmpfs '" + at_.string() + "' 2>/dev/null");
             is_there_ = true;
         } catch (const Error&) {
         }
@@ -9974,6 +9976,11 @@ class Process {
         on_line_ = std::move(on_line);
         pass_on_lines(0);
     }
+    // Whether it has ended by itself.
+    bool is_over() {
+        std::lock_guard lock(mutex_);
+        return closed_;
+    }
     // Everything that was printed so far.
     std::string output() {
         std::lock_guard lock(mutex_);
@@ -11473,7 +11480,7 @@ Report read_report(std::string_view line, std::string_view user) {
         return {What::named, peer, quoted()};
     }
     if (take("* not sent to everybody")) return {What::named, "", quoted()};
-    if (take("* ")) return {};
+    if (take("* ") || take("client: ")) return {};  // the latter: why it ends
     if (take("you -> ")) {
         std::string peer = take_name();
         return take(": ") ? Report{What::own, peer, std::string(line)} : Report{};
@@ -11643,6 +11650,7 @@ class Talker {
     void start() {
         std::vector<std::string> words = here_.command(user());
         words[1] = concat("127.0.0.1:", line.port());
+        words.insert(words.end(), flags.begin(), flags.end());
         {
             std::lock_guard lock(mutex_);
             run_ = &transcript_.runs.emplace_back();
@@ -11700,6 +11708,14 @@ class Talker {
             return texts_of(transcript_, Report::What::shown).size() >= messages;
         });
     }
+    // How many lines have said this, in all runs.
+    std::size_t count(Report::What what) {
+        std::lock_guard lock(mutex_);
+        return counts_[what];
+    }
+    void type(const std::string& text) { client_->write(text); }
+    Process& client() { return *client_; }
+    void count_as_killed() { run_->killed = true; }
     // The end of the input, and then of the client.
     void begin_to_leave() { client_->close_input(); }
     void leave() { run_->code = client_->end_within(long_enough); }
@@ -11708,6 +11724,7 @@ class Talker {
     const Transcript& transcript() const { return transcript_; }  // once the client has ended
 
     Proxy line;
+    std::vector<std::string> flags;  // more of them, for the client
 
   private:
     void take_line(std::string_view text) {
@@ -11720,6 +11737,7 @@ class Talker {
                 met_.insert(name);
         Report report = read_report(text, user());
         if (report.what != Report::What::shown) unmentioned_.erase(report.text);
+        ++counts_[report.what];
         changed_.notify_all();
     }
     const Installation& here_;
@@ -11731,7 +11749,8 @@ class Talker {
     int logins_ = 0;                     // of it
     std::set<std::string> met_;          // who was there at some time
     std::set<std::string> unmentioned_;  // typed, and the client has said nothing of them yet
-    std::unique_ptr<Process> client_;    // ends first: its reader uses what stands above
+    std::map<Report::What, std::size_t> counts_;
+    std::unique_ptr<Process> client_;  // ends first: its reader uses what stands above
 };
 
 // A server and three people who talk.
@@ -13801,6 +13820,450 @@ int bench_gui() {
 
 }  // namespace
 
+// =================================================================================================
+//  make endure
+// =================================================================================================
+//
+// A test of a second does not see what an hour does: memory that grows, a thread that stays, a
+// message that is lost once in a thousand times. Here twenty people come and go, write and send
+// files, while whatever can happen to them happens: they are killed, cut off, stopped, their disk
+// is full, and one member is hostile. All that they type and see is kept, and in the end looked
+// through as the tests of P13 do; every file that somebody saw arrive must be there. The dice are
+// those of SEED, but not the moments at which programs run.
+
+namespace {
+
+class Endurance {
+  public:
+    Endurance(unsigned seed, std::chrono::minutes duration) : seed_(seed), duration_(duration) {}
+
+    // 0 if nothing was wrong.
+    int run() {
+        show(concat("SEED=", seed_, ", ", people_count, " people, ",
+                    disk_.is_there() ? "a disk of 96 MB" : "limits on files", "\n"));
+        prepare();
+        std::thread attacking([this] { attack(); });
+        {
+            detail::AtExit join([&] {
+                {
+                    std::lock_guard lock(mutex_);  // so that nobody misses the notification
+                    is_over_ = true;
+                }
+                over_.notify_all();
+                attacking.join();
+            });
+            live();
+        }
+        end();
+        return report();
+    }
+
+  private:
+    static constexpr std::size_t people_count = 20, contents_count = 6;
+    static constexpr Milliseconds pace{50};        // between two things that somebody does
+    static constexpr std::size_t own_threads = 2;  // of the server: who accepts, and the pump
+
+    struct Person {
+        enum class State { away, coming, here, leaving, stopped, frozen } state = State::away;
+        Talker talker;
+        std::filesystem::path downloads;
+        Clock::time_point until{};  // away, stopped, frozen: so long
+        std::set<std::string> arrived{};
+
+        Person(const Installation& here, const std::string& user,
+               const std::filesystem::path& folder)
+            : talker(here, user), downloads(folder) {
+            talker.flags = {"--downloads", folder.string(), "--auto-accept", "--wait-limit", "10"};
+        }
+    };
+    using State = Person::State;
+
+    std::size_t below(std::size_t bound) { return random_() % bound; }
+    Person& somebody() { return *std::next(people_.begin(), std::ptrdiff_t(below(people_count))); }
+    Milliseconds up_to(unsigned seconds) { return Milliseconds(200 + below(1000 * seconds)); }
+    void wrong(const std::string& sentence) {
+        if (faults_.size() < 20) faults_.push_back(sentence);
+    }
+    static std::string user_name(std::size_t i) { return i == 0 ? "alice" : concat("person", i); }
+    std::size_t server_figure(const std::string& folder) const {
+        std::filesystem::path all = std::filesystem::path("/proc") / here_->server->pid() / folder;
+        std::error_code ignored;
+        return static_cast<std::size_t>(
+            std::distance(std::filesystem::directory_iterator(all, ignored),
+                          std::filesystem::directory_iterator()));
+    }
+    void wait_until(Clock::time_point when) {
+        std::unique_lock lock(mutex_);
+        over_.wait_until(lock, when, [&] { return Clock::now() >= when; });
+    }
+
+    // ---- Beginning ------------------------------------------------------------------------------
+
+    void prepare() {
+        ::setenv("TMPDIR", disk_path_.c_str(), 1);  // homes and downloads
+        here_.emplace(std::initializer_list<std::string>{"mallory"}, false);
+        here_->server->signal(SIGTERM);
+        here_->server->await_end();
+        for (std::size_t i = 0; i < people_count; ++i) {
+            add_account(here_->data.path, user_name(i));
+            give_identity(here_->homes.path / user_name(i), user_name(i), 1);
+        }
+        here_->start();
+        descriptors_ = server_figure("fd");
+        for (std::size_t i = 0; i < contents_count; ++i) {
+            constexpr std::size_t sizes[contents_count]{0, 1, 61'440, 500'000, 1'500'000, 200'001};
+            contents_.push_back(noise(sizes[i], static_cast<unsigned>(i)));
+            write_bytes(outbox_.path / concat("content", i), contents_.back());
+        }
+        for (std::size_t i = 0; i < people_count; ++i) {
+            people_.emplace_back(*here_, user_name(i),
+                                 here_->homes.path / concat(user_name(i), "-downloads"));
+            come(people_.back());
+        }
+    }
+
+    // ---- The hostile member ---------------------------------------------------------------------
+
+    // In a thread of its own. Alice is always there, so that he finds her.
+    void attack() {
+        std::mt19937 random(seed_ + 1);
+        auto port = static_cast<std::uint16_t>(std::stoi(here_->port));
+        while (!is_over_) {
+            try {
+                Mallory hostile(port);
+                std::uint32_t offers = 0;
+                auto what = static_cast<unsigned>(random() % 7);
+                const Bytes garbage = random_bytes(30'000);
+                if (what > 1) hostile.send_raw(hostile.open());
+                auto until = Clock::now() + std::chrono::seconds(2);
+                hostile.flood(
+                    [&]() -> Bytes {
+                        switch (what) {
+                            case 0:
+                                return hostile.payload(Lane::interactive, Bytes{0x2a});
+                            case 1:
+                                return hostile.broken_open();
+                            case 2:
+                                return hostile.broken_room_message();
+                            case 3:
+                                return hostile.payload(Lane::bulk, garbage);
+                            case 4:
+                                return hostile.sealed(
+                                    Lane::interactive, Kind::file_offer,
+                                    encode(FileOffer{++offers, "offer", 1000, 0}));
+                            case 5:
+                                return hostile.text(Lane::bulk, "on the wrong lane");
+                            default:
+                                return to_wire(Scram{"out of turn"});  // and he is sent away
+                        }
+                    },
+                    [&] { return is_over_ || Clock::now() >= until; });
+            } catch (const Error&) {
+                ++sent_away_;
+            }
+            ++attacks_;
+            std::unique_lock lock(mutex_);
+            over_.wait_for(lock, std::chrono::seconds(3 + random() % 15),
+                           [&] { return is_over_.load(); });
+        }
+    }
+
+    // ---- The conversation -----------------------------------------------------------------------
+
+    void live() {
+        auto begin = Clock::now(), end = begin + duration_, second = begin, minute = begin;
+        while (Clock::now() < end) {
+            wait_until(Clock::now() + pace);
+            for (Person& person : people_) go_on(person);
+            if (disk_full_until_ && Clock::now() >= *disk_full_until_) free_the_disk();
+            happen(below(1000));
+            if (Clock::now() >= second) {
+                memory_.push_back(resident_mib(here_->server->pid()));
+                second += std::chrono::seconds(1);
+            }
+            if (Clock::now() < minute + std::chrono::minutes(1)) continue;
+            minute += std::chrono::minutes(1);
+            check_files();
+            tell_progress((minute - begin) / std::chrono::minutes(1));
+        }
+    }
+    // What happened to somebody is over, or has had its effect.
+    void go_on(Person& person) {
+        bool due = Clock::now() >= person.until;
+        Talker& talker = person.talker;
+        if (person.state != State::away && person.state != State::leaving &&
+            talker.client().is_over())
+            return ended_by_itself(person);
+        switch (person.state) {
+            case State::away:
+                if (due && !disk_full_until_) come(person);
+                return;
+            case State::coming:
+                if (talker.logins() > 0) person.state = State::here;
+                return;
+            case State::here:
+                return;
+            case State::leaving:
+                if (!talker.client().is_over() && !due) return;
+                talker.leave();  // who does not end within a minute is found by check_exit_codes
+                stay_away(person);
+                return;
+            case State::stopped:
+                if (due) wake(person);
+                return;
+            case State::frozen:
+                if (due) thaw(person);
+        }
+    }
+    void happen(std::size_t dice) {
+        Person& person = somebody();
+        if (person.state != State::here) return;
+        Talker& talker = person.talker;
+        bool stays = &person == &people_.front();
+        try {
+            if (dice < 850) {
+                Person& to = somebody();
+                talker.say(&to == &person || below(4) == 0 ? "" : to.talker.user());
+            } else if (dice < 910) {
+                offer(person, somebody());
+            } else if (dice < 925 && !stays) {
+                ++kills_;
+                talker.kill();
+                stay_away(person);
+            } else if (dice < 940 && !stays) {
+                ++leaves_;
+                talker.begin_to_leave();
+                person.state = State::leaving;
+                person.until = Clock::now() + std::chrono::minutes(1);
+            } else if (dice < 955 && !stays) {
+                ++cuts_;
+                talker.line.cut();
+            } else if (dice < 963 && !stays) {
+                ++cuts_;
+                talker.line.freeze();
+                person.state = State::frozen;
+                person.until = Clock::now() + up_to(5);
+            } else if (dice < 980) {
+                ++stops_;
+                talker.client().signal(SIGSTOP);
+                person.state = State::stopped;
+                person.until = Clock::now() + up_to(15);
+            } else if (dice < 982 && !disk_full_until_) {
+                ++full_disks_;
+                fill_the_disk();
+                disk_full_until_ = Clock::now() + up_to(8);
+            }
+        } catch (const Error&) {
+            // its program has ended: go_on() will see it
+        }
+    }
+    void come(Person& person) {
+        person.talker.start();
+        person.state = State::coming;
+    }
+    void stay_away(Person& person) {
+        person.state = State::away;
+        person.until = Clock::now() + up_to(10);
+    }
+    void wake(Person& person) {
+        person.talker.client().signal(SIGCONT);
+        person.state = State::here;
+    }
+    void thaw(Person& person) {
+        person.talker.line.cut();  // before anything of what was held can go on
+        person.talker.line.release();
+        person.state = State::here;
+    }
+    // A client may give up where its disk is full; at other times nothing here is a reason to.
+    void ended_by_itself(Person& person) {
+        person.talker.leave();
+        int code = person.talker.transcript().runs.back().code;
+        person.talker.count_as_killed();  // it has not read all that was typed
+        ++gave_up_;
+        if (code != 1 || full_disks_ == 0)
+            wrong(concat(person.talker.user(), "'s client ended by itself, with ", code));
+        thaw(person);
+        stay_away(person);
+    }
+    std::vector<std::string> clients() {
+        std::vector<std::string> pids;
+        for (Person& person : people_)
+            if (person.state != State::away) pids.push_back(person.talker.client().pid());
+        return pids;
+    }
+    // For root all homes and downloads are on a disk that can be filled. For others, no file that a
+    // client writes can grow beyond some size.
+    void fill_the_disk() {
+        if (!disk_.is_there()) return limit_files(50'000);
+        std::ofstream filler(disk_path_ / "filler", std::ios::binary);
+        const std::string block(65'536, 'x');
+        while (filler << block << std::flush) {
+        }
+    }
+    void free_the_disk() {
+        disk_full_until_.reset();
+        if (!disk_.is_there()) return limit_files(RLIM_INFINITY);
+        std::filesystem::remove(disk_path_ / "filler");
+    }
+    void limit_files([[maybe_unused]] rlim_t bytes) {
+#ifdef __linux__
+        const rlimit limit{bytes, RLIM_INFINITY};
+        for (const std::string& pid : clients())
+            ::prlimit(std::stoi(pid), RLIMIT_FSIZE, &limit, nullptr);
+#endif
+    }
+
+    // ---- Files ----------------------------------------------------------------------------------
+
+    // Each has a name of its own, in which the number of its content stands.
+    void offer(Person& from, Person& to) {
+        if (&from == &to) return;
+        std::size_t content = below(contents_count);
+        std::string name = concat("file-", ++offers_, "-", content);
+        std::filesystem::create_hard_link(outbox_.path / concat("content", content),
+                                          outbox_.path / name);
+        from.talker.type(
+            concat("/file ", to.talker.user(), " ", (outbox_.path / name).string(), "\n"));
+    }
+    // Looks at all that has arrived, and removes it: the disk is small.
+    void check_files() {
+        using Time = std::filesystem::file_time_type::clock;
+        for (Person& person : people_) {
+            std::error_code gone;
+            for (const auto& entry : std::filesystem::directory_iterator(person.downloads, gone)) {
+                std::string name = entry.path().filename().string();
+                if (name.ends_with(".part")) {
+                    auto age = Time::now() - std::filesystem::last_write_time(entry.path(), gone);
+                    if (!gone && age > std::chrono::minutes(2))
+                        std::filesystem::remove(entry.path(), gone);
+                    continue;
+                }
+                std::string offered = name.substr(0, name.find(' '));  // "file-7-2 (1)"
+                std::size_t index = std::string("012345").find(offered.back());
+                if (!offered.starts_with("file-") || index >= contents_.size() ||
+                    read_text(entry.path()) != as_text(contents_[index]))
+                    wrong(concat(person.talker.user(), " has a damaged file: ", name));
+                if (!person.arrived.insert(offered).second) ++copies_;
+                ++files_;
+                std::filesystem::remove(entry.path());
+            }
+        }
+    }
+    // What its sender saw arrive is there.
+    void check_arrivals() {
+        for (const Person& sender : people_)
+            for (const Run& run : sender.talker.transcript().runs)
+                for (const std::string& line : run.lines) {
+                    std::size_t end = line.find(": has arrived");
+                    if (!line.starts_with("* file ") || end == line.npos) continue;
+                    std::vector<std::string> words = split_words(line.substr(0, end));
+                    ++files_confirmed_;  // "* file 3, file-7-2 to bob"
+                    for (const Person& reader : people_)
+                        if (words.size() == 6 && reader.talker.user() == words[5] &&
+                            !reader.arrived.contains(words[3]))
+                            wrong(concat(words[3], " of ", sender.talker.user(),
+                                         " was confirmed, and is not with ", words[5]));
+                }
+    }
+
+    // ---- The end --------------------------------------------------------------------------------
+
+    void end() {
+        if (disk_full_until_) free_the_disk();
+        for (Person& person : people_) {
+            if (person.state == State::stopped) wake(person);
+            if (person.state == State::frozen) thaw(person);
+            if (person.state == State::here || person.state == State::coming)
+                person.talker.begin_to_leave();
+        }
+        for (Person& person : people_)
+            if (person.state != State::away) person.talker.leave();
+        check_files();
+        check_arrivals();
+        auto clean = [&] {
+            return server_figure("task") == own_threads && server_figure("fd") == descriptors_;
+        };
+        for (int i = 0; i < 200 && !clean(); ++i) wait_until(Clock::now() + Milliseconds(100));
+        if (!clean())
+            wrong(concat("nobody is there, and the server has ", server_figure("task"),
+                         " threads and ", server_figure("fd"), " descriptors; its own are ",
+                         own_threads, " and ", descriptors_));
+        here_->server->signal(SIGTERM);
+        int code = here_->server->await_end();
+        if (code != 0) wrong(concat("the server ended with ", code));
+    }
+    static double mean(std::span<const double> figures) {
+        double sum = 0;
+        for (double figure : figures) sum += figure;
+        return figures.empty() ? 0 : sum / static_cast<double>(figures.size());
+    }
+    // Of the server's memory: without the time in which it grows to what it needs.
+    std::pair<double, double> first_and_last_quarter() const {
+        std::span<const double> all(memory_);
+        all = all.subspan(std::min(all.size() / 4, std::size_t{60}));
+        return {mean(all.first(all.size() / 4)), mean(all.last(all.size() / 4))};
+    }
+    std::size_t count(Report::What what) {
+        std::size_t all = 0;
+        for (Person& person : people_) all += person.talker.count(what);
+        return all;
+    }
+    void tell_progress(std::int64_t minutes) {
+        using What = Report::What;
+        auto here = std::count_if(people_.begin(), people_.end(),
+                                  [](const Person& p) { return p.state == State::here; });
+        show(concat("minute ", minutes, ": ", here, " here, ", count(What::shown), " shown, ",
+                    count(What::delivered), " delivered, ", count(What::named), " named, ", files_,
+                    " files; server ", memory_.back(), " MiB, ", server_figure("task"),
+                    " threads, ", server_figure("fd"), " descriptors; wrong: ", faults_.size(),
+                    "\n"));
+    }
+    int report() {
+        Transcripts all;
+        for (const Person& person : people_) all.push_back(&person.talker.transcript());
+        auto [first, last] = first_and_last_quarter();
+        if (std::abs(last - first) > 0.05 * first)
+            wrong(concat("the server's memory went from ", first, " to ", last, " MiB"));
+        std::string faults = faults_in(all);
+        for (const std::string& sentence : faults_) faults += sentence + "\n";
+        show(concat(summary(all), offers_, " files offered, ", files_confirmed_, " confirmed, ",
+                    files_, " arrived whole (", copies_, " of them a second time); ", kills_,
+                    " kills, ", leaves_, " left, ", cuts_, " cuts, ", stops_, " stopped, ",
+                    full_disks_, " full disks (", gave_up_, " clients gave up), ", attacks_,
+                    " attacks (", sent_away_, " sent away)\nserver: ", first,
+                    " MiB in the first quarter, ", last, " MiB in the last\n",
+                    faults.empty() ? "nothing was wrong\n" : "WRONG:\n", faults));
+        return faults.empty() ? 0 : 1;
+    }
+
+    const unsigned seed_;
+    std::mt19937 random_{seed_};
+    const std::chrono::minutes duration_;
+    TempDir outbox_;
+    std::filesystem::path disk_path_ = outbox_.path / "disk";
+    SmallDisk disk_{disk_path_, "96m"};
+    std::optional<Installation> here_;
+    std::vector<Bytes> contents_;
+    std::size_t descriptors_ = 0;  // of the server, before anybody came
+    std::vector<double> memory_;   // of the server, each second
+    std::optional<Clock::time_point> disk_full_until_;
+    std::size_t offers_ = 0, files_ = 0, copies_ = 0, files_confirmed_ = 0;
+    std::size_t kills_ = 0, leaves_ = 0, cuts_ = 0, stops_ = 0, full_disks_ = 0, gave_up_ = 0;
+    Faults faults_;
+    std::mutex mutex_;              // for over_, which is also a clock to wait for
+    std::condition_variable over_;  // is_over_
+    std::atomic<bool> is_over_ = false;
+    std::atomic<std::size_t> attacks_ = 0, sent_away_ = 0;
+    std::list<Person> people_;
+};
+
+int endure() {
+    unsigned seed = from_environment("SEED", std::random_device()() % 1'000'000);
+    return Endurance(seed, std::chrono::minutes(from_environment("MINUTES", 5))).run();
+}
+
+}  // namespace
+
 // ---- main ---------------------------------------------------------------------------------------
 
 #ifndef CHATSECURE_FUZZ
@@ -13976,6 +14439,7 @@ int main(int argc, char** argv) {
             return bench_room({argv + 2, argv + argc});
         if (argc >= 2 && std::string_view(argv[1]) == "--bench-hostile")
             return bench_hostile({argv + 2, argv + argc});
+        if (argc == 2 && std::string_view(argv[1]) == "--endure") return endure();
         if (argc == 2 && std::string_view(argv[1]) == "--bench-gui") return bench_gui();
         if (argc == 2 && std::string_view(argv[1]) == "--check-gui") return check_gui();
         if (argc >= 2 && std::string_view(argv[1]) == "--sabotage")
@@ -14627,13 +15091,22 @@ void fuzz_client(ByteView input) {
     for (const char* name : {"known_users", "login"}) std::filesystem::remove(account / name);
     std::filesystem::remove(home.path / "known_servers");
     std::filesystem::remove_all(home.path / "downloads");
+    Dice dice(input);
+    const bool has_login_file = !input.empty() && input[0] == 0xff;
+    if (has_login_file) {
+        dice.byte();
+        write_bytes(account / "login", dice.blob());
+    }
 
     HostileServer server;
     ClientOptions options = client_options(server.port(), "alice", home.path);
     options.files.downloads = home.path / "downloads";
     options.regather = Milliseconds(1);
     Client alice(std::move(options));
-    server.let_in({{2, "bob"}, {3, "carol"}});
+    if (!accepted([&] { server.let_in({{2, "bob"}, {3, "carol"}}); })) {
+        require(has_login_file, "alice logs in, if there is nothing wrong on her disk");
+        return;
+    }
     const CheckedCard alices_card(server.alice_card(), "alice");
 
     struct Accomplice {
@@ -14655,7 +15128,7 @@ void fuzz_client(ByteView input) {
         }
         return *who.pair;
     };
-    for (Dice dice(input); !dice.empty();) {
+    while (!dice.empty()) {
         std::uint8_t what = dice.byte();
         Accomplice& who = accomplices[what & 1];
         accepted([&] {
@@ -14923,8 +15396,11 @@ void write_seeds(const std::filesystem::path& corpus) {
     bob.hear<Pong>();
     bob.say(Quit{});
     bob.hear<Goodbye>();
-    for (const Message& m : {Message{Undelivered::type, {}}, Message{Taken::type, {}}})
-        save("message", Bytes{static_cast<std::uint8_t>(m.type), 0, 0, 0, 0});
+    for (const Bytes& wire : {to_wire(Undelivered{LoginId{2}, 1}), to_wire(Taken{1}),
+                              to_wire(Left{LoginId{2}}), to_wire(Registered{})}) {
+        save("message", wire);
+        save("client", join(Bytes{0, wire[0]}, blob_of(ByteView(wire).subspan(5))));
+    }
     alice.chat.leave();
 
     for (bool from_client : {true, false}) {
@@ -14983,6 +15459,8 @@ void write_seeds(const std::filesystem::path& corpus) {
           "hello", "/room verified", "/trust bob"})
         save("client", join(Bytes(1, 6), blob_of(as_bytes(line)), Bytes{2, 0, 1},
                             blob_of(Text{9, "hello"}.encoded()), Bytes{12, 10, 2}));
+    for (const char* line : {"4096 -\n", "4096 c2VjcmV0\n", "5000 -\n", "4096\n"})
+        save("client", join(Bytes(1, 0xff), blob_of(as_bytes(line))));
     save("shown_ids", noise(300));
     for (unsigned seed = 1; seed <= 5; ++seed) save("two_machines", noise(seed * 800, seed));
 }
