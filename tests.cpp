@@ -15263,8 +15263,7 @@ class Recorder : public QuickMember {
             append_fields(wire, message.type, message.body);
             append(piece, blob_of(message.body));
             save_("message", wire);
-            append(heard_, piece);
-            save_("client", heard_);
+            save_("client", piece);
             if (message.type == Delivered::type) take_keys(from_wire<Delivered>(message.body));
             if (message.type == T::type) return from_wire<T>(message.body);
         }
@@ -15305,7 +15304,7 @@ class Recorder : public QuickMember {
         SealedRoomText sealed = seal_room_text(as_text(text.encoded()));
         Bytes keys;
         append_fields(keys, alice_, pair_->wrap_key(sealed.key, sha256(sealed.sealed)));
-        append(heard_, chatsecure::join(Bytes(1, 4), blob_of(text.encoded())));
+        append(ops_, chatsecure::join(Bytes(1, 4), blob_of(text.encoded())));
         say(Fanout{2, sealed.sealed, keys});
     }
     // Reads until alice has sent him something of this kind, and returns it.
@@ -15332,8 +15331,11 @@ class Recorder : public QuickMember {
         std::uint8_t lane = kind == Kind::file_chunk ? 1 : 0;
         save_("file_message", chatsecure::join(Bytes(1, k), body));
         save_("payload", chatsecure::join(blob_of(body)));
-        append(heard_, chatsecure::join(Bytes{2, lane, k}, blob_of(body)));
-        save_("client", heard_);
+        append(ops_, chatsecure::join(Bytes{2, lane, k}, blob_of(body)));
+        // (ops_ begins with both cards.) Alice says yes to a file.
+        if (kind == Kind::file_offer)
+            append(ops_, chatsecure::join(Bytes(1, 6), blob_of(as_bytes("/accept"))));
+        save_("client", ops_);
         append(files_, chatsecure::join(Bytes{8, k}, blob_of(body)));
         if (kind == Kind::file_offer) append(files_, Bytes{0, 1, 0, 0});  // accepted
         append(files_, Bytes{5, 5});                                      // the disk works
@@ -15350,7 +15352,7 @@ class Recorder : public QuickMember {
     std::optional<KnownCard> card_;
     std::optional<PairSender> pair_;
     std::optional<PairReceiver> opener_;
-    Bytes said_, heard_, files_;  // the whole conversation so far, as inputs
+    Bytes said_, files_, ops_{8, 2, 9, 3};  // the whole conversation so far, as inputs
 };
 
 // Alice, a real client, and bob talk through a real server. All that they say becomes seeds, and so
@@ -15457,7 +15459,7 @@ void write_seeds(const std::filesystem::path& corpus) {
     for (const char* line :
          {"/msg bob hi", "/file bob /etc/hostname", "/accept 1", "/verify bob ok", "/ignore bob",
           "hello", "/room verified", "/trust bob"})
-        save("client", join(Bytes(1, 6), blob_of(as_bytes(line)), Bytes{2, 0, 1},
+        save("client", join(Bytes{8, 2, 9, 3, 6}, blob_of(as_bytes(line)), Bytes{2, 0, 1},
                             blob_of(Text{9, "hello"}.encoded()), Bytes{12, 10, 2}));
     for (const char* line : {"4096 -\n", "4096 c2VjcmV0\n", "5000 -\n", "4096\n"})
         save("client", join(Bytes(1, 0xff), blob_of(as_bytes(line))));
