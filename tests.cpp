@@ -7435,7 +7435,8 @@ TEST_CASE("P10: a bulk lane that one member has filled ends no transfer of anoth
         person->join();
         return person;
     };
-    auto victim = member("victim"), honest = member("honest"), mallory = member("mallory");
+    std::unique_ptr<HandDriven> victim = member("victim"), honest = member("honest"),
+                                mallory = member("mallory");
     const LoginId to = victim->done.id;
     honest->skip_to<Ready>();
     // The victim's program is busy. A bulk lane has room for the credit of all who keep to the
