@@ -9848,6 +9848,7 @@ TEST_CASE("files: whom one ignores cannot offer any") {
     Room room({"alice", "bob"});
     FilePerson alice(room, "alice"), bob(room, "bob");
     alice.chat.meet("bob");
+    bob.chat.meet("alice");
     bob.chat->post(Ignore{"alice"});
     bob.chat.next<Notice>();
     alice.offer("bob", "spam", noise(10));
