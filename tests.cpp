@@ -13438,12 +13438,12 @@ class Scene {
         alice_->wait_for("logged in");
         bob_ = here_.client("bob");
         bob_->wait_for("online: alice");
+        mallory_.emplace(static_cast<std::uint16_t>(std::stoi(here_.port)));
+        alice_->wait_for("mallory joined");
         if (attack.ignored) {
             alice_->write("/ignore mallory\n");
             alice_->wait_for("of mallory are hidden");
         }
-        mallory_.emplace(static_cast<std::uint16_t>(std::stoi(here_.port)));
-        alice_->wait_for("mallory joined");
         pings_.emplace(*alice_, *bob_);
         alice_->follow([this](std::string_view line) { alice_reads(line); });
         bob_->follow([this](std::string_view line) { bob_reads(line); });
