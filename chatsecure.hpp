@@ -703,6 +703,20 @@ inline std::optional<SecretBytes> read_file(const std::filesystem::path& path,
     }
 }
 
+namespace detail {
+// Writes all of `bytes`. False if that fails, and errno says why.
+inline bool write_all_at(int file, ByteView bytes, std::uint64_t offset) {
+    while (!bytes.empty()) {
+        std::ptrdiff_t wrote = write_some_at(file, bytes, offset);
+        if (wrote < 0 && errno == EINTR) continue;
+        if (wrote < 0) return false;
+        offset += static_cast<std::uint64_t>(wrote);
+        bytes = bytes.subspan(static_cast<std::size_t>(wrote));
+    }
+    return true;
+}
+}  // namespace detail
+
 // Replaces (or creates) a file in one atomic, durable step. Throws Error; then the old file is
 // untouched.
 inline void write_file(const std::filesystem::path& path, ByteView content, FileMode mode) {
@@ -720,12 +734,7 @@ inline void write_file(const std::filesystem::path& path, ByteView content, File
     if (file < 0) fail("create");
     {
         detail::AtExit close([&] { detail::close_file(file); });
-        for (std::size_t done = 0; done < content.size();) {
-            std::ptrdiff_t wrote = detail::write_some_at(file, content.subspan(done), done);
-            if (wrote < 0 && errno == EINTR) continue;
-            if (wrote < 0) fail("write");
-            done += static_cast<std::size_t>(wrote);
-        }
+        if (!detail::write_all_at(file, content, 0)) fail("write");
         if (detail::sync_file(file) != 0) fail("fsync");
     }
     if (detail::rename_over(fresh, path) != 0) fail("rename");
@@ -3555,14 +3564,7 @@ class File {
         return done;
     }
     bool write_at(std::uint64_t offset, ByteView bytes) const {
-        while (!bytes.empty()) {
-            std::ptrdiff_t wrote = write_some_at(handle_, bytes, offset);
-            if (wrote < 0 && errno == EINTR) continue;
-            if (wrote < 0) return false;
-            offset += static_cast<std::uint64_t>(wrote);
-            bytes = bytes.subspan(static_cast<std::size_t>(wrote));
-        }
-        return true;
+        return write_all_at(handle_, bytes, offset);
     }
 
   private:
