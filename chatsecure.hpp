@@ -6230,8 +6230,8 @@ class Server {
                           dynamic_cast<const TimedOut*>(&e) != nullptr;
             }
             flush_touched(*session);
-            info(members_.remove(*session, how,
-                                 refused));  // now nothing comes behind the last words
+            info(members_.remove(*session, how, refused));
+            // Now nothing comes behind the last words.
             if (session->connection.is_secure()) session->connection.send(last_words);
         } catch (...) {
             session->connection.abort();
@@ -7219,7 +7219,7 @@ class Login {
         }
         if (registering_) register_account();
         Bytes recorded = log_in();
-        pin_server();
+        if (options_.accept_new_server) pin_server();  // nobody has compared the key: chapter 6
         prepare_identity();
         Fingerprint own = identity_->public_key().fingerprint();
         if (!recorded.empty() && recorded != to_bytes(own.digest))
@@ -7276,7 +7276,6 @@ class Login {
         if (!options_.accept_new_server) pin_server();  // the user has said that it is the one
         return true;
     }
-    // Else after the login: see chapter 6 for why not before.
     void pin_server() {
         KnownServers known(options_.home);
         if (known.find(server_) != link_->server_key) known.pin(server_, link_->server_key);
