@@ -8630,6 +8630,15 @@ inline std::size_t person_colour(std::string_view user, std::size_t colours) {
     return (std::size_t{digest[0]} << 8 | digest[1]) % colours;
 }
 
+// The 60 digits of a safety number as two people read them to each other: four groups a row.
+inline std::string safety_number_rows(std::string_view digits, std::string_view next_row = "\n") {
+    constexpr std::size_t row = 4 * 6;  // five digits and a blank each
+    std::string rows(digits.substr(0, row - 1));
+    for (std::size_t at = row; at < digits.size(); at += row)
+        rows += concat(next_row, digits.substr(at, row - 1));
+    return rows;
+}
+
 // A number of bytes as people read it: "612 bytes", "4.10 kB", "1.25 GB" (powers of 1000, like a
 // disk's label).
 inline std::string readable_size(std::uint64_t bytes) {

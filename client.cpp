@@ -172,8 +172,10 @@ struct Describe {
                         e.user, "; first compare the numbers of /verify ", e.user, ".")}};
     }
     Lines operator()(const chatsecure::SafetyNumber& e) const {
-        return {{Tone::quiet, concat("* safety number with ", e.user, ": ",
-                                     for_person ? in_three_rows(e.digits) : e.digits)},
+        return {{Tone::quiet,
+                 concat("* safety number with ", e.user, ": ",
+                        for_person ? "\n    " + chatsecure::safety_number_rows(e.digits, "\n    ")
+                                   : e.digits)},
                 {Tone::quiet,
                  concat("* you are ", e.mine.text(), ", ", e.user, " is ", e.theirs.text())},
                 {Tone::quiet,
@@ -240,14 +242,6 @@ struct Describe {
 
     std::string body(std::string_view text) const {
         return for_person ? chatsecure::visible_lines(text) : visible(text);
-    }
-    // A safety number as two people read it to each other: four groups a row.
-    static std::string in_three_rows(const std::string& digits) {
-        std::string rows;
-        std::size_t groups = 0;
-        for (const std::string& group : chatsecure::split_words(digits))
-            rows += concat(groups++ % 4 == 0 ? "\n    " : " ", group);
-        return rows;
     }
     // Enough of a message to know which one is meant: its first 200 characters.
     static std::string beginning(std::string_view text) {

@@ -52,7 +52,7 @@
 namespace {
 
 using chatsecure::concat;
-using chatsecure::visible;
+using chatsecure::visible, chatsecure::visible_lines;
 using Time = std::chrono::system_clock::time_point;
 
 // ---- How it looks: set here and nowhere else ----------------------------------------------------
@@ -273,14 +273,6 @@ std::vector<Span> wrap(std::string_view text, int width) {
             begin = std::min(text.find_first_not_of(' ', next), text.size());
         }
     }
-}
-
-// What somebody wrote, safe to draw: line ends stay, everything else that could drive is visible.
-std::string shown(std::string_view text) {
-    std::string out;
-    for (std::size_t end; (end = text.find('\n')) != text.npos; text.remove_prefix(end + 1))
-        out += visible(text.substr(0, end)) + '\n';
-    return out + visible(text);
 }
 
 std::string time_text(Time time, const char* format) {
@@ -1607,11 +1599,6 @@ bool ask(const Fl_Window& parent, const std::string& question, const char* yes, 
     return answer;
 }
 
-// The 60 digits of a safety number (in groups of five), four groups to a line.
-std::string grouped(std::string digits) {
-    for (std::size_t i = 23; i < digits.size(); i += 24) digits[i] = '\n';
-    return digits;
-}
 // A fingerprint in pieces that an eye can compare.
 std::string grouped(const chatsecure::Fingerprint& fingerprint) {
     std::string text = fingerprint.text(), out = "SHA256:";
@@ -2070,7 +2057,7 @@ Details::Content describe(const Conversation& c) {
         content.prints = concat("Identity:\n", grouped(c.number->theirs));
         content.act = c.verified ? nullptr : "Mark as verified";
     }
-    if (known) content.number = grouped(c.number->digits);
+    if (known) content.number = chatsecure::safety_number_rows(c.number->digits);
     content.story += known ? "Compare the safety number by telephone, or face to face."
                      : c.online
                          ? "Asking for the safety number \u2026"
@@ -2231,7 +2218,7 @@ class App final : Wishes {
 
     void sign_in_failed(const chatsecure::Stopped& stopped) {
         using enum chatsecure::StopReason;
-        std::string sentence = shown(stopped.sentence);
+        std::string sentence = visible_lines(stopped.sentence);
         reports_.line(concat("sign-in-error ", visible(stopped.sentence)));
         sign_in_.set_busy("");
         if (stopped.reason == cannot_connect || stopped.reason == server_key_unknown)
@@ -2304,14 +2291,15 @@ class App final : Wishes {
     }
     void on(const chatsecure::RoomMessage& e) {
         check_trust(e.from);
-        add("", {.from = e.from, .text = shown(e.text), .own = e.own, .id = e.own ? e.id : 0});
+        add("",
+            {.from = e.from, .text = visible_lines(e.text), .own = e.own, .id = e.own ? e.id : 0});
     }
     void on(const chatsecure::PrivateMessage& e) {
         reply_to_ = e.peer;
         check_trust(e.peer);
         bool is_new = e.own && model_.find(e.peer) == nullptr;
         add(e.peer, {.from = e.own ? client_->user() : e.peer,
-                     .text = shown(e.text),
+                     .text = visible_lines(e.text),
                      .own = e.own,
                      .id = e.own ? e.id : 0});
         if (is_new) choose(e.peer);  // perhaps a slip, and nobody is called so: it is seen
@@ -2331,7 +2319,7 @@ class App final : Wishes {
         warn(c == nullptr ? model_.current : e.to,  // perhaps a slip: nobody is called so
              concat(e.to.empty() ? "Not sent to everyone: "
                                  : concat("Not delivered to ", e.to, ", who "),
-                    visible(e.reason), ": ", shown(e.text)));
+                    visible(e.reason), ": ", visible_lines(e.text)));
         if (c != nullptr && !c->trusted) give_back(*c, text);
     }
     // Where it belongs, and no louder: others could fill the list with alarms.
@@ -2435,7 +2423,7 @@ class App final : Wishes {
             over_ = true;
             set_state("disconnected", ink::warning);
             ended_ = lost_ == 0
-                         ? shown(e.sentence)
+                         ? visible_lines(e.sentence)
                          : concat(lost_, lost_ == 1 ? " message was" : " messages were",
                                   " not delivered: see the marks. Close the window once more.");
             main_.end_input();
@@ -2683,17 +2671,13 @@ class App final : Wishes {
         std::istringstream in(text);
         for (std::string line; std::getline(in, line);) {
             while (line.ends_with('\r') || line.ends_with(' ')) line.pop_back();
-            if (line.starts_with("file://")) {
-                line.erase(0, 7);
-                fl_decode_uri(line.data());
-                line.resize(std::strlen(line.c_str()));
-            }
             if (line.empty()) continue;
-            if (std::filesystem::path(line).is_relative()) {  // some other text
+            std::filesystem::path path = chatsecure::path_from(line);
+            if (path.is_relative()) {  // some other text
                 warn(model_.current, "Only files can be dropped here.");
                 return refresh();
             }
-            offer(line);
+            offer(path);
         }
     }
 
