@@ -57,12 +57,13 @@ namespace {
 
 class TestDisk {
   public:
-    enum class Fault { none, no_space, io_error, too_large, no_access, cut_short, gone };
+    // What befalls a request: an error of errno, or one of these.
+    static constexpr int none = 0, cut_short = -1, gone = -2;
     using Files = std::map<std::string, std::string>;  // names and contents
 
     // From now on requests about what lies below `folder` are counted, and number `which` (from 0)
     // suffers the fault.
-    void arm(const std::filesystem::path& folder, std::size_t which, Fault fault) {
+    void arm(const std::filesystem::path& folder, std::size_t which, int fault) {
         std::lock_guard lock(mutex_);
         folder_ = folder.string();
         which_ = which;
@@ -70,12 +71,12 @@ class TestDisk {
         requests_.clear();
     }
     void disarm() {
-        arm({}, 0, Fault::none);
+        arm({}, 0, none);
         cuts_.clear();
     }
     // From now on this disk forgets: see cuts().
     void forget_in(const std::filesystem::path& folder) {
-        arm(folder, 0, Fault::none);
+        arm(folder, 0, none);
         std::lock_guard lock(mutex_);
         cuts_.clear();
         durable_content_.clear();
@@ -130,31 +131,12 @@ class TestDisk {
         if (!is_ours(path)) return true;
         requests_.push_back(request);
         if (requests_.size() != which_ + 1) return true;
+        if (fault_ == cut_short && size != nullptr && *size > 1) *size /= 2;
         std::error_code ignored;
-        switch (fault_) {
-            case Fault::none:
-                return true;
-            case Fault::cut_short:
-                if (size != nullptr && *size > 1) *size /= 2;
-                return true;
-            case Fault::gone:
-                if (!std::filesystem::is_directory(path, ignored))
-                    std::filesystem::remove(path, ignored);
-                return true;
-            case Fault::no_space:
-                errno = ENOSPC;
-                return false;
-            case Fault::io_error:
-                errno = EIO;
-                return false;
-            case Fault::too_large:
-                errno = EFBIG;
-                return false;
-            case Fault::no_access:
-                errno = EACCES;
-                return false;
-        }
-        return true;
+        if (fault_ == gone && !std::filesystem::is_directory(path, ignored))
+            std::filesystem::remove(path, ignored);
+        if (fault_ > 0) errno = fault_;
+        return fault_ <= 0;
     }
     void note(std::string_view request, const std::string& path, bool good) {
         int reason = errno;
@@ -192,7 +174,7 @@ class TestDisk {
     std::mutex mutex_;  // guards all below
     std::string folder_;
     std::size_t which_ = 0;
-    Fault fault_ = Fault::none;
+    int fault_ = none;
     std::vector<std::string> requests_;
     std::map<int, std::string> opened_;  // what each descriptor was opened for last
     std::map<std::string, ino_t> durable_names_;
@@ -9338,17 +9320,15 @@ TEST_CASE("P11: whichever request the disk refuses, both sides end with a senten
     SUBCASE("at the sender") { here_fails = true; }
     SUBCASE("at the receiver") {}
     const std::filesystem::path& folder = here_fails ? alice.outbox : bob.downloads;
-    using Fault = TestDisk::Fault;
     detail::AtExit disarm([] { test_disk.disarm(); });
     std::size_t stopped = 0;
-    test_disk.arm(folder, 0, Fault::none);
+    test_disk.arm(folder, 0, TestDisk::none);
     send();
     REQUIRE(end_of(bob.chat).phase == Phase::finished);
     REQUIRE(end_of(alice.chat).phase == Phase::finished);
     std::size_t requests = test_disk.requests().size();
     for (std::size_t which = 0; which < requests; ++which)
-        for (Fault fault : {Fault::no_space, Fault::io_error, Fault::too_large, Fault::no_access,
-                            Fault::cut_short, Fault::gone}) {
+        for (int fault : {ENOSPC, EIO, EFBIG, EACCES, TestDisk::cut_short, TestDisk::gone}) {
             std::filesystem::remove_all(bob.downloads);
             write_text(alice.outbox / "file", content);
             test_disk.arm(folder, which, fault);
@@ -9371,7 +9351,7 @@ TEST_CASE("P11: whichever request the disk refuses, both sides end with a senten
             std::string request = which < asked.size() ? asked[which] : "none";
             CAPTURE(request);
             CAPTURE(which);
-            CAPTURE(static_cast<int>(fault));
+            CAPTURE(fault);
             CAPTURE(at_alice.sentence);
             CAPTURE(at_bob.sentence);
             if (!offered) {
@@ -10698,17 +10678,36 @@ TEST_CASE("programs: openssl reads the keys, and computes the fingerprint that i
     CHECK(alice->output().find(", key " + printed) != std::string::npos);
 }
 
+namespace {
+
+// Alice sits at a terminal; bob comes when he is called, through a pipe.
+struct AtTerminal : Installation {
+    std::unique_ptr<Process> alice, bob;
+
+    explicit AtTerminal(const std::vector<std::string>& more = {})
+        : Installation({"alice", "bob"}), alice(client("alice", Process::Input::terminal, more)) {
+        alice->wait_for("Type a message");
+    }
+    // With libedit, what is being typed is drawn again; without it, the terminal edits lines.
+    bool redraws() const { return contains(alice->output(), "\x1b[J"); }
+    void call_bob() {
+        bob = client("bob");
+        alice->wait_for("bob joined");
+    }
+};
+
+}  // namespace
+
 TEST_CASE("programs: on a terminal, what is being typed survives incoming messages") {
-    Installation here({"alice", "bob"});
-    auto alice = here.client("alice", Process::Input::terminal);
-    alice->wait_for("Type a message");
-    auto bob = here.client("bob");
-    alice->wait_for("bob joined");
+    AtTerminal here;
+    auto& alice = here.alice;
+    here.call_bob();
+    auto& bob = here.bob;
     alice->write("half a li");
     alice->wait_for("half a li");
     bob->write("here I come\n");
     alice->wait_for(": here I come");
-    if (alice->output().find("\x1b[J") != std::string::npos) {  // with libedit it is drawn again
+    if (here.redraws()) {  // with libedit it is drawn again
         alice->wait_for("half a li");
     }
     alice->write("ne\r");
@@ -10720,12 +10719,11 @@ TEST_CASE("programs: on a terminal, what is being typed survives incoming messag
 }
 
 TEST_CASE("programs: on a terminal, a mark behind one's own message says what became of it") {
-    Installation here({"alice", "bob"});
-    auto alice = here.client("alice", Process::Input::terminal);
-    alice->wait_for("Type a message");
-    if (!contains(alice->output(), "\x1b[J")) return;  // without libedit nothing is marked
-    auto bob = here.client("bob");
-    alice->wait_for("bob joined");
+    AtTerminal here;
+    auto& alice = here.alice;
+    if (!here.redraws()) return;  // without libedit nothing is marked
+    here.call_bob();
+    auto& bob = here.bob;
     alice->write("/msg bob hi\r");
     alice->wait_for(": hi");
     alice->wait_for("first contact with bob");  // stands below it now: no mark
@@ -10761,12 +10759,11 @@ TEST_CASE(
 }
 
 TEST_CASE("programs: on a terminal, what is pasted is one message, and Enter alone sends it") {
-    Installation here({"alice", "bob"});
-    auto alice = here.client("alice", Process::Input::terminal);
-    alice->wait_for("Type a message");
-    if (!contains(alice->output(), "\x1b[J")) return;  // without libedit the terminal edits lines
-    auto bob = here.client("bob");
-    alice->wait_for("bob joined");
+    AtTerminal here;
+    auto& alice = here.alice;
+    if (!here.redraws()) return;  // without libedit the terminal edits lines
+    here.call_bob();
+    auto& bob = here.bob;
     alice->write("\x1b[200~see the docs\r/msg bob stolen\r\n/quit\n\x1b]0;x\x07thanks\n\x1b[201~");
     alice->wait_for("/msg bob stolen");
     alice->wait_for("thanks");
@@ -10783,11 +10780,10 @@ TEST_CASE("programs: on a terminal, what is pasted is one message, and Enter alo
 }
 
 TEST_CASE("programs: on a terminal, what is nearly a command is not sent to everybody") {
-    Installation here({"alice", "bob"});
-    auto alice = here.client("alice", Process::Input::terminal);
-    alice->wait_for("Type a message");
-    auto bob = here.client("bob");
-    alice->wait_for("bob joined");
+    AtTerminal here;
+    auto& alice = here.alice;
+    here.call_bob();
+    auto& bob = here.bob;
     alice->write(" /MSG bob a secret\r");
     bob->wait_for("alice -> you: a secret\n");
     alice->write("/hlep\r");
@@ -10805,12 +10801,11 @@ TEST_CASE("programs: on a terminal, what is nearly a command is not sent to ever
 }
 
 TEST_CASE("programs: on a terminal, people have colours, and one's own name stands out and rings") {
-    Installation here({"alice", "bob"});
-    auto alice = here.client("alice", Process::Input::terminal);
+    AtTerminal here;
+    auto& alice = here.alice;
     auto quiet = [&] { return count_of("\a", alice->output()) == 0; };
-    alice->wait_for("Type a message");
-    auto bob = here.client("bob");
-    alice->wait_for("bob joined");
+    here.call_bob();
+    auto& bob = here.bob;
     bob->write("hello\n");
     alice->wait_for("mbob\x1b[0m: hello");
     CHECK(quiet());
@@ -10835,14 +10830,13 @@ TEST_CASE("programs: on a terminal, people have colours, and one's own name stan
 }
 
 TEST_CASE("programs: on a terminal, the first screen is short, and rows end between words") {
-    Installation here({"alice", "bob"});
-    auto alice = here.client("alice", Process::Input::terminal, {"--no-color"});
-    alice->wait_for("Type a message");
+    AtTerminal here(std::vector<std::string>{"--no-color"});
+    auto& alice = here.alice;
     CHECK_FALSE(contains(alice->output(), "SHA256:"));
     CHECK_FALSE(contains(alice->output(), here.homes.path.string()));
     CHECK(lines_in(alice->output()) <= 5);
-    auto bob = here.client("bob");
-    alice->wait_for("bob joined");
+    here.call_bob();
+    auto& bob = here.bob;
     std::string text;
     for (int i = 0; i < 30; ++i) text += concat(i == 0 ? "" : " ", "word", i);
     bob->write(text + "\n");
@@ -10862,10 +10856,9 @@ TEST_CASE("programs: on a terminal, the first screen is short, and rows end betw
 }
 
 TEST_CASE("programs: on a terminal, one row says how things are, an outage too") {
-    Installation here({"alice", "bob"});
-    auto alice = here.client("alice", Process::Input::terminal, {"--no-color"});
-    alice->wait_for("Type a message");
-    if (!contains(alice->output(), "\x1b[J")) return;
+    AtTerminal here(std::vector<std::string>{"--no-color"});
+    auto& alice = here.alice;
+    if (!here.redraws()) return;
     alice->wait_for("-- nobody else is here --");
     auto bob = here.client("bob");
     alice->wait_for("-- 1 other online --");
@@ -10890,12 +10883,11 @@ TEST_CASE("programs: on a terminal, one row says how things are, an outage too")
 }
 
 TEST_CASE("programs: on a terminal, another size of the window damages nothing") {
-    Installation here({"alice", "bob"});
-    auto alice = here.client("alice", Process::Input::terminal, {"--no-color"});
-    alice->wait_for("Type a message");
-    if (!contains(alice->output(), "\x1b[J")) return;
-    auto bob = here.client("bob");
-    alice->wait_for("bob joined");
+    AtTerminal here(std::vector<std::string>{"--no-color"});
+    auto& alice = here.alice;
+    if (!here.redraws()) return;
+    here.call_bob();
+    auto& bob = here.bob;
     bob->write("an earlier word\n");
     alice->wait_for("an earlier word");
     std::string typed(100, 'x');
@@ -10926,12 +10918,11 @@ TEST_CASE("programs: on a terminal, another size of the window damages nothing")
 }
 
 TEST_CASE("programs: on a terminal, Ctrl-C clears a line that has begun, the next one leaves") {
-    Installation here({"alice", "bob"});
-    auto alice = here.client("alice", Process::Input::terminal);
-    alice->wait_for("Type a message");
-    if (!contains(alice->output(), "\x1b[J")) return;
-    auto bob = here.client("bob");
-    alice->wait_for("bob joined");
+    AtTerminal here;
+    auto& alice = here.alice;
+    if (!here.redraws()) return;
+    here.call_bob();
+    auto& bob = here.bob;
     alice->write("half a \u00edzzz");
     alice->wait_for("zzz");
     alice->signal(SIGINT);
