@@ -11214,6 +11214,7 @@ TEST_CASE("programs: P11: whoever is killed at whatever instant of a transfer, i
         FileInstallation here;
         here.bob->end();
         here.start_bob({"--auto-accept"});
+        here.alice->wait_for("bob joined");  // again
         write_bytes(here.outbox / "long.bin", content);
         std::string offer = concat("/file bob ", here.file("long.bin"), "\n");
         here.alice->write(offer);
@@ -11228,7 +11229,9 @@ TEST_CASE("programs: P11: whoever is killed at whatever instant of a transfer, i
                         most = std::max<std::uint64_t>(most, bytes);
             return most;
         };
-        while (there() < std::min(instant, size)) std::this_thread::yield();
+        const Clock::time_point until = Clock::now() + long_enough;
+        while (there() < std::min(instant, size) && Clock::now() < until) std::this_thread::yield();
+        REQUIRE(there() >= std::min(instant, size));
         const char* who = "the receiver";
         if (std::size_t victim = random() % 3; victim == 0) {
             here.bob->signal(SIGKILL);
