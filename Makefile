@@ -100,7 +100,8 @@ endif
 
 # On 32-bit systems: files of more than 2 GiB, times after 2038. On others it changes nothing.
 LARGE   = -D_FILE_OFFSET_BITS=64 -D_TIME_BITS=64
-COMPILE = $(CXX) $(CPPFLAGS) -std=c++20 $(LARGE) $(WARNINGS) $(CXXFLAGS) $(CRYPTO_CFLAGS) -pthread
+NEEDED  = $(CPPFLAGS) -std=c++20 $(LARGE) $(CRYPTO_CFLAGS) -pthread
+COMPILE = $(CXX) $(NEEDED) $(WARNINGS) $(CXXFLAGS)
 # The tests are many and each runs once: they build in half the time with less optimisation.
 $(O)/tests: CXXFLAGS := $(if $(filter file,$(origin CXXFLAGS)),-O1,$(CXXFLAGS))
 need = $(if $(call has,$(1)),,@echo "$(1) is missing: 'make deps' installs it ($(2))." && exit 1)
@@ -150,9 +151,8 @@ $(FUZZ)/fuzz: tests.cpp chatsecure.hpp Makefile
 	    $(FUZZ_CXX) $(FUZZ_FLAGS) -x c++ - -o $@.probe 2>/dev/null || { \
 	    echo "make fuzz needs clang with libFuzzer: on Debian the packages clang and" \
 	         "libclang-rt-NN-dev (NN: clang's version)."; exit 1; }
-	$(FUZZ_CXX) $(CPPFLAGS) -std=c++20 $(WARNINGS) -Wno-unused -Wno-unused-parameter \
-	    $(FUZZ_FLAGS) -DCHATSECURE_FUZZ -DDOCTEST_CONFIG_DISABLE $(CRYPTO_CFLAGS) -pthread \
-	    -o $@ $< $(LDFLAGS) $(CRYPTO_LIBS)
+	$(FUZZ_CXX) $(NEEDED) $(WARNINGS) -Wno-unused -Wno-unused-parameter $(FUZZ_FLAGS) \
+	    -DCHATSECURE_FUZZ -DDOCTEST_CONFIG_DISABLE -o $@ $< $(LDFLAGS) $(CRYPTO_LIBS)
 
 fuzz: $(FUZZ)/fuzz
 	@FUZZ_SECONDS=$(FUZZ_SECONDS) $(FUZZ)/fuzz
@@ -177,10 +177,9 @@ check-portable:
 	.ci/portable $(ONLY)
 
 # Breaks the header in many small ways, and sees whether the tests notice. clang++ is much quicker.
-SABOTAGED = $(or $(shell command -v clang++),$(CXX)) $(CPPFLAGS) $(CRYPTO_CFLAGS) -std=c++20 \
-    $(LARGE) -O0
+SABOTAGED = $(or $(shell command -v clang++),$(CXX)) $(NEEDED) -O0
 sabotage: $(O)/tests
-	@SABOTAGE_COMPILE='$(SABOTAGED) -pthread' SABOTAGE_LIBS='$(LDFLAGS) $(CRYPTO_LIBS)' \
+	@SABOTAGE_COMPILE='$(SABOTAGED)' SABOTAGE_LIBS='$(LDFLAGS) $(CRYPTO_LIBS)' \
 	    $(O)/tests --sabotage $(ONLY)
 
 # A window on the server of this machine; if none runs, on one that lives as long as the window.
