@@ -41,6 +41,35 @@
 //      a weekend    all       And how to build on it: a server for a thousand people at once, a
 //                             client that survives a lost connection, and programs for people.
 //
+// What it promises. The essays say which line keeps which promise, and tests attack each of them
+// (README.md, "Security", has their names):
+//
+//      P1   An eavesdropper who steals the server's RSA key later reads nothing of recorded
+//           traffic.
+//      P2   A man in the middle without the pinned key gets no login and no message, is named to
+//           the user, and leaves no pin.
+//      P3   A changed, replayed, reordered, reflected or cut record ends the connection; no byte of
+//           it is delivered.
+//      P4   The server, with all its memory and disk, cannot read a message, public or private, nor
+//           a file.
+//      P5   The server cannot change, replay or forge a message between users, show it twice, nor
+//           swap a pinned user's key unnoticed, whatever it says about who is here.
+//      P6   A room member cannot make other members read something that the sender did not write.
+//      P7   A stolen users.db gives no password without a PBKDF2 search, and lets nobody log in;
+//           guessing online is slow, in parallel too.
+//      P8   One login per user at a time; a dead connection does not lock its user out, a live one
+//           is not pushed out.
+//      P9   No byte of a file moves without consent; no received name leaves the folder or
+//           overwrites a file.
+//      P10  Any bytes from the network: a clean error, bounded memory, disk, screen and time, the
+//           others unaffected.
+//      P11  A crash at any instant leaves users.db, keys, pins and downloads whole: the old state
+//           or the new one; and no key is made anew because one is not found where it was.
+//      P12  Text from others cannot drive the terminal, and no text or name can pass for another
+//           line.
+//      P13  A message that its sender saw as delivered was shown; one that was not is named; none
+//           is shown twice.
+//
 // A server in five lines, a client in five lines:
 //
 //      chatsecure::Server server({.data_directory = "data", .port = 5000});
@@ -51,7 +80,7 @@
 //      while (auto event = client.next_event()) show(*event);
 //
 // What it needs: a C++20 compiler, POSIX or Windows sockets, OpenSSL 3 (link with -lcrypto, and
-// with -pthread). What it promises and what it cannot do: see "Security" in README.md.
+// with -pthread). What it cannot do: see "Security" in README.md.
 //
 // Everything lives in namespace chatsecure; the header defines no macro that outlives it.
 // MIT licence: the text is at the end of this file.
@@ -160,13 +189,19 @@ inline constexpr std::string_view version = "0.1.0";
 // round, pad its structs differently, or be written in another language. So we decide, once, how
 // each kind of value is laid out, and write it byte by byte:
 //
-//      number       big-endian ("network order"), 1, 2, 4 or 8 bytes
-//      text         u16 length, then that many bytes of UTF-8
-//      blob         u32 length, then that many bytes
-//      fixed array  its bytes, no length: both sides know it
+//      number       big-endian ("network order"), 1, 2, 4 or 8 bytes: u8, u16, u32, u64
+//      text         u16 length, then that many bytes of UTF-8      std::string
+//      blob         u32 length, then that many bytes               Bytes, ByteView
+//      fixed array  its bytes, no length: both sides know it       std::array
+//      choice       the number that stands for it                  enum class, of that width
+//      yes or no    1 or 0, one byte                               std::uint8_t
 //
 //          0x0102 as u16         01 02
 //          "hi" as text          00 02 68 69
+//
+// A message is its fields in the order in which its struct has them, with nothing in between and
+// nothing behind. A blob has its length also where it comes last. Texts in quotes in the formulas
+// of this header ("CHATSEC1") are their bytes alone, without a length; || puts bytes behind others.
 //
 // The traps of this chapter. A length that comes from the network is a claim, not a fact: Reader
 // checks it against what is really there before anything is read or allocated. A text that comes
@@ -1316,10 +1351,18 @@ class Listener {
 //      | u32 length     | that many bytes        |      a frame
 //      +----------------+------------------------+
 //
+// What goes wrong without it: a program that takes what one recv() returns for one message. It
+// works on the programmer's machine, where messages are short and nothing is under way between two
+// programs, and fails on the first slow line, or when two messages are sent at once.
+//
 // Two traps. The length comes from a stranger: "4 GiB follow" must not make us allocate 4 GiB, so
-// every call says how much it is prepared to take, and the check comes before the allocation. And
+// every call says how much it is prepared to take, and the check comes before the allocation; a
+// frame that is longer ends the connection, for nobody can find the beginning of the next one. And
 // a system call for every little piece is slow: we read as much as there is into a buffer, and cut
 // frames out of it.
+//
+// What framing does not protect against: anything at all. Whoever can write into the stream can
+// write a length. Chapter 5 makes that noticeable.
 
 inline constexpr std::size_t frame_header_bytes = 4;
 
@@ -1465,6 +1508,16 @@ class FrameReader {
 // What goes wrong without care: a nonce that repeats under one key breaks AES-GCM completely (it
 // reveals the XOR of two messages, and lets anybody forge). So Nonce can only be made from a
 // counter, and the counters belong to the key.
+//
+// The parameters, for whoever writes it again: RSA keys of 2048 to 4096 bits with a public exponent
+// from 65537 to 2^32 - 1, as SPKI in DER; OAEP and PSS with SHA-256 and MGF1 with SHA-256, PSS with
+// a salt of 32 bytes; HKDF with SHA-256, the label as `info` and 32 bytes of output; agree() takes
+// the transcript as it is given (32 bytes in chapter 5, 64 in chapter 8), and does not hash it.
+//
+// What the tools do not protect against: being put together badly. Each is sound, and a protocol
+// made of sound tools can be replayed, turned around, or talked into an old key. Chapters 5 and 8
+// say what they do about that. Nor against a computer that breaks RSA and X25519, for which none of
+// them was made.
 
 // Throws Error with OpenSSL's own reason unless `ok`. The queue of reasons is left empty.
 inline void require_openssl(bool ok, std::string_view what) {
@@ -2034,6 +2087,17 @@ class AesGcm {
 //
 // (1, 2 and 3 in these formulas are the contents of the frames, without their lengths.)
 //
+// What each side checks, and ends the connection if it is not so:
+//
+//   1. The server: 40 bytes, of which the first eight are right. Another version has another digit.
+//   2. The client: the same beginning; behind it an RSA key that chapter 4 accepts, and nothing
+//      else. Then the pin.
+//   3. The server: nothing yet (see below).
+//   4. The client: a record that opens, and begins with Welcome; or with Goodbye, if the server has
+//      no place for another client.
+//
+// A server gives the handshake 10 s, and the login that follows 60 s.
+//
 // Why each piece is there:
 //   - Only the holder of the RSA key can open 3, so a first record that opens (4) proves that the
 //     server is the one whose key it showed. The client sends nothing before that.
@@ -2056,17 +2120,23 @@ class AesGcm {
 //      |                       |     plaintext = whole messages, at most 64 KiB )     |
 //      +-----------------------+------------------------------------------------------+
 //
-// The number is not sent: both sides count. A record that was changed, repeated, left out, moved or
-// sent back to its author meets the wrong number or the wrong key and does not open, and that ends
-// the connection: after such an event nobody knows what else is wrong (P3). A connection that is
-// cut at a record's edge looks like a normal end to TCP; therefore a clean end is said in words
-// (Goodbye, chapter 7). One record holds as many messages as are waiting, so that a busy connection
-// pays for encryption and for a system call once for many.
+// The number is not sent: both sides count, each direction for itself, and the first record is
+// number 0. A record holds one message at least; an empty one ends the connection, for whoever
+// sends nothing for ever would be served for ever. A message never reaches from one record into the
+// next.
+//
+// A record that was changed, repeated, left out, moved or sent back to its author meets the wrong
+// number or the wrong key and does not open, and that ends the connection: after such an event
+// nobody knows what else is wrong (P3). A connection that is cut at a record's edge looks like a
+// normal end to TCP; therefore a clean end is said in words (Goodbye, chapter 7). One record holds
+// as many messages as are waiting, so that a busy connection pays for encryption and for a system
+// call once for many.
 //
 // AES-GCM with one key has a limit; NIST's is 2^32 records with random nonces, and more with
 // counters. Far below it, every 2^20 records, each direction moves to a new key,
 //      key = HKDF-Expand(key, "chatsecure hop next key")
-// and forgets the old one. The numbers go on counting.
+// and forgets the old one: record 2^20 is the first under the second key. The numbers go on
+// counting.
 //
 // What the channel does not hide: that two machines talk, when, and how much.
 
@@ -2233,9 +2303,23 @@ class RecordCipher {
 //      C -> S   c=<channel binding>,r=<both nonces>,p=<ClientProof>              client-final
 //      S -> C   v=<ServerSignature>                                              server-final
 //
-//      AuthMessage     = the first three, without ",p=...", glued with commas
+//      AuthMessage     = the first three, glued with commas: client-first without its beginning
+//                        "p=chatsecure,,", server-first, client-final without its end ",p=..."
 //      ClientProof     = ClientKey XOR HMAC(StoredKey, AuthMessage)
 //      ServerSignature = HMAC(ServerKey, AuthMessage)
+//
+// The channel binding is base64("p=chatsecure,," || the 32 bytes of chapter 5); salt, proof and
+// signature are base64 too. A nonce is base64 of 18 random bytes, and in server-first the server's
+// stands directly behind the client's. HMAC's key comes first. Step by step:
+//
+//   1. C sends its name and its nonce. S checks that the name is one (chapter 1) and that the nonce
+//      has 16 to 128 characters; otherwise it ends the connection.
+//   2. S sends salt (1 to 64 bytes) and iterations. C checks that the nonce begins with its own and
+//      goes on, that the iterations are from 4,096 to 10,000,000, and not fewer than it was asked
+//      for before; otherwise it ends the connection before it computes anything.
+//   3. C sends its proof. S checks the binding, the nonce, and the proof as said below, and that
+//      nothing stands behind it. Whatever is wrong, it says the same: Goodbye, bad_login.
+//   4. S sends its signature, in LoginDone. C checks it, and believes nothing else before that.
 //
 // The server undoes the XOR, hashes the ClientKey that it gets, and compares with StoredKey. It
 // stores nothing with which one could log in: from StoredKey to ClientKey leads no way back (P7).
@@ -2494,7 +2578,10 @@ class ScramServer {
 //  Chapter 7. Messages
 // =================================================================================================
 //
-// What client and server say to each other inside the records of chapter 5. Each message is
+// What client and server say to each other inside the records of chapter 5. Two programs that were
+// written by different people must agree on each byte of it, and on what may come when; and a
+// newer program must be able to say more, without an older one taking it for something else. So
+// each message says what it is and where it ends:
 //
 //      +---------+-------------+------------------+
 //      | u8 type | u32 length  | body             |        several of them fill a record
@@ -2524,15 +2611,46 @@ class ScramServer {
 //      Quit                            -->
 //                                      <--   Goodbye           everything before it was handled
 //
+// Who may say what, and what happens otherwise. A message that is not due, is of an unknown type,
+// is cut short, or has bytes behind its fields ends the connection (Goodbye: broke_protocol).
+//
+//   1. Before PublishCard a client says what the picture shows and nothing else; one
+//      RegisterAccount may come first, and the login follows on the same connection. The first
+//      Scram carries the ticket of the last LoginDone, or nothing (it is a favour: chapter 11); the
+//      second an empty one. The verifier is text as PostgreSQL writes it (ScramVerifier), made by
+//      the client.
+//   2. LoginDone tells the client its own number, and of which identity the server has a record:
+//      the client tells its user if that is another than its own. The server takes a card that is
+//      signed and has the name of the login; then it answers Joined for each of those who are here,
+//      and Ready. It never names us to ourselves (whoever has our name is nobody: chapter 8), and
+//      gives no number twice, nor 0: then a client ends the connection. From Ready on a client may
+//      send what it likes.
+//   3. GetCard of somebody who has left has no answer; Left has come before.
+//   4. Send and Fanout to somebody who has left are thrown away, likewise. `tag` is the sender's
+//      own, one series for both; 0 is good for whoever does not care. A Fanout names its members in
+//      ascending order, each once. Its text is at most what fits into a record beside the keys; so
+//      a client seals at most 32 KiB (chapter 8), and divides a large room among several Fanouts.
+//   5. A Ping is answered with its number, at any time after the login. Whoever has heard nothing
+//      for some time (the server 30 s, our client 45 s) sends one, and gives up after as long
+//      again.
+//   6. A client that writes faster than 2,000 messages a second in the long run (20,000 in one go;
+//      a text counts for one more with each 256 bytes) is read more slowly. It is told nothing: TCP
+//      makes it wait.
+//
 // "Handled" means: it is in the queues of those it is for. There, Left overtakes what waits on the
 // bulk lane, as all interactive messages do: of a file that one leaves in the middle, the receiver
 // may lose the last chunks, which the next attempt sends again (chapter 9).
 //
-// Anything the server will not do it answers with Goodbye, a reason and a sentence, and closes.
+// Anything the server will not do it answers with Goodbye, a reason and a sentence, and closes,
+// also in the place of any answer above.
 //
 // A login gets a number (LoginId) that is never used again while the server runs. Members are
 // addressed by it and not by name: when bob leaves and comes back, he has new keys and a new
 // number, and nothing that was sealed for the old bob can reach the new one by accident.
+//
+// What this does not protect against: the server. It writes Joined and Left, it hands out the
+// cards, and it says for whom something was undeliverable. Whatever it says here is a claim;
+// chapter 8 is about what remains true when it lies.
 
 enum class LoginId : std::uint32_t {};
 
@@ -2777,9 +2895,12 @@ inline Message take_message(Reader& record) {
 // Every user has an IDENTITY: an RSA key that the client makes once and keeps. For each login the
 // client also makes an X25519 key, and publishes both in a signed CARD:
 //
-//      card = user (text) || identity key (blob, SPKI) || x25519 (32 bytes) || issued (u64, µs)
-//             || run (u64: the same for as long as the program runs)
+//      card = user (text) || identity key (blob, SPKI) || x25519 (32 bytes)
+//             || issued (u64: microseconds since 1970, later than on every card before)
+//             || run (u64: of the program's first card since it was started, its `issued`)
 //             || RSA-PSS signature (blob) over "chatsecure card 1" and everything before it
+//
+// At most 2,048 bytes. SHA-256(card) is over all of it, signature included.
 //
 // For each direction of each pair of logins, on first need (agree() is in chapter 4):
 //
@@ -2789,25 +2910,41 @@ inline Message take_message(Reader& record) {
 //               keys     prk = agree(SHA-256(card_A) || SHA-256(card_B), secret, X25519(a, b))
 //                        interactive = HKDF-Expand(prk, "chatsecure pair interactive lane")
 //                        bulk        = HKDF-Expand(prk, "chatsecure pair bulk lane")
-//      A -> B   Sealed:  2 (u8) || seq (u64) || AES-256-GCM( key of the lane, nonce = 0 || seq,
-//                                                           aad, kind (u8) || body )
+//      A -> B   Sealed:  2 (u8) || seq (u64) || AES-256-GCM( key of the lane, no aad,
+//                                                           nonce = 0 (u32) || seq,
+//                                                           kind (u8) || body )
+//
+// Both are payloads of Send (chapter 7). What B checks:
+//
+//   1. The card, from CardOf or from the Open, whichever comes first: its signature, by the
+//      identity key that it holds; its name, the one that the server announced for this login; and
+//      that it is not our own, nor one that we have met under another number. Otherwise this login
+//      is nobody: nothing that it sends is used. Then the pin (see below).
+//   2. The Open comes once for each login, on the interactive lane, before anything sealed; its
+//      card is the one we know. Otherwise it is dropped, with a complaint. If it does not open,
+//      nothing that this login sends is looked at any more: each try costs an RSA operation.
+//   3. seq counts for each lane, from 1. What is not above the last one is dropped; what is above
+//      the next one is taken, and the gap is told; above 2^32 nothing is taken. What does not open
+//      is dropped with a complaint, and the next one may be good.
+//
+// Before A seals anything for B it has B's card (GetCard) and has sent its Open, also when the
+// first thing is a room message.
 //
 //   - B knows that it is A: only A's login holds `a`, whose public half A's identity signed.
 //   - A knows that only B reads it: only B's identity opens the secret.
 //   - Nothing else is signed, so B cannot prove to a third person what A said: B could have made
 //     all of it with the same keys. That is how a conversation between two people should be.
-//   - seq begins at 1 and grows by one. A repeat is dropped; a gap is reported: "2 messages from
-//     bob were lost". There is one Open for a pair of cards; a second one would start seq again,
-//     and is refused.
+//   - There is one Open for a pair of cards, because a second one would start seq again.
 //
 // A ROOM MESSAGE goes to everyone. Encrypting it anew for each of 500 members would be 500 times
 // the bytes. So the text is sealed once, under a key k made for it alone, and each member gets k
 // as a WRAPPED KEY: sealed for that pair.
 //
-//      sealed text = AES-256-GCM(k, nonce 0, text)
+//      sealed text = AES-256-GCM(k, nonce = twelve zero bytes, no aad, text)
 //      wrapped key = seq || AES-256-GCM(interactive key, 0 || seq, aad = SHA-256(sealed text),
 //                                       room_key (u8) || k)
 //
+// seq is the interactive lane's, one series for wrapped keys and private messages.
 // The aad ties the wrapped key to this sealed text. Every member knows k, so every member could
 // seal another text under it; but only the sender shares a key with you to wrap it with (P6).
 //
@@ -2815,11 +2952,13 @@ inline Message take_message(Reader& record) {
 // shown them. Only the two ends can know that (Saltzer, Reed and Clark, "End-to-end arguments in
 // system design", 1984), so they say it to each other:
 //
-//      text     = id (u64) || UTF-8          what is sealed, in private and for the room
+//      text     = id (u64) || UTF-8          what is sealed, in private and for the room: at most
+//                                            32 KiB, and the id; what is longer is dropped
 //      receipt  = id (u64) || id || ...      private messages that the sender of this has shown
 //
-//   - The id is the sender's: it grows, and no two messages of one user with one identity have the
-//     same. It begins at the time on the sender's card, which is later in each login than before.
+//   - The id is the sender's, one series for the room and all private messages: it grows, and no
+//     two messages of one user with one identity have the same. It goes on from `issued` of the
+//     newest card, if it is not above that already.
 //   - B answers private messages with receipts, one for many where many came at once, when they
 //     were shown, and again for one that comes a second time. What came too late to be remembered
 //     (see ShownIds) is neither shown nor confirmed.
@@ -2846,6 +2985,13 @@ inline Message take_message(Reader& record) {
 // before it is compared with anything.
 // Whoever wants to be certain compares the SAFETY NUMBER with bob, by telephone or face to face: 60
 // digits computed from both identities. A server in the middle cannot make them agree.
+//
+//      fingerprint = SHA-256(identity key, SPKI)
+//      half        = SHA-256("chatsecure safety number 1" || user (text) || fingerprint); its first
+//                    30 bytes are six numbers of five bytes, each modulo 100,000, in five digits
+//      number      = the half that is smaller, as digits, and then the other one
+//
+// 30 digits are about 100 bits: nobody finds a key with the same half by trying.
 //
 // A GHOST is somebody whom the server has invented: with a key of his own he is in the room like
 // everybody else, and reads what is said to everybody. He cannot come in silence, for his name is
@@ -3199,9 +3345,7 @@ class ShownIds {
 
 // ---- Trust --------------------------------------------------------------------------------------
 
-// 60 digits in groups of five, the same on both sides: each user's half is SHA-256 over name and
-// fingerprint, six times five bytes modulo 100,000; the smaller half goes first. 30 digits are
-// about 100 bits: nobody finds a key with the same half by trying.
+// 60 digits in groups of five, with blanks between them, the same on both sides.
 inline std::string safety_number(std::string_view user_a, const Fingerprint& a,
                                  std::string_view user_b, const Fingerprint& b) {
     auto half = [](std::string_view user, const Fingerprint& fingerprint) {
@@ -3388,13 +3532,14 @@ class PinStore {
 // Each step, its reason, and what the other side checks. What is against a rule ends this transfer,
 // with a FileOver, and nothing else.
 //
-//   1. `id` numbers alice's offers, to whomever: it is never 0, and grows with each. One that is
-//      not larger than her last one to this login is ignored. Everything else refers to it. At most
-//      16 of her offers to bob wait or run at a time; one that is too many gets a FileOver, and
-//      after 64 of those no answer. What bob sees of the name is what he would get on his disk.
+//   1. `id` numbers alice's offers, to whomever: the first is 1, and it grows with each. One that
+//      is not larger than her last one to this login is ignored. Everything else refers to it. At
+//      most 16 of her offers to bob wait or run at a time; one that is too many gets a FileOver,
+//      and after 64 of those no answer. What bob sees of the name is what he would get on his disk.
 //   2. Once for each offer. The answer says how much bob has already from an earlier attempt (less
-//      than the whole, unless the file is empty), and its hash. If alice's file begins with the
-//      same bytes, her first chunk goes on behind them; if not, its offset is 0. (Bob tells nothing
+//      than the whole, unless the file is empty), and its hash, with offset 0 that of no bytes at
+//      all. If alice's file begins with the same bytes, her first chunk goes on behind them; if
+//      not, its offset is 0. (Bob tells nothing
 //      that alice did not send: what he has belongs to the identity that sent it.)
 //   3. CREDIT is the number of bytes that alice may send, counted from the beginning of this
 //      attempt. Each FileCredit is larger than the one before, and at most 4 MiB ahead of what she
@@ -3403,10 +3548,10 @@ class PinStore {
 //      the same and call it a window. Without it a fast sender fills the server's memory, or, if
 //      the server stops reading, her chat waits behind her file. A number that only grows is hard
 //      to get wrong: it cannot be "added twice".
-//      Chunks come in order, and each says where it belongs: behind the last one, within the size
-//      that was offered and the credit. A gap means that something was lost. No chunk is empty.
-//      Each costs bob memory besides its bytes: if more than 4096 wait for his disk (4 MiB in
-//      pieces of 1 KiB), the transfer ends.
+//      Chunks come in order, and each says where it belongs, counted from the file's beginning:
+//      behind the last one, within the size that was offered and the credit. A gap means that
+//      something was lost. No chunk is empty. Each costs bob memory besides its bytes: if more than
+//      4096 wait for his disk (4 MiB in pieces of 1 KiB), the transfer ends.
 //   4. Until then the file has another name, which ends in .part. It is written, synced to the
 //      disk, and only then gets its name: NAME is whole or not there (P11).
 //
