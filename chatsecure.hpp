@@ -5556,6 +5556,11 @@ class Connection {
 //   - A thousand who come at once: who is here is told in batches, not one by one (see Members).
 //   - No descriptor or thread left: the newcomer is turned away, the others do not notice.
 //
+// What it does not protect against: whoever runs it. The operator can keep people apart, tell them
+// that somebody is here or is not, drop what they write, and see who writes to whom; reading along,
+// or changing it unnoticed, is what chapter 8 keeps from the operator too. And a network that is
+// simply full: strangers compete for slots, but all share one line.
+//
 // Locks, what each guards, and what whoever holds it may wait for. Under sessions_mutex_ or Members
 // (turn_ before mutex_), an Outbox's or the pump's is taken as well; otherwise one at a time. (And
 // the semaphore handshakes_ lets as many compute as there are processors.)
