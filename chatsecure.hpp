@@ -6885,7 +6885,9 @@ class Server {
 // =================================================================================================
 //
 // The engine behind a front end: a terminal, a window, a test. A front end posts commands and takes
-// events; it never waits for the network, the disk or an RSA operation.
+// events; it never waits for the network, the disk or an RSA operation. What goes wrong where it
+// does: a window that stands still while a name is looked up, and a line that was typed while the
+// connection was away, of which nobody knows whether it was ever sent.
 //
 //      front end -- post(Say{"hi"}) --> [ Mailbox ] --+
 //                                                     +--> engine --> outbox --> socket
@@ -6946,6 +6948,9 @@ class Server {
 //
 // <server> is the beginning of the server key's fingerprint, in hexadecimal: the same server under
 // two addresses is one server, and two servers that have the same address in turn are two.
+//
+// What it does not protect against: programs of the same user, which can read what we read and type
+// what we type; and the person in front of it, who can accept a key without comparing it.
 
 // ---- Commands: from a front end to the engine ---------------------------------------------------
 
