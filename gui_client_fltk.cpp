@@ -277,12 +277,7 @@ std::vector<Span> wrap(std::string_view text, int width) {
 
 std::string time_text(Time time, const char* format) {
     std::time_t seconds = std::chrono::system_clock::to_time_t(time);
-    std::tm local{};
-#ifdef _WIN32
-    localtime_s(&local, &seconds);
-#else
-    localtime_r(&seconds, &local);
-#endif
+    std::tm local = chatsecure::local_time(seconds);
     std::array<char, 64> text{};
     std::strftime(text.data(), text.size(), format, &local);
     return text.data();
@@ -2871,9 +2866,7 @@ int main(int argc, char** argv) {
                   << "\n./gui_client_fltk --help lists the flags.\n";
         return 2;
     }
-#ifndef _WIN32
     chatsecure::make_write_errors_errors();
-#endif
     Fl::lock();                                                  // several threads: Fl::awake works
     Fl::set_boxtype(FL_DOWN_BOX, draw_field_box, 6, 7, 12, 13);  // of every widget of FLTK
     Fl::set_boxtype(FL_UP_BOX, draw_field_box, 2, 2, 4, 4);
