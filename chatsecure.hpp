@@ -94,12 +94,14 @@
 #include <cerrno>
 #include <charconv>
 #include <chrono>
+#include <climits>
 #include <condition_variable>
 #include <csignal>
 #include <cstddef>
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
+#include <ctime>
 #include <cwchar>
 #include <deque>
 #include <exception>
@@ -138,12 +140,10 @@
 #include <winsock2.h>
 #include <ws2tcpip.h>
 #include <windows.h>
-#include <conio.h>
-#include <io.h>
 #include <fcntl.h>
-#include <share.h>
-#include <sys/stat.h>
-#include <sys/utime.h>
+#include <io.h>
+#include <sddl.h>
+#include <shellapi.h>
 #pragma pop_macro("WIN32_LEAN_AND_MEAN")
 #pragma pop_macro("NOMINMAX")
 #else
@@ -154,6 +154,7 @@
 #include <poll.h>
 #include <pwd.h>
 #include <sys/file.h>
+#include <sys/ioctl.h>
 #include <sys/resource.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
@@ -674,6 +675,12 @@ std::optional<T> parse_number(std::string_view text) {
 // which others can open the file, and an open file stays open.
 
 enum class FileMode { readable_by_all, owner_only };
+
+// The path that a text names. All our texts are UTF-8, and a path that is made of one directly
+// takes it for the system's own encoding, which on Windows is another one.
+inline std::filesystem::path path_of(std::string_view text) {
+    return std::u8string(text.begin(), text.end());
+}
 
 inline std::string system_reason(int error = errno) {
     return std::generic_category().message(error);
@@ -3889,7 +3896,7 @@ class PartFile {
                                    failure.message(), "."),
                             cannot_write_there);
         for (unsigned number = 0; number < max_numbers; ++number) {
-            path_ = directory / (numbered_name(name, number) + ".part");
+            path_ = directory / path_of(numbered_name(name, number) + ".part");
             if (open_earlier(size) || open_new()) return;
             if (errno != EEXIST) throw cannot_write(path_);
         }
@@ -3925,7 +3932,7 @@ class PartFile {
         if (detail::sync_file(file_.handle()) != 0) throw cannot_write(path_);
         for (unsigned number = 0; number < max_numbers; ++number) {
             std::filesystem::path target = path_;
-            target.replace_filename(numbered_name(name, number));
+            target.replace_filename(path_of(numbered_name(name, number)));
             if (detail::rename_to_free(path_, target) == 0) {
                 published_ = true;
                 if (!detail::sync_directory(detail::directory_of(target)))
@@ -8858,11 +8865,13 @@ class Client final : private FileHost {
 
 namespace detail {
 // What each system does in its own way: chapter 14.
-inline void remove_from_environment(const char* name);
+inline std::optional<SecretBytes> take_from_environment(const char* name);  // it is gone then
 // Shows `prompt` and gives each key that is pressed to `handle`, until that returns false. Nothing
-// is echoed, and no key is a signal; but Ctrl-Z still suspends. Throws Error if there is no
-// terminal.
+// is echoed, and no key is a signal; but Ctrl-Z still suspends. Throws Error(no_terminal).
 inline void read_keys(std::string_view prompt, const std::function<bool(int key)>& handle);
+inline constexpr const char* no_terminal =
+    "There is no terminal to ask for the password. Give it in the environment, as "
+    "CHATSECURE_PASSWORD, or to the client with --password-file.";
 }  // namespace detail
 
 // The first line of a file or, without a file, the environment's CHATSECURE_PASSWORD (which is then
@@ -8880,12 +8889,7 @@ inline std::optional<SecretBytes> find_password(const std::filesystem::path& fil
                                " has no password: that is its first line, which is empty."));
         return SecretBytes(begin, end);
     }
-    char* value = std::getenv("CHATSECURE_PASSWORD");
-    if (value == nullptr) return std::nullopt;
-    SecretBytes password = to_secret(value);
-    OPENSSL_cleanse(value, password.size());
-    detail::remove_from_environment("CHATSECURE_PASSWORD");
-    return password;
+    return detail::take_from_environment("CHATSECURE_PASSWORD");
 }
 
 // Asks on the terminal, without echo. Throws Error if the user gives up (Ctrl-C, Ctrl-D) or if
@@ -9159,13 +9163,13 @@ T number_for(std::string_view flag, std::string_view text, T least, T most) {
 inline std::filesystem::path directory_for(std::string_view flag, const std::string& text) {
     if (text.empty())
         throw Error(concat(flag, " takes a directory, and not nothing: \".\" is this one."));
-    return text;
+    return path_of(text);
 }
 
 // A fingerprint as text, or the fingerprint of the key in a PEM file. Throws Error.
 inline Fingerprint fingerprint_from(const std::string& file_or_fingerprint) {
     if (file_or_fingerprint.starts_with("SHA256:")) return Fingerprint::parse(file_or_fingerprint);
-    std::optional<SecretBytes> pem = read_file(file_or_fingerprint, max_key_file_bytes);
+    std::optional<SecretBytes> pem = read_file(path_of(file_or_fingerprint), max_key_file_bytes);
     if (!pem)
         throw Error(concat("There is no key file ", file_or_fingerprint,
                            ". Give the server's server_public.pem, or its fingerprint SHA256:..."));
@@ -9191,6 +9195,31 @@ inline void make_write_errors_errors();
 // the system gives the lowest free number to whatever is opened next, and what was meant for the
 // screen would go into a key file or to the server. From here on all three are something.
 inline void open_standard_descriptors();
+
+// What the program was called with, in UTF-8, whatever main() was given.
+inline char** arguments_in_utf8(int argc, char** argv);
+
+// Calls `handler` with SIGINT or SIGTERM when somebody asks the program to end; perhaps beside the
+// other threads, or in a signal handler: it may do what is allowed there.
+inline void when_asked_to_end(void (*handler)(int signal));
+
+// Whether standard input (0), output (1) or error (2) is a terminal; and how large that of the
+// output is, with the names that POSIX gives to rows and columns.
+inline bool is_terminal(int descriptor);
+struct TerminalSize {
+    unsigned short ws_row = 24, ws_col = 80;
+};
+inline TerminalSize terminal_size();
+
+inline std::tm local_time(std::time_t time);
+
+// Waits until standard input has something (if `want_input`), or `waker` was woken, or
+// `timeout_ms` is over (-1: never).
+struct Readiness {
+    bool input = false;
+    bool output_gone = false;  // nobody reads standard output any more; it need not be noticed
+};
+inline Readiness wait_for_input(Waker& waker, bool want_input, int timeout_ms);
 
 // ---- What is worth a line -----------------------------------------------------------------------
 
@@ -9240,12 +9269,16 @@ class NowAndThen {
 // ---- Lines of input, for every front end alike --------------------------------------------------
 
 // Standard input, line by line, as far as they are there.
+namespace detail {
+inline std::ptrdiff_t read_input(ByteSpan into);  // read_some() of it; chapter 14
+}  // namespace detail
+
 class LineReader {
   public:
     // Reads what is there; blocks if nothing is.
     void read_more() {
         Bytes block(65536);
-        std::ptrdiff_t got = detail::read_some(0, block);
+        std::ptrdiff_t got = detail::read_input(block);
         if (got > 0) buffer_ += as_text(ByteView(block).first(static_cast<std::size_t>(got)));
         if (got == 0 || (got < 0 && errno != EINTR)) ended_ = true;
     }
@@ -9296,11 +9329,11 @@ inline constexpr std::array<CommandHelp, 15> command_help{{
 inline std::filesystem::path path_from(std::string_view text) {
     const char* home = std::getenv("HOME");
     if (text.starts_with("~/") && home != nullptr)
-        return std::filesystem::path(home) / text.substr(2);
+        return std::filesystem::path(home) / path_of(text.substr(2));
     std::string_view rest = text;
     for (std::string_view prefix : {"file://localhost", "file://"})
         if (rest.starts_with(prefix)) rest.remove_prefix(prefix.size());
-    if (!rest.starts_with('/') || rest.size() == text.size()) return text;
+    if (!rest.starts_with('/') || rest.size() == text.size()) return path_of(text);
     std::string decoded;
     for (; !rest.empty(); rest.remove_prefix(1)) {
         unsigned byte = 0;
@@ -9313,7 +9346,10 @@ inline std::filesystem::path path_from(std::string_view text) {
             decoded += rest[0];
         }
     }
-    return decoded;
+    // "/C:/a" is "C:/a", where drives have letters.
+    if (std::filesystem::path::preferred_separator == '\\' && decoded.find(':') == 2)
+        decoded.erase(0, 1);
+    return path_of(decoded);
 }
 
 // Several paths, as people type them, or as a terminal pastes files that are dropped on it: with
@@ -9942,9 +9978,47 @@ namespace detail {
 
 // ---- Windows: files -----------------------------------------------------------------------------
 
-inline int open_file(const std::filesystem::path& path, bool create, FileMode) {
-    int flags = create ? _O_WRONLY | _O_CREAT | _O_EXCL : _O_RDONLY;
-    return ::_wopen(path.c_str(), flags | _O_BINARY, _S_IREAD | _S_IWRITE);
+// The system's last error becomes errno; returns -1.
+inline int fail() {
+    std::error_code error(static_cast<int>(::GetLastError()), std::system_category());
+    errno = error.default_error_condition().value();
+    return -1;
+}
+// A file that is open has no other name and does not go away, unless who has opened it agrees:
+// FILE_SHARE_DELETE. The library's own functions never do.
+inline int open_shared(const std::filesystem::path& path, DWORD access, DWORD creation, DWORD flags,
+                       SECURITY_ATTRIBUTES* rights = nullptr) {
+    HANDLE file =
+        ::CreateFileW(path.c_str(), access, FILE_SHARE_READ | FILE_SHARE_WRITE | FILE_SHARE_DELETE,
+                      rights, creation, flags, nullptr);
+    if (file == INVALID_HANDLE_VALUE) return fail();
+    return ::_open_osfhandle(reinterpret_cast<std::intptr_t>(file), _O_BINARY | _O_NOINHERIT);
+}
+inline HANDLE handle_of(int file) { return reinterpret_cast<HANDLE>(::_get_osfhandle(file)); }
+
+// Lets our user in and nobody else, and takes over nothing from the folder. Empty if that fails.
+inline SECURITY_ATTRIBUTES rights_of_owner() {
+    SECURITY_ATTRIBUTES rights{sizeof rights, nullptr, FALSE};
+    alignas(TOKEN_USER) std::array<std::uint8_t, 256> user{};
+    HANDLE process = nullptr;
+    DWORD size = user.size();
+    wchar_t* name = nullptr;
+    if (::OpenProcessToken(::GetCurrentProcess(), TOKEN_QUERY, &process) != 0 &&
+        ::GetTokenInformation(process, TokenUser, user.data(), size, &size) != 0 &&
+        ::ConvertSidToStringSidW(reinterpret_cast<TOKEN_USER*>(user.data())->User.Sid, &name) != 0)
+        ::ConvertStringSecurityDescriptorToSecurityDescriptorW(
+            (L"D:P(A;;FA;;;" + std::wstring(name) + L")").c_str(), SDDL_REVISION_1,
+            &rights.lpSecurityDescriptor, nullptr);
+    ::LocalFree(name);
+    ::CloseHandle(process);
+    return rights;
+}
+inline int open_file(const std::filesystem::path& path, bool create, FileMode mode) {
+    if (!create) return open_shared(path, GENERIC_READ, OPEN_EXISTING, FILE_ATTRIBUTE_NORMAL);
+    static SECURITY_ATTRIBUTES owner = rights_of_owner();
+    if (owner.lpSecurityDescriptor == nullptr) return errno = EACCES, -1;
+    return open_shared(path, GENERIC_WRITE, CREATE_NEW, FILE_ATTRIBUTE_NORMAL,
+                       mode == FileMode::owner_only ? &owner : nullptr);
 }
 inline void give_back_free_memory() {}
 inline int close_file(int file) { return ::_close(file); }
@@ -9953,11 +10027,10 @@ inline std::ptrdiff_t read_some(int file, ByteSpan into) {
     return ::_read(file, into.data(), static_cast<unsigned>(into.size()));
 }
 inline int rename_over(const std::filesystem::path& from, const std::filesystem::path& to) {
-    if (::MoveFileExW(from.c_str(), to.c_str(), MOVEFILE_REPLACE_EXISTING) != 0) return 0;
-    errno = EACCES;
-    return -1;
+    const DWORD flags = MOVEFILE_REPLACE_EXISTING | MOVEFILE_WRITE_THROUGH;
+    return ::MoveFileExW(from.c_str(), to.c_str(), flags) != 0 ? 0 : fail();
 }
-inline bool sync_directory(const std::filesystem::path&) { return true; }  // NTFS logs renames
+inline bool sync_directory(const std::filesystem::path&) { return true; }  // see WRITE_THROUGH
 
 // Directories cannot be locked: a file in it, which goes away with the process, stands for it.
 inline std::intptr_t lock_directory(const std::filesystem::path& directory, bool wait,
@@ -9968,6 +10041,11 @@ inline std::intptr_t lock_directory(const std::filesystem::path& directory, bool
         HANDLE lock = ::CreateFileW(file.c_str(), GENERIC_WRITE, 0, nullptr, OPEN_ALWAYS,
                                     FILE_FLAG_DELETE_ON_CLOSE, nullptr);
         if (lock != INVALID_HANDLE_VALUE) return reinterpret_cast<std::intptr_t>(lock);
+        DWORD reason = ::GetLastError();  // somebody has it, or is just giving it back?
+        fail();
+        if (reason != ERROR_SHARING_VIOLATION && reason != ERROR_ACCESS_DENIED)
+            throw Error(concat("Cannot open the directory ", directory.string(), ": ",
+                               system_reason(), "."));
         if (!wait || std::chrono::steady_clock::now() >= until) throw Error(std::string(busy));
         ::Sleep(10);
     }
@@ -9975,19 +10053,30 @@ inline std::intptr_t lock_directory(const std::filesystem::path& directory, bool
 inline void unlock_directory(std::intptr_t lock) { ::CloseHandle(reinterpret_cast<HANDLE>(lock)); }
 inline bool may_write_into(const std::filesystem::path&) { return true; }  // writing will tell
 
+// A directory can only be opened with "backup semantics": to be told from a file afterwards.
 inline int open_to_send(const std::filesystem::path& path) {
-    return ::_wopen(path.c_str(), _O_RDONLY | _O_BINARY);
+    return open_shared(path, GENERIC_READ, OPEN_EXISTING, FILE_FLAG_BACKUP_SEMANTICS);
 }
 inline int open_part(const std::filesystem::path& path, bool create) {
-    return ::_wsopen(path.c_str(), _O_RDWR | _O_BINARY | (create ? _O_CREAT | _O_EXCL : 0),
-                     _SH_DENYRW, _S_IREAD | _S_IWRITE);
+    return open_shared(path, GENERIC_READ | GENERIC_WRITE, create ? CREATE_NEW : OPEN_EXISTING,
+                       FILE_FLAG_OPEN_REPARSE_POINT);  // a link is not followed
 }
+// The system counts tenths of a microsecond since 1601.
+inline constexpr std::uint64_t ticks_until_1970 = 116'444'736'000'000'000;
 inline bool attributes_of(int file, FileAttributes& attributes) {
-    struct _stat64 raw {};
-    if (::_fstat64(file, &raw) != 0) return false;
-    attributes = {(raw.st_mode & _S_IFREG) != 0, (raw.st_mode & _S_IFDIR) != 0,
-                  static_cast<std::uint64_t>(raw.st_size),
-                  static_cast<std::uint64_t>(raw.st_mtime) * 1'000'000'000};
+    BY_HANDLE_FILE_INFORMATION raw{};
+    if (::GetFileInformationByHandle(handle_of(file), &raw) == 0) {
+        fail();
+        return false;
+    }
+    auto both = [](DWORD high, DWORD low) { return std::uint64_t{high} << 32 | low; };
+    std::uint64_t time =
+        both(raw.ftLastWriteTime.dwHighDateTime, raw.ftLastWriteTime.dwLowDateTime);
+    bool directory = (raw.dwFileAttributes & FILE_ATTRIBUTE_DIRECTORY) != 0;
+    bool link = (raw.dwFileAttributes & FILE_ATTRIBUTE_REPARSE_POINT) != 0;
+    attributes = {!directory && !link && ::GetFileType(handle_of(file)) == FILE_TYPE_DISK,
+                  directory, both(raw.nFileSizeHigh, raw.nFileSizeLow),
+                  time <= ticks_until_1970 ? 0 : (time - ticks_until_1970) * 100};
     return true;
 }
 inline std::ptrdiff_t read_some_at(int file, ByteSpan into, std::uint64_t offset) {
@@ -10001,16 +10090,21 @@ inline std::ptrdiff_t write_some_at(int file, ByteView bytes, std::uint64_t offs
 inline bool truncate_file(int file, std::uint64_t size) {
     return ::_chsize_s(file, static_cast<std::int64_t>(size)) == 0;
 }
-inline bool lock_file(int) { return true; }  // _SH_DENYRW
+// What is locked cannot be read by others either: so it is a byte that no file has.
+inline bool lock_file(int file) {
+    OVERLAPPED where{};
+    where.OffsetHigh = 0x7fff'ffff;
+    return ::LockFileEx(handle_of(file), LOCKFILE_EXCLUSIVE_LOCK | LOCKFILE_FAIL_IMMEDIATELY, 0, 1,
+                        0, &where) != 0 ||
+           ::GetLastError() != ERROR_LOCK_VIOLATION;
+}
 inline void set_modified(int file, std::uint64_t nanoseconds) {
-    struct __utimbuf64 times {};
-    times.actime = times.modtime = static_cast<std::int64_t>(nanoseconds / 1'000'000'000);
-    ::_futime64(file, &times);
+    std::uint64_t ticks = nanoseconds / 100 + ticks_until_1970;
+    FILETIME time{static_cast<DWORD>(ticks), static_cast<DWORD>(ticks >> 32)};
+    ::SetFileTime(handle_of(file), nullptr, &time, &time);  // a wish
 }
 inline int rename_to_free(const std::filesystem::path& from, const std::filesystem::path& to) {
-    if (::MoveFileExW(from.c_str(), to.c_str(), 0) != 0) return 0;
-    errno = ::GetLastError() == ERROR_ALREADY_EXISTS ? EEXIST : EACCES;
-    return -1;
+    return ::MoveFileExW(from.c_str(), to.c_str(), MOVEFILE_WRITE_THROUGH) != 0 ? 0 : fail();
 }
 inline bool is_disk_full(int error) { return error == ENOSPC || error == EFBIG; }
 
@@ -10054,7 +10148,9 @@ inline std::array<SocketHandle, 2> make_waker_ends() {
 
 inline std::ptrdiff_t receive_some(SocketHandle s, ByteSpan into) {
     auto size = static_cast<int>(std::min<std::size_t>(into.size(), 1 << 30));
-    return ::recv(s, reinterpret_cast<char*>(into.data()), size, 0);
+    int got = ::recv(s, reinterpret_cast<char*>(into.data()), size, 0);
+    // Shut down from here: elsewhere that is the end of the stream, and no error.
+    return got < 0 && ::WSAGetLastError() == WSAESHUTDOWN ? 0 : got;
 }
 inline std::ptrdiff_t send_some(SocketHandle s, ByteView bytes) {
     auto size = static_cast<int>(std::min<std::size_t>(bytes.size(), 1 << 30));
@@ -10076,15 +10172,200 @@ inline std::string lookup_reason(int failure) { return socket_reason(failure); }
 
 // ---- Windows: programs --------------------------------------------------------------------------
 
-inline void remove_from_environment(const char* name) { ::_putenv_s(name, ""); }
+inline std::string to_utf8(std::wstring_view wide) {
+    auto size = static_cast<int>(wide.size());
+    int needed = ::WideCharToMultiByte(CP_UTF8, 0, wide.data(), size, nullptr, 0, nullptr, nullptr);
+    std::string text(static_cast<std::size_t>(needed), '\0');
+    ::WideCharToMultiByte(CP_UTF8, 0, wide.data(), size, text.data(), needed, nullptr, nullptr);
+    return text;
+}
+inline std::wstring to_utf16(std::string_view text) {
+    auto size = static_cast<int>(text.size());
+    int needed = ::MultiByteToWideChar(CP_UTF8, 0, text.data(), size, nullptr, 0);
+    std::wstring wide(static_cast<std::size_t>(needed), L'\0');
+    ::MultiByteToWideChar(CP_UTF8, 0, text.data(), size, wide.data(), needed);
+    return wide;
+}
+inline std::optional<SecretBytes> take_from_environment(const char* name) {
+    std::wstring wide_name(name, name + std::strlen(name));
+    wchar_t* value = ::_wgetenv(wide_name.c_str());
+    if (value == nullptr) return std::nullopt;
+    std::string text = to_utf8(value);
+    SecretBytes secret = to_secret(text);
+    OPENSSL_cleanse(text.data(), text.size());
+    OPENSSL_cleanse(value, std::wcslen(value) * sizeof *value);
+    ::_wputenv_s(wide_name.c_str(), L"");
+    return secret;
+}
 inline int columns_of(char32_t point) { return point < 0x20 ? 0 : 1; }
 
+// Reads letters from the console, as the console is set. UTF-16 comes in units; what is half of a
+// letter stays in `units`. False: there is no console, or no more.
+inline bool read_letters(std::wstring& units, std::string& text) {
+    std::array<wchar_t, 1024> block;
+    DWORD got = 0;
+    do {
+        ::SetLastError(0);
+        if (::ReadConsoleW(::GetStdHandle(STD_INPUT_HANDLE), block.data(), block.size(), &got,
+                           nullptr) == 0)
+            return false;
+    } while (got == 0 && ::GetLastError() == ERROR_OPERATION_ABORTED);  // Ctrl-C: no end
+    units.append(block.data(), got);
+    bool half = !units.empty() && (units.back() & 0xfc00) == 0xd800;
+    text = to_utf8(std::wstring_view(units).substr(0, units.size() - (half ? 1 : 0)));
+    units.erase(0, units.size() - (half ? 1 : 0));
+    return got > 0;
+}
+
 inline void read_keys(std::string_view prompt, const std::function<bool(int key)>& handle) {
+    HANDLE console = ::GetStdHandle(STD_INPUT_HANDLE);
+    DWORD before = 0;
+    if (::GetConsoleMode(console, &before) == 0) throw Error(no_terminal);
+    ::SetConsoleMode(console, 0);  // no echo, no lines, no signals
+    AtExit restore([&] { ::SetConsoleMode(console, before); });
     std::cerr << prompt << std::flush;
-    while (handle(::_getch())) {
+    std::wstring units;
+    std::string keys;
+    for (bool more = true; more;) {
+        AtExit wipe([&] { OPENSSL_cleanse(keys.data(), keys.size()); });
+        if (!read_letters(units, keys)) keys = "\x04";  // the end of the input counts as Ctrl-D
+        for (std::size_t i = 0; i < keys.size() && more; ++i)
+            more = handle(static_cast<unsigned char>(keys[i]));
     }
     std::cerr << '\n';
 }
+
+// What a stream writes, if that goes to a console: kept until the stream is flushed.
+class ConsoleOutput : public std::streambuf {
+  public:
+    ConsoleOutput(std::ostream& stream, DWORD which)
+        : stream_(stream), before_(stream.rdbuf()), console_(::GetStdHandle(which)) {
+        DWORD mode = 0;
+        if (::GetConsoleMode(console_, &mode) != 0) stream_.rdbuf(this);
+    }
+    ConsoleOutput(const ConsoleOutput&) = delete;
+    ConsoleOutput& operator=(const ConsoleOutput&) = delete;
+    ~ConsoleOutput() override {
+        sync();
+        stream_.rdbuf(before_);
+    }
+
+  private:
+    int_type overflow(int_type c) override {
+        char byte = traits_type::to_char_type(c);
+        xsputn(&byte, 1);
+        return c;
+    }
+    std::streamsize xsputn(const char* text, std::streamsize size) override {
+        std::lock_guard lock(mutex_);
+        text_.append(text, static_cast<std::size_t>(size));
+        return size;
+    }
+    int sync() override {
+        std::lock_guard lock(mutex_);
+        std::wstring wide = to_utf16(std::exchange(text_, {}));
+        DWORD size = 0;
+        ::WriteConsoleW(console_, wide.data(), static_cast<DWORD>(wide.size()), &size, nullptr);
+        return 0;
+    }
+
+    std::ostream& stream_;
+    std::streambuf* before_;
+    HANDLE console_;
+    std::mutex mutex_;  // guards `text_`: several threads write to the server's log
+    std::string text_;
+};
+
+// Neither a console nor a pipe can be waited for together with sockets. A thread reads standard
+// input, a block when it is asked for one, and wakes who waits for it.
+class InputThread {
+  public:
+    InputThread() : thread_([this] { run(); }) {}
+    InputThread(const InputThread&) = delete;
+    InputThread& operator=(const InputThread&) = delete;
+    ~InputThread() {  // joins; what it is reading is called off
+        std::unique_lock lock(mutex_);
+        ending_ = true;
+        changed_.notify_all();
+        while (!changed_.wait_for(lock, std::chrono::milliseconds(10), [&] { return done_; }))
+            ::CancelSynchronousIo(handle_);
+        lock.unlock();
+        thread_.join();
+        if (handle_ != nullptr) ::CloseHandle(handle_);
+    }
+
+    // Whether there is something to take(), the end being something too.
+    bool wait(Waker& waker, int timeout_ms) {
+        {
+            std::lock_guard lock(mutex_);
+            if (ready_) return true;
+            wanted_ = true;
+            waker_ = &waker;
+            changed_.notify_all();
+        }
+        std::array<PollEntry, 1> entries{{{waker.handle(), POLLIN, 0}}};
+        poll_sockets(entries, timeout_ms);
+        std::lock_guard lock(mutex_);
+        waker_ = nullptr;
+        return ready_;
+    }
+    std::ptrdiff_t take(ByteSpan into) {
+        std::unique_lock lock(mutex_);
+        wanted_ = wanted_ || !ready_;
+        changed_.notify_all();
+        changed_.wait(lock, [&] { return ready_; });
+        std::size_t size = std::min(into.size(), block_.size());
+        std::copy_n(block_.begin(), size, into.begin());
+        block_.erase(0, size);
+        ready_ = ended_ || !block_.empty();
+        return static_cast<std::ptrdiff_t>(size);
+    }
+
+  private:
+    void run() {
+        ::DuplicateHandle(::GetCurrentProcess(), ::GetCurrentThread(), ::GetCurrentProcess(),
+                          &handle_, 0, FALSE, DUPLICATE_SAME_ACCESS);
+        bool console = is_terminal(0);
+        ::_setmode(0, _O_BINARY);  // a byte 0x1a in a file is not its end
+        std::wstring units;
+        std::string block;
+        std::unique_lock lock(mutex_);
+        for (;;) {
+            changed_.wait(lock, [&] { return wanted_ || ending_; });
+            if (ending_) break;
+            lock.unlock();
+            if (console) {
+                if (!read_letters(units, block) || block.starts_with('\x1a')) block.clear();
+            } else {
+                block.resize(65536);
+                std::ptrdiff_t got = ::_read(0, block.data(), static_cast<unsigned>(block.size()));
+                block.resize(static_cast<std::size_t>(std::max<std::ptrdiff_t>(got, 0)));
+            }
+            lock.lock();
+            block_ += block;
+            wanted_ = false;
+            ended_ = block.empty();
+            ready_ = true;
+            if (waker_ != nullptr) waker_->wake();
+            changed_.notify_all();
+        }
+        done_ = true;
+        changed_.notify_all();
+    }
+
+    std::mutex mutex_;  // guards everything below, but `handle_`: set before the first block
+    std::condition_variable changed_;
+    std::string block_;  // what was read and not yet taken
+    bool wanted_ = false, ready_ = false, ended_ = false, ending_ = false, done_ = false;
+    Waker* waker_ = nullptr;  // of who waits
+    HANDLE handle_ = nullptr;
+    std::thread thread_;
+};
+inline InputThread& input_thread() {
+    static InputThread thread;
+    return thread;
+}
+inline std::ptrdiff_t read_input(ByteSpan into) { return input_thread().take(into); }
 
 }  // namespace detail
 
@@ -10092,10 +10373,64 @@ inline std::size_t raise_descriptor_limit() { return 16384; }
 inline void share_one_heap() {}
 
 inline void make_write_errors_errors() {}
-inline void open_standard_descriptors() {}
+// What is written to a console is UTF-16; the C library would take our UTF-8 for something else.
+inline void open_standard_descriptors() {
+    static detail::ConsoleOutput out(std::cout, STD_OUTPUT_HANDLE);
+    static detail::ConsoleOutput err(std::cerr, STD_ERROR_HANDLE);
+}
+inline char** arguments_in_utf8(int, char** argv) {
+    static std::vector<std::string> texts;
+    static std::vector<char*> pointers;
+    int count = 0;
+    wchar_t** wide = ::CommandLineToArgvW(::GetCommandLineW(), &count);
+    if (wide == nullptr) return argv;
+    for (int i = 0; i < count; ++i) texts.push_back(detail::to_utf8(wide[i]));
+    ::LocalFree(wide);
+    for (std::string& text : texts) pointers.push_back(text.data());
+    pointers.push_back(nullptr);
+    return pointers.data();
+}
+inline void when_asked_to_end(void (*handler)(int signal)) {
+    static std::atomic<void (*)(int)> called = nullptr;
+    struct Console {
+        static BOOL WINAPI handle(DWORD event) {
+            called.load()(event == CTRL_C_EVENT ? SIGINT : SIGTERM);
+            if (event >= CTRL_CLOSE_EVENT) ::Sleep(INFINITE);  // what returns is ended at once
+            return TRUE;
+        }
+    };
+    called = handler;
+    ::SetConsoleCtrlHandler(&Console::handle, TRUE);
+}
+inline bool is_terminal(int descriptor) {
+    DWORD mode = 0;
+    return ::GetConsoleMode(detail::handle_of(descriptor), &mode) != 0;
+}
+inline TerminalSize terminal_size() {
+    CONSOLE_SCREEN_BUFFER_INFO info{};
+    if (::GetConsoleScreenBufferInfo(::GetStdHandle(STD_OUTPUT_HANDLE), &info) == 0) return {};
+    return {static_cast<unsigned short>(info.srWindow.Bottom - info.srWindow.Top + 1),
+            static_cast<unsigned short>(info.srWindow.Right - info.srWindow.Left + 1)};
+}
+inline std::tm local_time(std::time_t time) {
+    std::tm local{};
+    ::localtime_s(&local, &time);
+    return local;
+}
+inline Readiness wait_for_input(Waker& waker, bool want_input, int timeout_ms) {
+    Readiness ready;
+    if (want_input) {
+        ready.input = detail::input_thread().wait(waker, timeout_ms);
+    } else {
+        std::array<detail::PollEntry, 1> entries{{{waker.handle(), POLLIN, 0}}};
+        detail::poll_sockets(entries, timeout_ms);
+    }
+    waker.drain();
+    return ready;
+}
 inline std::filesystem::path default_home() {
-    const char* data = std::getenv("APPDATA");
-    return std::filesystem::path(data != nullptr ? data : "") / "ChatSecure";
+    const wchar_t* data = ::_wgetenv(L"APPDATA");
+    return data != nullptr ? std::filesystem::path(data) / "ChatSecure" : std::filesystem::path();
 }
 
 #else
@@ -10117,7 +10452,12 @@ inline void give_back_free_memory() {
 #endif
 }
 inline int close_file(int file) { return ::close(file); }
-inline int sync_file(int file) { return ::fsync(file); }
+inline int sync_file(int file) {
+#ifdef F_FULLFSYNC  // macOS, whose fsync() leaves them in the disk's own memory
+    if (::fcntl(file, F_FULLFSYNC) == 0) return 0;  // not every file system can do it
+#endif
+    return ::fsync(file);
+}
 inline std::ptrdiff_t read_some(int file, ByteSpan into) {
     return ::read(file, into.data(), into.size());
 }
@@ -10128,7 +10468,7 @@ inline bool sync_directory(const std::filesystem::path& directory) {
     int handle = ::open(directory.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC);
     if (handle < 0) return true;  // an unreadable directory: one cannot ask for more
     bool synced =
-        ::fsync(handle) == 0 || errno == EINVAL;  // or the file system knows no such thing
+        sync_file(handle) == 0 || errno == EINVAL;  // or the file system knows no such thing
     int reason = errno;
     ::close(handle);
     errno = reason;
@@ -10283,16 +10623,21 @@ inline std::string lookup_reason(int failure) { return ::gai_strerror(failure); 
 
 // ---- POSIX: programs ----------------------------------------------------------------------------
 
-inline void remove_from_environment(const char* name) { ::unsetenv(name); }
+inline std::optional<SecretBytes> take_from_environment(const char* name) {
+    char* value = std::getenv(name);
+    if (value == nullptr) return std::nullopt;
+    SecretBytes secret = to_secret(value);
+    OPENSSL_cleanse(value, secret.size());
+    ::unsetenv(name);
+    return secret;
+}
+inline std::ptrdiff_t read_input(ByteSpan into) { return read_some(STDIN_FILENO, into); }
 inline int columns_of(char32_t point) { return ::wcwidth(static_cast<wchar_t>(point)); }
 
 // The terminal is in raw mode meanwhile, so that an interrupt cannot leave it mute.
 inline void read_keys(std::string_view prompt, const std::function<bool(int key)>& handle) {
     termios before{};
-    if (::tcgetattr(STDIN_FILENO, &before) != 0)
-        throw Error(
-            "There is no terminal to ask for the password. Give it in the environment, as "
-            "CHATSECURE_PASSWORD, or to the client with --password-file.");
+    if (::tcgetattr(STDIN_FILENO, &before) != 0) throw Error(no_terminal);
     termios raw = before;
     raw.c_lflag &= ~static_cast<tcflag_t>(ECHO | ICANON | ISIG);
     auto begin = [&] {
@@ -10323,6 +10668,9 @@ inline std::size_t raise_descriptor_limit() {
     rlimit limit{};
     ::getrlimit(RLIMIT_NOFILE, &limit);
     limit.rlim_cur = limit.rlim_max;
+#ifdef __APPLE__
+    limit.rlim_cur = std::min<rlim_t>(limit.rlim_max, OPEN_MAX);  // more is refused
+#endif
     ::setrlimit(RLIMIT_NOFILE, &limit);
     ::getrlimit(RLIMIT_NOFILE, &limit);
     return static_cast<std::size_t>(limit.rlim_cur);
@@ -10342,6 +10690,34 @@ inline void open_standard_descriptors() {
     while (lowest >= 0 && lowest <= STDERR_FILENO) lowest = ::dup(lowest);
     ::close(lowest);
 }
+inline char** arguments_in_utf8(int, char** argv) { return argv; }
+inline void when_asked_to_end(void (*handler)(int signal)) {
+    for (int signal : {SIGINT, SIGTERM, SIGHUP}) std::signal(signal, handler);
+}
+inline bool is_terminal(int descriptor) { return ::isatty(descriptor) == 1; }
+inline TerminalSize terminal_size() {
+    winsize size{};
+    if (::ioctl(STDOUT_FILENO, TIOCGWINSZ, &size) != 0 || size.ws_col == 0) return {};
+    return {size.ws_row, size.ws_col};
+}
+inline std::tm local_time(std::time_t time) {
+    std::tm local{};
+    ::localtime_r(&time, &local);
+    return local;
+}
+inline Readiness wait_for_input(Waker& waker, bool want_input, int timeout_ms) {
+    std::array<pollfd, 3> entries{{{waker.handle(), POLLIN, 0},
+                                   {want_input ? STDIN_FILENO : -1, POLLIN, 0},
+                                   {STDOUT_FILENO, 0, 0}}};
+    int events = ::poll(entries.data(), entries.size(), timeout_ms);
+    if (events > 0 && (entries[2].revents & POLLNVAL) != 0) {  // macOS cannot watch /dev/null
+        entries[2].fd = -1;
+        events = ::poll(entries.data(), entries.size(), timeout_ms);
+    }
+    if (events <= 0) return {};
+    if (entries[0].revents != 0) waker.drain();
+    return {entries[1].revents != 0, (entries[2].revents & (POLLERR | POLLHUP)) != 0};
+}
 inline std::filesystem::path default_home() {
     auto variable = [](const char* name) {
         const char* value = std::getenv(name);
@@ -10356,12 +10732,13 @@ inline std::filesystem::path default_home() {
             home = entry.pw_dir;
     }
 #ifdef __APPLE__
-    return home / "Library" / "Application Support" / "ChatSecure";
+    std::filesystem::path data = home / "Library" / "Application Support" / "ChatSecure";
 #else
     std::filesystem::path data = variable("XDG_DATA_HOME");
     if (data.is_absolute()) return data / "chatsecure";
-    return home.is_absolute() ? home / ".local" / "share" / "chatsecure" : std::filesystem::path();
+    data = home / ".local" / "share" / "chatsecure";
 #endif
+    return home.is_absolute() ? data : std::filesystem::path();
 }
 
 #endif
