@@ -6085,6 +6085,35 @@ TEST_CASE("chapter 12: a server that comes back finds its clients again: same ke
     }
 }
 
+TEST_CASE("chapter 12: after an outage, each message waits for its reader, and costs nothing") {
+    Room room({"alice", "bob"});
+    ClientOptions options = room.options("alice");
+    options.regather = Milliseconds(1);
+    options.return_patience = Milliseconds(3000);
+    Chatter alice(std::move(options));
+    std::optional<Chatter> bob(room.options("bob"));
+    alice.meet("bob");
+    bob->meet("alice");
+    std::uint16_t port = (*room.server)->port();
+    room.server.reset();
+    alice.next<ConnectionLost>();
+    bob.reset();
+    ServerOptions again = server_options(room.data.path);
+    again.port = port;
+    room.server.emplace(std::move(again));
+    CHECK(alice.next<LoggedIn>().others.empty());
+    alice->post(Say{"goes to nobody"});
+    while (alice.next<DeliveryChanged>().state != Delivery::sent) {
+    }
+    alice->post(Tell{"bob", "will you be back?"});
+    CHECK(alice.next<DeliveryChanged>().reason == "until bob is back");
+    std::clock_t before = std::clock();
+    DeliveryChanged end = alice.next<DeliveryChanged>();
+    CHECK(end.state == Delivery::failed);
+    CHECK(end.reason == "is not online");
+    CHECK(std::clock() - before < CLOCKS_PER_SEC / 4);
+}
+
 TEST_CASE("chapter 12: five hundred people log in, see one message each way, and leave") {
     auto entries_of = [](const char* directory) -> std::size_t {
         std::error_code none;
@@ -6727,6 +6756,29 @@ TEST_CASE(
         CHECK(e.state != Delivery::delivered);
         if (e.state == Delivery::failed) break;
     }
+}
+
+TEST_CASE("P13: a message waits for a reader who leaves before the first card is there, too") {
+    HostileServer server;
+    TempDir home;
+    Chatter alice(options_for_hostile(server, home));
+    server.let_in({{2, "bob"}});
+    alice.next<LoggedIn>();
+    alice->post(Tell{"bob", "catch"});
+    server.receive<GetCard>();
+    server.send(Left{LoginId{2}});
+    CHECK(alice.next<DeliveryChanged>().reason == "until bob is back");
+    server.send(Joined{LoginId{3}, "bob"});
+    CHECK(server.receive<GetCard>().id == LoginId{3});
+    server.send(CardOf{LoginId{3}, LoginKeys(test_key(2), "bob", 1000).card_bytes});
+    CHECK(server.receive<Send>().tag == 0);  // the keys
+    server.receive<Send>();
+    CHECK(alice.next<DeliveryChanged>().state == Delivery::sent);
+    // He is there and confirms nothing, as somebody does who ignores her. She leaves.
+    alice->post(Leave{.patience = Milliseconds(1)});
+    server.receive<Quit>();
+    server.send(Goodbye{});
+    CHECK(alice.next<DeliveryChanged>().reason == "did not confirm it before you left");
 }
 
 TEST_CASE("P13: whatever the server says came back, it is not said a second time") {
