@@ -10771,14 +10771,20 @@ TEST_CASE("programs: on a terminal, what is being typed survives incoming messag
 }
 
 TEST_CASE("programs: on a terminal, a mark behind one's own message says what became of it") {
-    AtTerminal here;
+    AtTerminal here(std::vector<std::string>{"--no-color"});
     auto& alice = here.alice;
     if (!here.redraws()) return;  // without libedit nothing is marked
     here.call_bob();
     auto& bob = here.bob;
     alice->write("/msg bob hi\r");
-    alice->wait_for(": hi");
-    alice->wait_for("first contact with bob");  // stands below it now: no mark
+    alice->wait_for(": hi\r\n");
+    alice->wait_for("first contact with bob");  // stands below it now
+    alice->wait_for(": hi  \u2713\u2713\r\n");
+    alice->wait_for("first contact with bob");  // as before
+    alice->write("\x0c");                       // Ctrl-L draws everything anew
+    alice->wait_for("\x1b[H");
+    alice->wait_for(": hi  \u2713\u2713\r\n");
+    alice->wait_for("-- 1 other online --");
     bob->wait_for("alice -> you: hi\n");
     alice->write("/msg bob again\r");
     alice->wait_for("\u2713\u2713");
@@ -10793,8 +10799,30 @@ TEST_CASE("programs: on a terminal, a mark behind one's own message says what be
     alice->wait_for("\u2026 until ");
     here.start();
     bob->wait_for("alice -> you: meanwhile\n");
-    alice->wait_for("delivered to bob: \"meanwhile\"");  // other lines have come since
+    alice->wait_for("joined");  // other lines have come since
+    alice->wait_for(": meanwhile  \u2713\u2713\r\n");
+    for (int i = 0; i < 30; ++i) bob->write(concat("line ", i, "\n"));
+    alice->wait_for("line 29");
+    std::string screen;
+    for (const std::string& row : screen_after(alice->output(), 24, 80)) screen += row + "\n";
+    CAPTURE(screen);
+    CHECK(count_of("line 29\n", screen) == 1);
+    CHECK(count_of("-- 1 other online --\n", screen) == 1);
     CHECK(bob->end() == 0);
+}
+
+TEST_CASE("programs: on a terminal, what goes into a pipe is for scripts, and leaves no trace") {
+    Installation here({"alice"});
+    std::string words;
+    for (const std::string& word : here.command("alice")) words += word + " ";
+    Process alice({"/bin/sh", "-c", concat((program_directory / words).string(), "| cat")},
+                  Process::Input::terminal, here.environment());
+    alice.wait_for("online");
+    alice.write("hello\r/quit\r");
+    alice.wait_for("alice: hello");
+    CHECK(alice.await_end() == 0);
+    CHECK_FALSE(contains(alice.output(), "\x1b"));
+    CHECK(alice.terminal_echoes());
 }
 
 TEST_CASE(
@@ -10813,10 +10841,12 @@ TEST_CASE(
 TEST_CASE("programs: on a terminal, what is pasted is one message, and Enter alone sends it") {
     AtTerminal here;
     auto& alice = here.alice;
-    if (!here.redraws()) return;  // without libedit the terminal edits lines
     here.call_bob();
     auto& bob = here.bob;
-    alice->write("\x1b[200~see the docs\r/msg bob stolen\r\n/quit\n\x1b]0;x\x07thanks\n\x1b[201~");
+    // Without libedit the terminal edits lines, and takes each \r for an end.
+    std::string end = here.redraws() ? "\r\n" : "\n";
+    alice->write("\x1b[200~see the docs\r/msg bob stolen" + end +
+                 "/quit\n\x1b]0;x\x07thanks\n\x1b[201~");
     alice->wait_for("/msg bob stolen");
     alice->wait_for("thanks");
     bob->write("nothing yet?\n");
