@@ -76,6 +76,7 @@
 #include <exception>
 #include <filesystem>
 #include <functional>
+#include <iomanip>
 #include <iostream>
 #include <limits>
 #include <list>
@@ -791,6 +792,30 @@ class DirectoryLock {
     std::intptr_t lock_;
 };
 
+// ---- Looking on ---------------------------------------------------------------------------------
+//
+// Each layer can be watched at work. Whoever starts a server or a client may give it a Tracer, and
+// the layers tell it what they do, with the bytes. Nearly always there is none, and then nothing is
+// computed for it. What the bytes mean is said in chapter 13, where --trace is made of this.
+
+struct TraceEvent {
+    enum class Layer {
+        stream,     // what one call took from the socket, or gave to it
+        handshake,  // a frame of the handshake
+        record,     // a sealed record, and its plaintext
+        message,    // one message of those in a record
+        payload,    // what is sealed for somebody, and its plaintext: kind and body
+        room_text,  // the same for a room message: the text
+        secret,     // a key, or what a key is made of: never shown unless somebody asks for it
+    } layer{};
+    enum class Way { in, out, none } way = Way::none;
+    ByteView wire{};           // as it travels; of a secret: what it is derived from, if that helps
+    ByteView plain{};          // what is inside; the secret
+    std::string_view name{};   // the key that sealed it; what the secret is
+    std::uint64_t number = 0;  // of the frame, the record, or the payload on its lane
+};
+using Tracer = std::function<void(const TraceEvent&)>;
+
 // =================================================================================================
 //  Chapter 2. Sockets
 // =================================================================================================
@@ -1342,6 +1367,8 @@ class FrameReader {
         if (!got) return Got::nothing_now;
         if (*got == 0 && begin_ == end_) return Got::the_end;
         if (*got == 0) throw NetworkError("The connection ended in the middle of a message.");
+        if (trace)
+            trace({TraceEvent::Layer::stream, TraceEvent::Way::in, {buffer_.get() + end_, *got}});
         end_ += *got;
         drained_ = end_ < capacity_;
         return Got::some;
@@ -1362,6 +1389,8 @@ class FrameReader {
             socket_.wait(POLLIN, deadline);
         }
     }
+
+    Tracer trace;  // set before anything is read
 
     // Gives back the memory that a burst needed. For times of silence.
     void shrink() {
@@ -1537,23 +1566,38 @@ inline Secret<32> hmac_sha256(ByteView key, ByteView message) {
 
 // ---- HKDF: one secret becomes many keys (RFC 5869) ----------------------------------------------
 
+namespace detail {
+inline void tell_secret(const Tracer& trace, std::string_view name, const Secret<32>& secret,
+                        ByteView made_from = {}) {
+    if (trace)
+        trace({TraceEvent::Layer::secret, TraceEvent::Way::none, made_from, secret.view(), name});
+}
+}  // namespace detail
+
 // Concentrates the entropy of `ikm` into a pseudorandom key. The salt need not be secret; here it
 // is the hash of everything that was said, so that whoever changed a byte gets another key.
 inline Secret<32> hkdf_extract(ByteView salt, ByteView ikm) { return hmac_sha256(salt, ikm); }
 // Derives a key for one purpose, named by `label`. Keys with different labels tell nothing about
 // each other.
-inline Secret<32> hkdf_expand(const Secret<32>& prk, std::string_view label) {
+inline Secret<32> hkdf_expand(const Secret<32>& prk, std::string_view label,
+                              const Tracer& trace = {}) {
     constexpr std::array<std::uint8_t, 1> first_block{1};  // 32 bytes are one block: the only one
-    return hmac_sha256(prk.view(), join(as_bytes(label), first_block));
+    Secret<32> key = hmac_sha256(prk.view(), join(as_bytes(label), first_block));
+    detail::tell_secret(trace, label, key);
+    return key;
 }
 
 // The construction of the chapter's introduction.
 inline Secret<32> agree(ByteView transcript, const Secret<32>& oaep_secret,
-                        const Secret<32>& ephemeral) {
+                        const Secret<32>& ephemeral, const Tracer& trace = {}) {
     Secret<64> ikm;
     std::copy(oaep_secret.view().begin(), oaep_secret.view().end(), ikm.span().begin());
     std::copy(ephemeral.view().begin(), ephemeral.view().end(), ikm.span().begin() + 32);
-    return hkdf_extract(transcript, ikm.view());
+    Secret<32> prk = hkdf_extract(transcript, ikm.view());
+    detail::tell_secret(trace, "OAEP secret", oaep_secret);
+    detail::tell_secret(trace, "X25519 secret", ephemeral);
+    detail::tell_secret(trace, "prk", prk, transcript);
+    return prk;
 }
 
 // PBKDF2-HMAC-SHA256 (RFC 8018): a slow hash for passwords. Blocks: about 0.25 s for 600,000
@@ -1856,7 +1900,7 @@ class RsaPrivateKey {
 
 using X25519Public = std::array<std::uint8_t, 32>;
 
-// One side of an ephemeral exchange. The private half exists only inside this object.
+// One side of an ephemeral exchange. The private half leaves this object only for a trace.
 class X25519Key {
   public:
     static X25519Key generate() {
@@ -1868,6 +1912,13 @@ class X25519Key {
     }
 
     const X25519Public& public_key() const { return public_; }
+    void tell_private(const Tracer& trace, std::string_view name) const {
+        if (!trace) return;
+        Secret<32> scalar;
+        std::size_t size = 32;
+        if (::EVP_PKEY_get_raw_private_key(key_.get(), scalar.span().data(), &size) == 1)
+            detail::tell_secret(trace, name, scalar, public_);
+    }
 
     // The secret that both sides get from the other's public key. Throws ProtocolError for the few
     // public keys that would make it zero, whoever's turn it is (RFC 7748 section 6.1).
@@ -2034,11 +2085,12 @@ struct HopKeys {
 namespace detail {
 
 inline HopKeys derive_hop_keys(ByteView hello1, ByteView hello2, ByteView key3,
-                               const Secret<32>& secret, const Secret<32>& x25519) {
-    Secret<32> prk = agree(sha256(hello1, hello2, key3), secret, x25519);
-    return {hkdf_expand(prk, "chatsecure hop client to server"),
-            hkdf_expand(prk, "chatsecure hop server to client"),
-            to_fixed<32>(hkdf_expand(prk, "chatsecure hop channel binding").view())};
+                               const Secret<32>& secret, const Secret<32>& x25519,
+                               const Tracer& trace = {}) {
+    Secret<32> prk = agree(sha256(hello1, hello2, key3), secret, x25519, trace);
+    return {hkdf_expand(prk, "chatsecure hop client to server", trace),
+            hkdf_expand(prk, "chatsecure hop server to client", trace),
+            to_fixed<32>(hkdf_expand(prk, "chatsecure hop channel binding", trace).view())};
 }
 
 // The beginning of both hellos. Throws ProtocolError.
@@ -2069,11 +2121,12 @@ class ClientHandshake {
     }
 
     // Makes frame 3 and the keys.
-    Bytes key_message(HopKeys& keys) {
+    Bytes key_message(HopKeys& keys, const Tracer& trace = {}) {
+        ephemeral_.tell_private(trace, "x25519_c");
         Secret<32> secret = random_secret<32>();
         Bytes key3 = server_key_->encrypt(secret, sha256(hello1_, hello2_));
         keys = detail::derive_hop_keys(hello1_, hello2_, key3, secret,
-                                       ephemeral_.shared_secret(server_x25519_));
+                                       ephemeral_.shared_secret(server_x25519_), trace);
         return key3;
     }
 
@@ -2100,10 +2153,11 @@ class ServerHandshake {
     ByteView hello() const { return hello2_; }
 
     // Takes frame 3 and makes the keys, wrong ones if it does not open. One RSA operation.
-    HopKeys receive_key(ByteView frame3) const {
+    HopKeys receive_key(ByteView frame3, const Tracer& trace = {}) const {
+        ephemeral_.tell_private(trace, "x25519_s");
         Secret<32> secret = key_.decrypt_or_random(frame3, sha256(hello1_, hello2_));
         return detail::derive_hop_keys(hello1_, hello2_, frame3, secret,
-                                       ephemeral_.shared_secret(client_x25519_));
+                                       ephemeral_.shared_secret(client_x25519_), trace);
     }
 
   private:
@@ -2144,6 +2198,7 @@ class RecordCipher {
                 "forged on the way.");
         return *plain;
     }
+    std::uint64_t number() const { return number_; }  // of the next record
 
   private:
     // Of the next record; moves to the next key when it is time.
@@ -2861,10 +2916,12 @@ struct LoginKeys {
     const X25519Key ephemeral = X25519Key::generate();
     Bytes card_bytes;
     Digest card_hash{};
+    Tracer trace;
 
     LoginKeys(const RsaPrivateKey& own, std::string_view user, std::uint64_t issued,
-              std::uint64_t run = 0)
-        : identity(own) {
+              std::uint64_t run = 0, Tracer on_looker = {})
+        : identity(own), trace(std::move(on_looker)) {
+        ephemeral.tell_private(trace, "X25519 key of our card");
         Card card{
             std::string(user), own.public_key().der(), ephemeral.public_key(), issued, run, {}};
         card.signature = own.sign(card.signed_part());
@@ -2881,7 +2938,8 @@ inline constexpr std::uint64_t max_sealed_per_lane = 1ULL << 32;
 // One lane of one direction, at the sender.
 class SealingLane {
   public:
-    explicit SealingLane(const Secret<32>& key) : cipher_(key) {}
+    explicit SealingLane(const Secret<32>& key, Tracer trace = {}, std::string key_name = {})
+        : cipher_(key), trace_(std::move(trace)), key_name_(std::move(key_name)) {}
 
     // `sealed` holds room for seq (8 bytes), then kind and body, then room for the tag.
     void seal_in_place(ByteSpan sealed, ByteView aad = {}) {
@@ -2889,8 +2947,13 @@ class SealingLane {
         ++seq_;
         for (std::size_t i = 0; i < 8; ++i)
             sealed[i] = static_cast<std::uint8_t>(seq_ >> (56 - 8 * i));
-        cipher_.seal(Nonce(seq_), aad, sealed.subspan(8, sealed.size() - 8 - gcm_tag_bytes),
-                     sealed.last<gcm_tag_bytes>());
+        ByteSpan text = sealed.subspan(8, sealed.size() - 8 - gcm_tag_bytes);
+        SecretBytes plain;  // before it is overwritten
+        if (trace_) plain.assign(text.begin(), text.end());
+        cipher_.seal(Nonce(seq_), aad, text, sealed.last<gcm_tag_bytes>());
+        if (trace_)
+            trace_(
+                {TraceEvent::Layer::payload, TraceEvent::Way::out, sealed, plain, key_name_, seq_});
     }
     // Appends seq || ciphertext of (kind || body) || tag.
     void seal_to(Bytes& out, Kind kind, ByteView body, ByteView aad = {}) {
@@ -2904,6 +2967,8 @@ class SealingLane {
   private:
     AesGcm cipher_;
     std::uint64_t seq_ = 0;
+    Tracer trace_;
+    std::string key_name_;  // for it
 };
 
 // What became of a sealed payload at the receiver.
@@ -2922,7 +2987,8 @@ struct OpenedPayload {
 // One lane of one direction, at the receiver.
 class OpeningLane {
   public:
-    explicit OpeningLane(const Secret<32>& key) : cipher_(key) {}
+    explicit OpeningLane(const Secret<32>& key, Tracer trace = {}, std::string key_name = {})
+        : cipher_(key), trace_(std::move(trace)), key_name_(std::move(key_name)) {}
 
     // Opens in place. Never throws for anything the network can contain: a damaged payload is
     // reported, and the conversation goes on. (Unlike a damaged record: there the connection itself
@@ -2937,8 +3003,12 @@ class OpeningLane {
             result.state = OpenedPayload::State::repeated;
             return result;
         }
+        Bytes wire;  // before it is overwritten
+        if (trace_) wire = to_bytes(sealed);
         std::optional<ByteSpan> plain = cipher_.open(Nonce(seq), aad, sealed.subspan(8));
         if (!plain) return result;
+        if (trace_)
+            trace_({TraceEvent::Layer::payload, TraceEvent::Way::in, wire, *plain, key_name_, seq});
         result.state = OpenedPayload::State::good;
         result.lost = seq - last_seq_ - 1;
         result.kind = static_cast<Kind>(plain->front());
@@ -2957,6 +3027,8 @@ class OpeningLane {
   private:
     AesGcm cipher_;
     std::uint64_t last_seq_ = 0;
+    Tracer trace_;
+    std::string key_name_;  // for it
 };
 
 namespace detail {
@@ -2965,10 +3037,14 @@ namespace detail {
 // of the side that opens, `b` of the side that is opened to.
 template <class AnyLane>
 std::array<AnyLane, 2> pair_lanes(const Digest& a, const Digest& b, const Secret<32>& secret,
-                                  const Secret<32>& x25519) {
-    Secret<32> prk = agree(join(a, b), secret, x25519);
-    return {AnyLane(hkdf_expand(prk, "chatsecure pair interactive lane")),
-            AnyLane(hkdf_expand(prk, "chatsecure pair bulk lane"))};
+                                  const Secret<32>& x25519, const Tracer& trace = {},
+                                  std::string_view who = {}) {
+    Secret<32> prk = agree(join(a, b), secret, x25519, trace);
+    auto lane = [&](std::string_view label, std::string_view name) {
+        return AnyLane(hkdf_expand(prk, label, trace), trace, trace ? concat(who, name) : "");
+    };
+    return {lane("chatsecure pair interactive lane", ", interactive lane"),
+            lane("chatsecure pair bulk lane", ", bulk lane")};
 }
 
 }  // namespace detail
@@ -3007,7 +3083,8 @@ class PairSender {
         Bytes encapsulated = to.identity.encrypt(secret, join(me.card_hash, to.hash));
         Secret<32> x25519 = me.ephemeral.shared_secret(to.ephemeral);
         append_fields(open_payload, PayloadType::open, me.card_bytes, encapsulated);
-        return detail::pair_lanes<SealingLane>(me.card_hash, to.hash, secret, x25519);
+        return detail::pair_lanes<SealingLane>(me.card_hash, to.hash, secret, x25519, me.trace,
+                                               concat("to ", to.user));
     }
 
     std::array<SealingLane, 2> lanes_;
@@ -3040,7 +3117,8 @@ class PairReceiver {
         if (!secret)
             throw ProtocolError(concat("The keys that came from ", from.user, " do not open."));
         return detail::pair_lanes<OpeningLane>(from.hash, me.card_hash, *secret,
-                                               me.ephemeral.shared_secret(from.ephemeral));
+                                               me.ephemeral.shared_secret(from.ephemeral), me.trace,
+                                               concat("from ", from.user));
     }
 
     std::array<OpeningLane, 2> lanes_;
@@ -3052,18 +3130,24 @@ struct SealedRoomText {
     Bytes sealed;
     Secret<32> key;  // used for this text only, which is why its nonce may be 0
 };
-inline SealedRoomText seal_room_text(std::string_view text) {
+inline SealedRoomText seal_room_text(std::string_view text, const Tracer& trace = {}) {
     SealedRoomText result{to_bytes(as_bytes(text)), random_secret<32>()};
     result.sealed.resize(text.size() + gcm_tag_bytes);
     ByteSpan all(result.sealed);
     AesGcm(result.key).seal(Nonce(0), {}, all.first(text.size()), all.last<gcm_tag_bytes>());
+    if (trace)
+        trace(
+            {TraceEvent::Layer::room_text, TraceEvent::Way::out, all, as_bytes(text), "room key"});
     return result;
 }
 // Nothing if `key` does not open it.
-inline std::optional<std::string> open_room_text(ByteView sealed, const Secret<32>& key) {
+inline std::optional<std::string> open_room_text(ByteView sealed, const Secret<32>& key,
+                                                 const Tracer& trace = {}) {
     Bytes copy = to_bytes(sealed);
     std::optional<ByteSpan> text = AesGcm(key).open(Nonce(0), {}, copy);
     if (!text) return std::nullopt;
+    if (trace)
+        trace({TraceEvent::Layer::room_text, TraceEvent::Way::in, sealed, *text, "room key"});
     return to_string(*text);
 }
 
@@ -5049,6 +5133,12 @@ class Connection {
     // sent.
     std::function<void()> on_full = [] {};
 
+    // Tells `trace` what passes here, from now on; the keys' names are the records'.
+    void watch(const Tracer& trace, std::string_view receiving, std::string_view sending) {
+        trace_ = frames_.trace = trace;
+        key_names_ = {receiving, sending};
+    }
+
     // ---- The handshake: frames in the clear -----------------------------------------------------
 
     // The content of the next frame, valid until the next call. Blocks. Throws ProtocolError,
@@ -5056,10 +5146,12 @@ class Connection {
     ByteSpan receive_frame(Clock::time_point deadline) {
         std::optional<ByteSpan> frame = frames_.next(max_handshake_bytes, deadline);
         if (!frame) throw NetworkError(ended);
+        tell_handshake(TraceEvent::Way::in, *frame);
         return *frame;
     }
     // Blocks. Throws TimedOut or NetworkError.
     void send_frame(ByteView content, Milliseconds patience) {
+        tell_handshake(TraceEvent::Way::out, content);
         socket_.write_all(make_frame(content), patience);
     }
     // From now on everything travels in records.
@@ -5087,7 +5179,10 @@ class Connection {
                 asked_ = false;
                 continue;
             }
+            Bytes wire;  // before it is overwritten
+            if (trace_) wire = make_frame(*frame);
             ByteView record = opener_->open(*frame);
+            if (trace_) tell_record(TraceEvent::Way::in, wire, record, opener_->number() - 1);
             // Nobody needs them, and whoever sends them for ever would be served for ever.
             if (record.empty()) throw ProtocolError("Received an empty record.");
             left_ = Reader(record, "a record");
@@ -5194,11 +5289,15 @@ class Connection {
                     if (!frame && state == Outbox::State::finishing) socket_.finish_writing();
                     if (!frame && state == Outbox::State::closed) socket_.shut_down();
                     if (!frame) return;
-                    sealer_->seal(*frame);
+                    seal(*frame);
                     sending_ = std::move(*frame);
                     sent_ = 0;
                 }
-                sent_ += socket_.write_now(ByteView(sending_).subspan(sent_));
+                std::size_t taken = socket_.write_now(ByteView(sending_).subspan(sent_));
+                if (trace_ && taken != 0)
+                    trace_({TraceEvent::Layer::stream, TraceEvent::Way::out,
+                            ByteView(sending_).subspan(sent_, taken)});
+                sent_ += taken;
                 if (sent_ < sending_.size()) {
                     outbox.stop_at_full_socket();
                     on_full();
@@ -5210,6 +5309,44 @@ class Connection {
             abort();
         }
     }
+
+    void seal(Bytes& frame) {
+        SecretBytes plain;  // before it is overwritten
+        if (trace_) plain.assign(frame.begin() + frame_header_bytes, frame.end());
+        sealer_->seal(frame);
+        if (trace_) tell_record(TraceEvent::Way::out, frame, plain, sealer_->number() - 1);
+    }
+
+    void tell_handshake(TraceEvent::Way way, ByteView frame) {
+        ++handshake_frames_;
+        if (!trace_) return;
+        trace_(
+            {TraceEvent::Layer::handshake, way, make_frame(frame), frame, {}, handshake_frames_});
+    }
+    // A record, and the messages in it.
+    void tell_record(TraceEvent::Way way, ByteView wire, ByteView plain, std::uint64_t number) {
+        std::string_view key = key_names_[way == TraceEvent::Way::out ? 1 : 0];
+        trace_({TraceEvent::Layer::record, way, wire, plain, key, number});
+        try {
+            for (Reader left(plain, "a record"); !left.empty();) {
+                Message message = take_message(left);
+                std::size_t size = message_header_bytes + message.body.size();
+                ByteView all(message.body.data() - message_header_bytes, size);
+                trace_({TraceEvent::Layer::message,
+                        way,
+                        all,
+                        message.body,
+                        {},
+                        static_cast<std::uint64_t>(message.type)});
+            }
+        } catch (const ProtocolError&) {
+            // whoever takes the messages out will say so
+        }
+    }
+
+    Tracer trace_;  // any thread
+    std::array<std::string_view, 2> key_names_;
+    std::uint64_t handshake_frames_ = 0;  // either way
 
     Socket socket_;  // other threads: send() by who writes, and shut_down()
 
@@ -5630,6 +5767,8 @@ struct ServerOptions {
     Milliseconds takeover_patience{5'000};
     Milliseconds write_timeout{20'000};
     std::function<void(LogLevel, const std::string&)> log = [](LogLevel, const std::string&) {};
+    // What `who` (the address of a client) is to be watched with; any thread calls what it returns.
+    std::function<Tracer(std::string_view who)> trace = [](std::string_view) { return Tracer(); };
 };
 
 namespace detail {
@@ -5647,12 +5786,16 @@ struct Session : std::enable_shared_from_this<Session> {
         : connection(std::move(accepted), options.queue_bound, options.bulk_queue_bound),
           bucket(options.messages_per_second, options.message_burst),
           host(from.host()),
-          address(from.text()) {}
+          address(from.text()),
+          trace(options.trace(address)) {
+        connection.watch(trace, "client to server", "server to client");
+    }
 
     Connection connection;  // others: what is marked "any thread" there
     Digest channel_binding{};
     TokenBucket bucket;
     const std::string host, address;  // "127.0.0.1", "127.0.0.1:41234"
+    const Tracer trace;
 
     // Guarded by Members.
     //   connecting --> stranger --> logging_in --> member --> left        and from the first three
@@ -6249,7 +6392,7 @@ class Server {
         Clock::time_point deadline = Clock::now() + options_.handshake_timeout;
         ServerHandshake handshake(key_, s.connection.receive_frame(deadline));
         s.connection.send_frame(handshake.hello(), options_.write_timeout);
-        HopKeys keys = finish_handshake(handshake, s.connection.receive_frame(deadline));
+        HopKeys keys = finish_handshake(handshake, s.connection.receive_frame(deadline), s.trace);
         s.connection.secure(std::move(keys.client_to_server), std::move(keys.server_to_client));
         s.channel_binding = keys.channel_binding;
         s.stage = Stage::stranger;
@@ -6258,10 +6401,11 @@ class Server {
     }
 
     // The expensive part, for as many at once as there are processors.
-    HopKeys finish_handshake(const ServerHandshake& handshake, ByteView frame3) {
+    HopKeys finish_handshake(const ServerHandshake& handshake, ByteView frame3,
+                             const Tracer& trace) {
         handshakes_.acquire();
         detail::AtExit release([&] { handshakes_.release(); });
-        return handshake.receive_key(frame3);
+        return handshake.receive_key(frame3, trace);
     }
 
     // Messages until somebody is logged in and has shown a card. One wrong password ends it.
@@ -6895,6 +7039,7 @@ struct ClientOptions {
     FileTransfers::Options files{"downloads"};  // where received files go, and more
     std::function<void()> on_event = [] {};  // called in the engine's thread after each event; it
                                              // wakes somebody, and does nothing else
+    Tracer trace{};                          // any thread of the engine's calls it
 };
 
 namespace detail {
@@ -7245,6 +7390,7 @@ class Login {
         link_ = std::make_unique<Link>(
             connect_to(options_.host, options_.port, options_.connect_timeout, mail_.stop_waker));
         link_->connection->on_full = [this] { mail_.waker.wake(); };
+        link_->connection->watch(options_.trace, "server to client", "client to server");
         mail_.set_connection(link_->connection);
         deadline_ = Clock::now() + options_.answer_timeout;
     }
@@ -7260,7 +7406,7 @@ class Login {
             handshake.receive_hello(connection.receive_frame(deadline_)).fingerprint();
         if (!check_server_key(link_->server_key)) return false;
         HopKeys keys;
-        connection.send_frame(handshake.key_message(keys), options_.answer_timeout);
+        connection.send_frame(handshake.key_message(keys, options_.trace), options_.answer_timeout);
         connection.secure(std::move(keys.server_to_client), std::move(keys.client_to_server));
         link_->channel_binding = keys.channel_binding;
         try {
@@ -7477,7 +7623,8 @@ class Login {
     void publish_card() {
         std::uint64_t issued = pins_->next_issued(user_, identity_->public_key().fingerprint());
         pins_->save();
-        link_->keys.emplace(*identity_, user_, issued, first_issued_.value_or(issued));
+        link_->keys.emplace(*identity_, user_, issued, first_issued_.value_or(issued),
+                            options_.trace);
         if (!first_issued_) first_issued_ = issued;
         link_->issued = issued;
         link_->met_cards.insert(link_->keys->card_hash);
@@ -7989,7 +8136,7 @@ class Client final : private FileHost {
         if (!check_opened(*peer, opened) || opened.kind != Kind::room_key ||
             opened.body.size() != 32)
             return;
-        if (auto plain = open_room_text(message.text, Secret<32>(opened.body)))
+        if (auto plain = open_room_text(message.text, Secret<32>(opened.body), options_.trace))
             if (auto text = Text::decoded(as_bytes(*plain))) receive_text(*peer, true, *text);
     }
 
@@ -8157,7 +8304,8 @@ class Client final : private FileHost {
         bool settled = true;  // asks for all missing cards at once
         for (auto& [login, peer] : link_->peers) settled = is_settled(peer) && settled;
         if (!settled) return false;
-        SealedRoomText room = seal_room_text(as_text(Text{id, message.text}.encoded()));
+        SealedRoomText room =
+            seal_room_text(as_text(Text{id, message.text}.encoded()), options_.trace);
         Digest hash = sha256(room.sealed);
         const std::size_t room_for_keys = max_message_body - 12 - room.sealed.size();
         Bytes wrapped_keys;
@@ -9219,6 +9367,415 @@ inline std::optional<Command> parse_command(std::string_view line, std::string_v
         return Ignore{fold_name(user)};
     }
     throw detail::no_such_command(command);
+}
+
+// ---- The glass box: --trace ---------------------------------------------------------------------
+//
+// What a Tracer is told (chapter 1), cut into named pieces and explained. Each message and each
+// kind of payload is a line of a table; its fields are found by the same function `fields` that
+// writes and reads them, so the tables hold names and nothing else.
+
+struct TracePiece {
+    std::string name;
+    ByteView bytes;
+    std::string value;    // where the bytes alone are hard to read: a number, a text
+    bool secret = false;  // shown with --trace-secrets only
+};
+struct TraceStory {
+    std::string title;
+    std::string meaning;
+    std::vector<TracePiece> outside, inside;  // what travels, and what one holds who has the key
+};
+
+namespace detail {
+
+// Takes the fields of a value, like a Reader, and notes each with its name.
+class PieceReader {
+  public:
+    PieceReader(ByteView in, std::string_view names, std::vector<TracePiece>& out)
+        : in_(in), names_(split_words(names)), out_(out) {}
+
+    template <class... Field>
+    PieceReader& operator()(const Field&... field) {
+        (take(field), ...);
+        return *this;
+    }
+    // Of this size; the rest of the bytes, all that is left.
+    void piece(std::size_t size, std::string name, std::string value = {}) {
+        if (size > in_.size()) throw ProtocolError("cut short");
+        bool secret = name == "ticket" || name == "verifier" || name == "proof" || name == "key";
+        out_.push_back({std::move(name), in_.first(size), std::move(value), secret});
+        in_ = in_.subspan(size);
+    }
+    void rest(std::string name, std::string value = {}) {
+        if (!in_.empty()) piece(in_.size(), std::move(name), std::move(value));
+    }
+    void number(std::size_t size, std::string name) {
+        std::uint64_t value = 0;
+        for (std::size_t i = 0; i < std::min(size, in_.size()); ++i) value = value << 8 | in_[i];
+        last_number_ = value;
+        piece(size, std::move(name), std::to_string(value));
+    }
+    void text(std::uint64_t size, const std::string& name) {
+        if (size > in_.size()) throw ProtocolError("cut short");
+        std::string_view all = as_text(in_.first(size));
+        // Whoever has this and users.db has the ClientKey: chapter 6.
+        std::size_t proof = std::min(name == "text" ? all.find(",p=") : all.npos, all.size());
+        piece(proof, name, quoted(all.substr(0, proof)));
+        if (proof < size) piece(size - proof, "proof", quoted(all.substr(proof)));
+    }
+    void sealed(bool numbered, const std::string& of = "") {
+        if (numbered) number(8, of + "seq");
+        if (in_.size() >= gcm_tag_bytes) piece(in_.size() - gcm_tag_bytes, of + "ciphertext");
+        rest(of + "tag");
+    }
+    std::size_t left() const { return in_.size(); }
+    static std::string quoted(std::string_view text) { return concat('"', visible(text), '"'); }
+
+  private:
+    template <class Number>
+    requires(std::unsigned_integral<Number> || std::is_enum_v<Number>) void take(const Number&) {
+        number(sizeof(Number), next_name());
+    }
+    void take(const std::string&) {
+        std::string name = next_name();
+        number(2, "length of " + name);
+        text(last_number_, name);
+    }
+    template <std::size_t N>
+    void take(const std::array<std::uint8_t, N>&) {
+        nested(next_name(), N);
+    }
+    void take(const Bytes&) { take(ByteView()); }
+    void take(const ByteView&) {
+        std::string name = next_name();
+        number(4, "length of " + name);
+        nested(name, last_number_);
+    }
+    // Bytes that have fields themselves.
+    void nested(const std::string& name, std::uint64_t size);
+
+    std::string next_name() {
+        return next_ < names_.size() ? names_[next_++] : "a field without a name";
+    }
+
+    ByteView in_;
+    std::vector<std::string> names_;
+    std::vector<TracePiece>& out_;
+    std::size_t next_ = 0;
+    std::uint64_t last_number_ = 0;
+};
+
+// A line of the tables.
+struct Described {
+    unsigned code;  // MessageType or Kind
+    std::string_view name, fields, meaning;
+    void (*take)(PieceReader&);
+};
+template <class T>
+void take_fields(PieceReader& pieces) {
+    T value{};
+    T::fields(value, pieces);
+}
+template <class T>
+constexpr Described described(std::string_view name, std::string_view fields,
+                              std::string_view meaning) {
+    if constexpr (requires { T::kind; })
+        return {static_cast<unsigned>(T::kind), name, fields, meaning, take_fields<T>};
+    else
+        return {static_cast<unsigned>(T::type), name, fields, meaning, take_fields<T>};
+}
+
+inline constexpr Described described_messages[] = {
+    described<Welcome>("Welcome", "server_version registration_open",
+                       "whoever sealed this holds the key that was shown"),
+    described<Goodbye>("Goodbye", "reason sentence", "everything before it was handled"),
+    described<Ping>("Ping", "number", "are you still there?"),
+    described<Pong>("Pong", "number", "I am"),
+    described<Quit>("Quit", "", "a client leaves"),
+    described<RegisterAccount>("RegisterAccount", "user verifier identity",
+                               "what the server stores instead of a password"),
+    described<Registered>("Registered", "", "the account is on the disk"),
+    described<Scram>("Scram", "text ticket", "a step of the login"),
+    described<LoginDone>("LoginDone", "server_final id identity ticket",
+                         "both have proved that they know the account"),
+    described<PublishCard>("PublishCard", "card", "a client's public keys, signed by itself"),
+    described<Joined>("Joined", "id user", "somebody is here"),
+    described<Ready>("Ready", "", "these were all who are here"),
+    described<Left>("Left", "id", "somebody is gone"),
+    described<GetCard>("GetCard", "id", "whose keys are these?"),
+    described<CardOf>("CardOf", "id card", "as they were published"),
+    described<Send>("Send", "to lane tag payload", "for one member"),
+    described<Delivered>("Delivered", "from lane payload", "from one member"),
+    described<Fanout>("Fanout", "tag text wrapped_keys", "one text, and its key for each member"),
+    described<RoomDelivered>("RoomDelivered", "from text wrapped_key",
+                             "the same text for everybody, the key for us"),
+    described<Undelivered>("Undelivered", "to tag", "too much waits for that member"),
+    described<Taken>("Taken", "tag", "every queue has it"),
+};
+
+// Kinds whose bodies are no structs.
+struct DescribedText {
+    static constexpr Kind kind = Kind::text;
+    static void fields(auto&, auto& io) {
+        io.number(8, "id");
+        io.text(io.left(), "words");
+    }
+};
+struct DescribedReceipt {
+    static constexpr Kind kind = Kind::receipt;
+    static void fields(auto&, auto& io) {
+        while (io.left() > 0) io.number(8, "id");
+    }
+};
+struct DescribedKey {
+    static constexpr Kind kind = Kind::room_key;
+    static void fields(auto&, auto& io) { io.rest("key"); }
+};
+inline constexpr Described described_kinds[] = {
+    described<DescribedText>("Text", "id words", "a private message"),
+    described<DescribedKey>("RoomKey", "key", "opens one room message"),
+    described<DescribedReceipt>("Receipt", "id", "shown, says the reader"),
+    described<FileOffer>("FileOffer", "id name size modified", "may I send this file?"),
+    described<FileAccept>("FileAccept", "id offset held credit", "yes, from this byte on"),
+    described<FileCredit>("FileCredit", "id credit", "so many bytes may be sent"),
+    described<FileChunk>("FileChunk", "id offset bytes", "a piece of the file"),
+    described<FileOver>("FileOver", "id by_sender why", "the transfer is over"),
+};
+
+// Notes what the line for `code` says of `body`. Nothing if there is no such line.
+inline const Described* take_described(std::span<const Described> table, std::uint64_t code,
+                                       ByteView body, std::vector<TracePiece>& out) {
+    auto line = std::find_if(table.begin(), table.end(), [&](auto& l) { return l.code == code; });
+    if (line == table.end()) return nullptr;
+    PieceReader pieces(body, line->fields, out);
+    line->take(pieces);
+    return &*line;
+}
+
+inline void PieceReader::nested(const std::string& name, std::uint64_t size) {
+    if (size > in_.size()) throw ProtocolError("cut short");
+    ByteView bytes = in_.first(size);
+    PieceReader inner(bytes, "user identity x25519 issued run signature", out_);
+    if (name == "card" && size > 0) {
+        take_fields<Card>(inner);
+    } else if (name == "wrapped_keys") {
+        while (inner.left() >= Fanout::entry_bytes) {
+            inner.number(4, "for");
+            inner.number(8, "seq");
+            inner.piece(1 + 32, "ciphertext");
+            inner.piece(gcm_tag_bytes, "tag");
+        }
+    } else if (name == "payload" && size > 0) {
+        bool open = bytes[0] == static_cast<std::uint8_t>(PayloadType::open);
+        inner.number(1, open ? "Open" : "Sealed");
+        if (open) {
+            PieceReader both(bytes.subspan(1), "card encapsulated", out_);
+            take_fields<OpenPayload>(both);
+            in_ = in_.subspan(size);
+            return;
+        }
+        inner.sealed(true);
+    } else if (name == "text" || name == "wrapped_key") {
+        inner.sealed(name == "wrapped_key", name + ": ");
+    } else {
+        inner.rest(name);
+    }
+    in_ = in_.subspan(size);
+}
+
+inline void explain_handshake(const TraceEvent& event, TraceStory& story) {
+    constexpr std::string_view titles[] = {"ClientHello", "ServerHello", "ClientKey"};
+    constexpr std::string_view meanings[] = {
+        "a key that was made for this connection",
+        "likewise; and the long-lived key, which the client compares with the one it knows",
+        "32 random bytes that only the holder of the long-lived key can read"};
+    std::size_t which = std::min<std::size_t>(event.number - 1, 2);
+    story.title = titles[which];
+    story.meaning = meanings[which];
+    PieceReader pieces(event.wire, "", story.outside);
+    pieces.number(frame_header_bytes, "length");
+    if (which == 2) return pieces.rest("encapsulated");
+    pieces.piece(protocol_magic.size(), "magic",
+                 PieceReader::quoted(as_text(event.plain.first(8))));
+    pieces.piece(32, which == 0 ? "x25519_c" : "x25519_s");
+    pieces.rest("server's RSA key");
+}
+
+inline void explain_sealed(const TraceEvent& event, TraceStory& story) {
+    PieceReader pieces(event.wire, "", story.outside);
+    if (event.layer == TraceEvent::Layer::record) {
+        story.title = concat("record ", event.number);
+        story.meaning = concat("sealed with the key \"", event.name, "\"");
+        pieces.number(frame_header_bytes, "length");
+        return pieces.sealed(false);
+    }
+    if (event.layer == TraceEvent::Layer::room_text) {
+        story.title = "room message";
+        story.meaning = "sealed once, for everybody, with a key of its own";
+        pieces.sealed(false);
+        take_described(described_kinds, static_cast<unsigned>(Kind::text), event.plain,
+                       story.inside);
+        return;
+    }
+    story.title = concat("payload ", event.number);
+    story.meaning = concat("(", event.name, ")");
+    pieces.sealed(true);
+    PieceReader plain(event.plain, "", story.inside);
+    plain.number(1, "kind");
+    const Described* kind =
+        take_described(described_kinds, event.plain[0], event.plain.subspan(1), story.inside);
+    if (kind == nullptr) return;
+    story.title += concat(": ", kind->name);
+    story.meaning = concat(kind->meaning, " ", story.meaning);
+}
+
+inline void explain_message(const TraceEvent& event, TraceStory& story) {
+    story.title = "an unknown message";
+    PieceReader header(event.wire, "", story.outside);
+    header.number(1, "type");
+    header.number(4, "length");
+    const Described* message =
+        take_described(described_messages, event.number, event.plain, story.outside);
+    if (message == nullptr) return;
+    story.title = message->name;
+    story.meaning = message->meaning;
+}
+
+inline void explain_layer(const TraceEvent& event, TraceStory& story) {
+    using Layer = TraceEvent::Layer;
+    switch (event.layer) {
+        case Layer::stream:
+            story.title = concat(event.wire.size(), " bytes");
+            story.meaning = event.way == TraceEvent::Way::in ? "taken from the socket at once"
+                                                             : "the socket took them at once";
+            story.outside.push_back({"bytes", event.wire, {}, false});
+            return;
+        case Layer::handshake:
+            return explain_handshake(event, story);
+        case Layer::record:
+        case Layer::payload:
+        case Layer::room_text:
+            return explain_sealed(event, story);
+        case Layer::message:
+            return explain_message(event, story);
+        case Layer::secret:
+            story.title = concat("secret: ", event.name);
+            if (!event.wire.empty()) story.outside.push_back({"belongs to", event.wire, {}, false});
+            story.inside.push_back({std::string(event.name), event.plain, {}, true});
+            return;
+    }
+}
+
+}  // namespace detail
+
+// The views in it are of the event's bytes. Whatever the network can contain is explained as far as
+// it makes sense.
+inline TraceStory explain(const TraceEvent& event) {
+    TraceStory story;
+    std::string_view rest = "more";  // than belongs there
+    try {
+        detail::explain_layer(event, story);
+    } catch (const ProtocolError&) {
+        rest = "cut short";
+    }
+    auto complete = [&](std::vector<TracePiece>& pieces, ByteView all) {
+        for (const TracePiece& piece : pieces) all = all.subspan(piece.bytes.size());
+        if (!all.empty()) pieces.push_back({std::string(rest), all, {}, false});
+    };
+    if (event.layer != TraceEvent::Layer::secret) complete(story.outside, event.wire);
+    if (!story.inside.empty()) complete(story.inside, event.plain);
+    return story;
+}
+
+// A story as lines of text: what happened, then its pieces, `most` bytes of each. Without
+// `secrets`, of what is secret the size alone.
+inline std::string trace_text(const TraceEvent& event, std::string_view who, bool secrets,
+                              std::size_t most = 32) {
+    TraceStory story = explain(event);
+    constexpr std::string_view ways[] = {"<-", "->", "--"};
+    std::string text = concat(who, " ", ways[static_cast<int>(event.way)], " ", story.title,
+                              story.meaning.empty() ? "" : "   # ", story.meaning, "\n");
+    auto add = [&](const std::vector<TracePiece>& pieces, std::string_view indent) {
+        for (const TracePiece& piece : pieces) {
+            std::string name(piece.name);
+            name.resize(std::max(name.size(), std::size_t{20}), ' ');
+            text += concat(indent, name, " ");
+            bool hidden = piece.secret && !secrets;
+            if (hidden)
+                text += concat("(", piece.bytes.size(), " bytes: --trace-secrets shows them)");
+            else if (!piece.value.empty())
+                text += piece.value;
+            else
+                text += to_hex(piece.bytes.first(std::min(most, piece.bytes.size())));
+            if (!hidden && piece.value.empty() && piece.bytes.size() > most)
+                text += concat("... (", piece.bytes.size(), " bytes)");
+            text += '\n';
+        }
+    };
+    add(story.outside, "    ");
+    add(story.inside, "  | ");
+    return text;
+}
+
+// Writes traces into one file, which the owner alone can read; "-" stands for standard error. An
+// older file of that name is replaced.
+class TraceLog {
+  public:
+    // Throws Error.
+    TraceLog(const std::string& path, bool secrets) : secrets_(secrets) {
+        if (path == "-") return;
+        std::error_code ignored;
+        if (std::filesystem::is_regular_file(path, ignored)) std::filesystem::remove(path, ignored);
+        file_ = detail::open_file(path, true, FileMode::owner_only);
+        if (file_ < 0)
+            throw Error(concat("Cannot write the trace ", path, ": ", system_reason(), "."));
+    }
+    ~TraceLog() {
+        if (file_ >= 0) detail::close_file(file_);
+    }
+    TraceLog(const TraceLog&) = delete;
+    TraceLog& operator=(const TraceLog&) = delete;
+
+    // Any thread.
+    void write(const TraceEvent& event, std::string_view who) {
+        if (event.layer == TraceEvent::Layer::secret && !secrets_) return;
+        std::lock_guard lock(mutex_);
+        std::chrono::duration<double> since = Clock::now() - start_;
+        std::ostringstream time;
+        time << std::fixed << std::setprecision(6) << since.count();
+        std::string text = concat(time.str(), " ", trace_text(event, who, secrets_), "\n");
+        if (file_ < 0)
+            std::cerr << text;
+        else if (detail::write_all_at(file_, as_bytes(text), written_))
+            written_ += text.size();
+        else if (!std::exchange(failed_, true))
+            std::cerr << "The trace ends here: " << system_reason() << ".\n";
+    }
+
+  private:
+    const bool secrets_;
+    const Clock::time_point start_ = Clock::now();
+    std::mutex mutex_;  // guards everything below
+    int file_ = -1;
+    std::uint64_t written_ = 0;
+    bool failed_ = false;
+};
+
+// For the flags --trace and --trace-secrets: a function that makes a Tracer for somebody, empty
+// ones if no trace is wanted. Throws Error.
+inline std::function<Tracer(std::string_view who)> tracer_from(const std::string& path,
+                                                               bool secrets) {
+    if (path.empty() && secrets) throw Error("--trace-secrets belongs to --trace.");
+    if (path.empty()) return [](std::string_view) { return Tracer(); };
+    auto log = std::make_shared<TraceLog>(path, secrets);
+    if (secrets)
+        std::cerr << concat("WARNING: --trace-secrets writes the keys of this run into ",
+                            path == "-" ? "standard error" : path,
+                            ". Whoever reads that can read the whole conversation.\n");
+    return [log](std::string_view who) {
+        return [log, name = std::string(who)](const TraceEvent& event) { log->write(event, name); };
+    };
 }
 
 // =================================================================================================

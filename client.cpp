@@ -1176,6 +1176,9 @@ cxxopts::Options make_options() {
     add("verified-room", "what you write to everybody goes to people you have verified only");
     add("wait-limit", "in scripts: how long /wait waits, and leaving for anything to move",
         text()->default_value("30"), "SECONDS");
+    add("trace", "write what the program does, layer by layer, into a file (trace.txt)",
+        text()->implicit_value("trace.txt"), "FILE");
+    add("trace-secrets", "and the keys of this run: to look at it, not to talk in it");
     add("no-color", "no colour, also if the terminal has some");
     add("no-bell", "no bell when somebody writes to you alone, or your name");
     add("version", "print the version and exit");
@@ -1220,6 +1223,8 @@ std::chrono::seconds wait_limit_from(const cxxopts::ParseResult& flags) {
 // One attempt. Nothing if the login was refused and a person may try again.
 std::optional<int> chat(const cxxopts::ParseResult& flags, SignIn sign_in) {
     chatsecure::ClientOptions options = options_from(flags);
+    options.trace = chatsecure::tracer_from(text_of(flags, "trace"),
+                                            flags.count("trace-secrets") > 0)(sign_in.user);
     options.ask_about_server = sign_in.interactive;
     if (flags.count("server-key") > 0)
         options.server_key = chatsecure::fingerprint_from(flags["server-key"].as<std::string>());

@@ -44,6 +44,9 @@ cxxopts::Options make_options() {
         cxxopts::value<std::string>()->default_value(std::to_string(chatsecure::default_rsa_bits)),
         "BITS");
     add("new-key", "make a new key although this directory had one that is missing");
+    add("trace", "write what passes on each connection, layer by layer (standard error, or a file)",
+        cxxopts::value<std::string>()->implicit_value("-"), "FILE");
+    add("trace-secrets", "and the keys of this run: to look at it, not to talk in it");
     add("v,verbose", "log each relayed payload: who, to whom, how many bytes");
     add("version", "print the version and exit");
     add("help", "print this and exit");
@@ -71,6 +74,11 @@ chatsecure::ServerOptions options_from(const cxxopts::ParseResult& flags) {
     options.new_key = flags.count("new-key") > 0;
     options.registration_open = flags.count("no-register") == 0;
     options.log_relayed = flags.count("verbose") > 0;
+    options.trace = [to = chatsecure::tracer_from(
+                         flags.count("trace") > 0 ? flags["trace"].as<std::string>() : "",
+                         flags.count("trace-secrets") > 0)](std::string_view client) {
+        return to(chatsecure::concat("server to ", client));
+    };
     options.log = [](chatsecure::LogLevel level, const std::string& line) {
         // One string, one write: the lines of several threads do not mix.
         std::cerr << chatsecure::concat(chatsecure::rfc3339_now(), " ",

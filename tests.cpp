@@ -7648,6 +7648,170 @@ using Names = std::vector<std::string>;
 
 }  // namespace
 
+// ---- The glass box ------------------------------------------------------------------------------
+
+namespace {
+
+// A TraceEvent that lasts.
+struct Traced {
+    std::string who, name;
+    TraceEvent::Layer layer{};
+    TraceEvent::Way way{};
+    std::uint64_t number = 0;
+    Bytes wire, plain;
+
+    TraceEvent event() const { return {layer, way, wire, plain, name, number}; }
+};
+
+// Everything that several people and their server have told.
+class TraceCollector {
+  public:
+    Tracer of(std::string_view who) {
+        return [this, name = std::string(who)](const TraceEvent& e) {
+            std::lock_guard lock(mutex_);
+            events_.push_back({name, std::string(e.name), e.layer, e.way, e.number,
+                               to_bytes(e.wire), to_bytes(e.plain)});
+        };
+    }
+    std::vector<Traced> all() const {
+        std::lock_guard lock(mutex_);
+        return events_;
+    }
+
+  private:
+    mutable std::mutex mutex_;  // guards events_
+    std::vector<Traced> events_;
+};
+
+// A whole visit: to everybody, in private, a file, and the end.
+std::vector<Traced> traced_conversation() {
+    TraceCollector traces;  // outlives those who tell it
+    Room room({"alice"}, [&](ServerOptions& options) {
+        options.trace = [&](std::string_view) { return traces.of("server"); };
+    });
+    auto person = [&](const std::string& user) {
+        return std::make_unique<FilePerson>(room, user, std::uint16_t{0},
+                                            [&](ClientOptions& options) {
+                                                options.trace = traces.of(user);
+                                                options.register_account = user == "bob";
+                                            });
+    };
+    std::unique_ptr<FilePerson> alice = person("alice"), bob = person("bob");
+    alice->chat.meet("bob");
+    bob->chat.meet("alice");
+    alice->chat->post(Say{"hello, everybody"});
+    CHECK(bob->chat.next_room().text == "hello, everybody");
+    bob->chat->post(Tell{"alice", "only for you"});
+    CHECK(alice->chat.next_private().text == "only for you");
+    alice->offer("bob", "notes.txt", as_bytes("three bytes and some more"));
+    bob->accept_next();
+    bob->chat.next_file(Phase::finished);
+    alice->chat.next_file(Phase::finished);
+    CHECK(bob->chat.leave().reason == StopReason::left);
+    CHECK(alice->chat.leave().reason == StopReason::left);
+    room.server->stop();
+    return traces.all();
+}
+
+Bytes all_bytes(const std::vector<TracePiece>& pieces) {
+    Bytes bytes;
+    for (const TracePiece& piece : pieces) append(bytes, piece.bytes);
+    return bytes;
+}
+
+}  // namespace
+
+TEST_CASE("chapter 13: a trace shows each layer of a conversation, and names each byte") {
+    std::set<std::string> seen;
+    for (const Traced& traced : traced_conversation()) {
+        TraceStory story = explain(traced.event());
+        CAPTURE(story.title);
+        seen.insert(concat(traced.who, traced.way == TraceEvent::Way::in ? " <- " : " -> ",
+                           story.title.substr(story.title.find(' ') + 1)));
+        if (traced.layer != TraceEvent::Layer::secret)
+            CHECK(all_bytes(story.outside) == traced.wire);
+        if (traced.layer == TraceEvent::Layer::payload ||
+            traced.layer == TraceEvent::Layer::room_text)
+            CHECK(all_bytes(story.inside) == traced.plain);
+        for (const auto& pieces : {story.outside, story.inside})
+            for (const TracePiece& piece : pieces) {
+                CHECK(piece.name != "a field without a name");
+                CHECK(piece.name != "more");
+            }
+    }
+    for (const char* what :
+         {"alice -> ClientHello", "server -> ServerHello", "server <- ClientKey", "alice <- 0",
+          "bob -> RegisterAccount", "server -> LoginDone", "alice -> Fanout",
+          "bob <- RoomDelivered", "bob <- message", "bob -> 1: Text", "alice <- 1: Text",
+          "alice -> 1: FileChunk", "alice <- Goodbye", "alice -> prk"})
+        CHECK_MESSAGE(seen.contains(what), what);
+}
+
+TEST_CASE("chapter 13: a trace hides what is secret, unless somebody asks for it") {
+    const std::vector<Traced> conversation = traced_conversation();
+    std::set<std::string> secrets;
+    for (const Traced& traced : conversation)
+        for (const TracePiece& piece : explain(traced.event()).inside)
+            if (piece.secret) secrets.insert(to_hex(piece.bytes));
+    CHECK(secrets.size() > 20);
+    TempDir directory;
+    for (bool shown : {false, true}) {
+        {
+            TraceLog log((directory.path / "trace").string(), shown);  // the second one replaces it
+            for (const Traced& traced : conversation) log.write(traced.event(), traced.who);
+        }
+        std::string text = read_text(directory.path / "trace");
+        CHECK(mode_of(directory.path / "trace") == owner_read_write);
+        CHECK(text.find("hello, everybody") != std::string::npos);
+        for (const std::string& secret : secrets)
+            CHECK((text.find(secret) != std::string::npos) == shown);
+        for (const char* proof : {",p=", "SCRAM-SHA-256$"})  // with users.db: a login; a verifier
+            CHECK((text.find(proof) != std::string::npos) == shown);
+    }
+}
+
+TEST_CASE("chapter 13: each message and each kind is in a trace's tables, field by field") {
+    const Bytes zeros(1000);
+    auto check = [&](std::span<const detail::Described> table) {
+        for (const detail::Described& line : table) {
+            std::vector<TracePiece> pieces;
+            detail::PieceReader reader(zeros, line.fields, pieces);
+            line.take(reader);
+            std::set<std::string> names;
+            for (const TracePiece& piece : pieces) {
+                names.insert(piece.name);
+                if (piece.name.starts_with("length of ")) names.insert(piece.name.substr(10));
+                names.insert(piece.name.substr(0, piece.name.find(": ")));
+            }
+            CAPTURE(line.name);
+            CHECK_FALSE(names.contains("a field without a name"));
+            for (const std::string& field : split_words(line.fields)) CHECK(names.contains(field));
+        }
+    };
+    check(detail::described_messages);
+    check(detail::described_kinds);
+}
+
+TEST_CASE("chapter 13: a trace can explain whatever bytes come") {
+    using Layer = TraceEvent::Layer;
+    for (Layer layer : {Layer::stream, Layer::handshake, Layer::record, Layer::message,
+                        Layer::payload, Layer::room_text})
+        for (std::uint64_t number = 0; number < 40; ++number)
+            for (std::size_t size : {0U, 1U, 4U, 5U, 9U, 40U, 300U}) {
+                Bytes wire = random_bytes(size);
+                if (size > 9) wire[9] = static_cast<std::uint8_t>(number);
+                ByteView plain = ByteView(wire).subspan(size - size / 2);
+                CHECK_NOTHROW(explain({layer, TraceEvent::Way::in, wire, plain, "key", number}));
+            }
+}
+
+TEST_CASE("chapter 13: keys in a trace are asked for together with a trace") {
+    CHECK_THROWS_WITH_AS(tracer_from("", true), "--trace-secrets belongs to --trace.", Error);
+    CHECK_FALSE(tracer_from("", false)("alice"));
+    TempDir directory;
+    CHECK_THROWS_AS(tracer_from(directory.path.string(), false), Error);
+}
+
 // ---- Chapter 9 attacked: the transfers of one client, message by message ------------------------
 
 namespace {
