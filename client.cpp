@@ -242,7 +242,7 @@ struct Describe {
     Lines operator()(const chatsecure::Problem& e) const {
         return {{Tone::warning, concat("* ", visible(e.text))}};
     }
-    Lines operator()(const Stopped&) const { return {}; }  // see say_why
+    Lines operator()(const Stopped&) const { return {}; }  // see last_words
 
     std::string body(std::string_view text) const {
         return for_person ? chatsecure::visible_lines(text) : visible(text);
@@ -286,10 +286,11 @@ void tell(const std::string& text) {
     std::cerr << concat(isatty(STDERR_FILENO) == 1 ? in_rows(text) : text, "\n");
 }
 
-// The last words, if they are bad news. The sentence may have several lines of our own making.
-void say_why(const Stopped& stopped) {
-    if (stopped.reason == StopReason::left) return;
-    tell(concat("client: ", chatsecure::visible_lines(stopped.sentence)));
+// Says why it has ended, if that is bad news, in one or several lines of our own making.
+int last_words(const Stopped& stopped) {
+    if (stopped.reason != StopReason::left)
+        tell(concat("client: ", chatsecure::visible_lines(stopped.sentence)));
+    return exit_code(stopped.reason);
 }
 
 // Whether something that our user asked for was not done: it decides the exit code of a script.
@@ -310,8 +311,7 @@ bool is_failure(const Event& event, bool auto_accept) {
 // volatile sig_atomic_t is enough only where there is a single thread.
 std::atomic<chatsecure::Waker*> main_waker = nullptr;  // while run() runs, longer than any thread
 std::atomic<bool> asked_to_leave = false, asked_to_suspend = false, window_changed = false;
-std::atomic<bool> half_typed = false,
-                  asked_to_clear = false;  // Ctrl-C clears a line that has begun
+std::atomic<bool> half_typed = false, asked_to_clear = false;  // Ctrl-C clears a begun line
 static_assert(std::atomic<chatsecure::Waker*>::is_always_lock_free);
 static_assert(std::atomic<bool>::is_always_lock_free);
 
@@ -458,8 +458,7 @@ class Script {
 
     int finish(const Stopped& stopped) const {
         std::cout << std::flush;
-        say_why(stopped);
-        int code = exit_code(stopped.reason);
+        int code = last_words(stopped);
         return code == fine && (failed_ || waiting_for_) ? not_all_done : code;
     }
 
@@ -1039,13 +1038,11 @@ class Conversation {
             client_.post(chatsecure::Leave{});
         else
             client_.stop();
-        while (!stopped_) {
-            if (!show_events()) break;
+        while (show_events()) {
             if (asked_to_leave) client_.stop();
             wait_for_input(false, -1);
         }
-        say_why(*stopped_);
-        return exit_code(stopped_->reason);
+        return last_words(*stopped_);
     }
 
     Client& client_;
@@ -1059,8 +1056,7 @@ class Conversation {
     chatsecure::NowAndThen now_and_then_;
     chatsecure::LateMessages late_;
     // The last messages of our own: each with its time and the number of its line.
-    std::map<std::uint64_t, std::tuple<Line, std::chrono::system_clock::time_point, std::size_t>>
-        own_;
+    std::map<std::uint64_t, std::tuple<Line, decltype(Event::time), std::size_t>> own_;
     bool warned_ = false;   // that something would be lost
     std::size_t lost_ = 0;  // the connection, and tries to have it back that have failed
     std::optional<Stopped> stopped_;
@@ -1239,9 +1235,8 @@ std::optional<int> chat(const cxxopts::ParseResult& flags, SignIn sign_in) {
         return Script(client, wait_limit_from(flags), flags.count("auto-accept") > 0).run();
     Event first = wait_for_login(client);
     if (const auto* stopped = std::get_if<Stopped>(&first.what)) {
-        say_why(*stopped);
-        if (stopped->reason == StopReason::login_refused) return std::nullopt;
-        return exit_code(stopped->reason);
+        int code = last_words(*stopped);
+        return code == login_refused ? std::nullopt : std::optional(code);
     }
     return Conversation(client, wants_colour(flags.count("no-color") > 0),
                         flags.count("no-bell") == 0)
