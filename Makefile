@@ -198,7 +198,7 @@ run-gui: $(O)/server $(O)/gui_client_fltk
 define MAN_PAGE
 BEGIN { print ".TH " toupper(name) " 1" }
 { gsub(/\\/, "\\\\"); gsub(/-/, "\\-") }
-NR == 1 { print ".SH NAME"; print name " \\- " $$0; next }
+NR == 1 { sub(/[.]$$/, ""); print ".SH NAME"; print name " \\- " $$0; next }
 /^[A-Z].*:$$/ { sub(/:$$/, ""); usage = /Usage/; verbatim = /Example/
                print ".SH " (usage ? "SYNOPSIS" : toupper($$0))
                print verbatim ? ".nf" : ".P"; next }

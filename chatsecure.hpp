@@ -7909,7 +7909,8 @@ class Client final : private FileHost {
         try {
             if (link_) link_->connection->abort();
             files_.reset();
-            workers_.reset();  // joins their threads, which may still be writing
+            workers_.reset();    // joins their threads, which may still be writing
+            give_up_the_rest();  // before end_link() makes them wait for a connection
             end_link();
             quit_sent_ = false;
             do {  // what was written and never left is lost, but not without a word
@@ -7965,7 +7966,7 @@ class Client final : private FileHost {
         quit_sent_ = false;
         somebody_came_ = true;  // the roster counts, too
         for (const auto& [user, id] : link_->by_name) absent_.erase(user);
-        regather_until_ = Clock::now() + options_.regather;
+        online_since_ = Clock::now();
         if (!files_) files_.emplace(static_cast<FileHost&>(*this), options_.files);
     }
     // Forgets the connection, and nothing that was written.
@@ -8052,7 +8053,6 @@ class Client final : private FileHost {
     Clock::time_point next_deadline() const {
         Clock::time_point next = quit_sent_ ? Clock::time_point::max() : leave_at_;
         if (mail_.unsent == 0) return next;
-        if (!absent_.empty()) next = std::min(next, regather_until_);
         for (const auto& [id, message] : written_)
             if (message.state == Written::State::waiting) next = std::min(next, message.until);
         return next;
@@ -8126,9 +8126,14 @@ class Client final : private FileHost {
                                         " messages that were held back are gone.")});
         link_->remove(id);
         files_->peer_left(id, user);
-        for (auto& [number, message] : written_)
+        for (auto& [number, message] : written_) {
+            if (message.to != user) continue;
             if (message.state == Written::State::sent && message.sent_to == id)
                 wait_again(number, message, concat("until ", user, " is back"));
+            // Also one that was only waiting for the card: it was written to somebody who was here.
+            if (message.state == Written::State::waiting)
+                message.until = Clock::now() + options_.return_patience;
+        }
         emit(PersonLeft{user});
     }
 
@@ -8428,7 +8433,8 @@ class Client final : private FileHost {
                    here->second.state == Written::State::sent
                        ? (here->second.to.empty() ? "the server did not confirm it"
                                                   : "did not confirm it before you left")
-                       : (here->second.to.empty() ? "you left before" : "was not there any more"));
+                       : (here->second.to.empty() ? "you left before"
+                                                  : "was not reached before you left"));
         }
     }
 
@@ -8450,11 +8456,13 @@ class Client final : private FileHost {
     // False if it has to wait: for cards, or for those who were here before.
     bool send_to_room(WrittenAt at) {
         auto& [id, message] = *at;
-        if (!absent_.empty() && Clock::now() < regather_until_) {
+        Clock::time_point regathered = online_since_ + options_.regather;
+        if (!absent_.empty() && Clock::now() < regathered) {
+            message.until = regathered;
             tell_waiting(id, message, "until the others are back");
             return false;
         }
-        absent_.clear();
+        message.until = Clock::time_point::max();
         bool settled = true;  // asks for all missing cards at once
         for (auto& [login, peer] : link_->peers) settled = is_settled(peer) && settled;
         if (!settled) return false;
@@ -8497,9 +8505,9 @@ class Client final : private FileHost {
         Peer* peer = link_->find(message.to);
         if (peer == nullptr) {
             Clock::time_point now = Clock::now();
-            bool expected = message.reader || absent_.contains(message.to);
-            if (message.until == Clock::time_point::max())
-                message.until = expected ? now + options_.return_patience : now;
+            if (message.until == Clock::time_point::max())  // who has left since: see remove_peer()
+                message.until =
+                    absent_.contains(message.to) ? online_since_ + options_.return_patience : now;
             if (now < message.until) {
                 tell_waiting(id, message, concat("until ", message.to, " is back"));
                 return false;
@@ -8750,7 +8758,8 @@ class Client final : private FileHost {
                 sources.push_back(std::make_shared<SourceFile>(path));
         } catch (const Error& e) {
             if (file.paths.size() == 1) throw;
-            throw Error(concat(e.what(), " None of the ", file.paths.size(), " is offered."));
+            throw Error(concat(e.what(), " None of the ", file.paths.size(),
+                               " is offered. Quote a path that has blanks."));
         }
         login_.pins().keep(*peer->card);
         for (auto& source : sources) files_->offer(as_file_peer(*peer), std::move(source));
@@ -8821,9 +8830,9 @@ class Client final : private FileHost {
     std::map<std::string, Fingerprint> told_numbers_;  // whose key each SafetyNumber was of
     std::deque<Command> jobs_;                         // that wait, in their order
     std::map<std::uint64_t, Written> written_;
-    std::uint64_t last_id_ = 0;           // of what was written
-    std::set<std::string> absent_;        // who was there before the connection was lost
-    Clock::time_point regather_until_{};  // how long the room waits for them
+    std::uint64_t last_id_ = 0;         // of what was written
+    std::set<std::string> absent_;      // who was there before the connection was lost
+    Clock::time_point online_since_{};  // and has been waited for from then on
     std::map<std::pair<std::string, Digest>, ShownIds> shown_;  // while the program runs
     std::deque<ReceiptDue> receipts_due_;
     std::uint64_t last_event_ = 0;  // the number of the newest one

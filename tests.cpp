@@ -6179,6 +6179,35 @@ TEST_CASE("chapter 12: a server that comes back finds its clients again: same ke
     }
 }
 
+TEST_CASE("chapter 12: after an outage, each message waits for its reader, and costs nothing") {
+    Room room({"alice", "bob"});
+    ClientOptions options = room.options("alice");
+    options.regather = Milliseconds(1);
+    options.return_patience = Milliseconds(3000);
+    Chatter alice(std::move(options));
+    std::optional<Chatter> bob(room.options("bob"));
+    alice.meet("bob");
+    bob->meet("alice");
+    std::uint16_t port = (*room.server)->port();
+    room.server.reset();
+    alice.next<ConnectionLost>();
+    bob.reset();
+    ServerOptions again = server_options(room.data.path);
+    again.port = port;
+    room.server.emplace(std::move(again));
+    CHECK(alice.next<LoggedIn>().others.empty());
+    alice->post(Say{"goes to nobody"});
+    while (alice.next<DeliveryChanged>().state != Delivery::sent) {
+    }
+    alice->post(Tell{"bob", "will you be back?"});
+    CHECK(alice.next<DeliveryChanged>().reason == "until bob is back");
+    std::clock_t before = std::clock();
+    DeliveryChanged end = alice.next<DeliveryChanged>();
+    CHECK(end.state == Delivery::failed);
+    CHECK(end.reason == "is not online");
+    CHECK(std::clock() - before < CLOCKS_PER_SEC / 4);
+}
+
 TEST_CASE("chapter 12: five hundred people log in, see one message each way, and leave") {
     auto entries_of = [](const char* directory) -> std::size_t {
         std::error_code none;
@@ -6821,6 +6850,29 @@ TEST_CASE(
         CHECK(e.state != Delivery::delivered);
         if (e.state == Delivery::failed) break;
     }
+}
+
+TEST_CASE("P13: a message waits for a reader who leaves before the first card is there, too") {
+    HostileServer server;
+    TempDir home;
+    Chatter alice(options_for_hostile(server, home));
+    server.let_in({{2, "bob"}});
+    alice.next<LoggedIn>();
+    alice->post(Tell{"bob", "catch"});
+    server.receive<GetCard>();
+    server.send(Left{LoginId{2}});
+    CHECK(alice.next<DeliveryChanged>().reason == "until bob is back");
+    server.send(Joined{LoginId{3}, "bob"});
+    CHECK(server.receive<GetCard>().id == LoginId{3});
+    server.send(CardOf{LoginId{3}, LoginKeys(test_key(2), "bob", 1000).card_bytes});
+    CHECK(server.receive<Send>().tag == 0);  // the keys
+    server.receive<Send>();
+    CHECK(alice.next<DeliveryChanged>().state == Delivery::sent);
+    // He is there and confirms nothing, as somebody does who ignores her. She leaves.
+    alice->post(Leave{.patience = Milliseconds(1)});
+    server.receive<Quit>();
+    server.send(Goodbye{});
+    CHECK(alice.next<DeliveryChanged>().reason == "did not confirm it before you left");
 }
 
 TEST_CASE("P13: whatever the server says came back, it is not said a second time") {
@@ -10989,14 +11041,20 @@ TEST_CASE("programs: on a terminal, what is being typed survives incoming messag
 }
 
 TEST_CASE("programs: on a terminal, a mark behind one's own message says what became of it") {
-    AtTerminal here;
+    AtTerminal here(std::vector<std::string>{"--no-color"});
     auto& alice = here.alice;
     if (!here.redraws()) return;  // without libedit nothing is marked
     here.call_bob();
     auto& bob = here.bob;
     alice->write("/msg bob hi\r");
-    alice->wait_for(": hi");
-    alice->wait_for("first contact with bob");  // stands below it now: no mark
+    alice->wait_for(": hi\r\n");
+    alice->wait_for("first contact with bob");  // stands below it now
+    alice->wait_for(": hi  \u2713\u2713\r\n");
+    alice->wait_for("first contact with bob");  // as before
+    alice->write("\x0c");                       // Ctrl-L draws everything anew
+    alice->wait_for("\x1b[H");
+    alice->wait_for(": hi  \u2713\u2713\r\n");
+    alice->wait_for("-- 1 other online --");
     bob->wait_for("alice -> you: hi\n");
     alice->write("/msg bob again\r");
     alice->wait_for("\u2713\u2713");
@@ -11011,8 +11069,30 @@ TEST_CASE("programs: on a terminal, a mark behind one's own message says what be
     alice->wait_for("\u2026 until ");
     here.start();
     bob->wait_for("alice -> you: meanwhile\n");
-    alice->wait_for("delivered to bob: \"meanwhile\"");  // other lines have come since
+    alice->wait_for("joined");  // other lines have come since
+    alice->wait_for(": meanwhile  \u2713\u2713\r\n");
+    for (int i = 0; i < 30; ++i) bob->write(concat("line ", i, "\n"));
+    alice->wait_for("line 29");
+    std::string screen;
+    for (const std::string& row : screen_after(alice->output(), 24, 80)) screen += row + "\n";
+    CAPTURE(screen);
+    CHECK(count_of("line 29\n", screen) == 1);
+    CHECK(count_of("-- 1 other online --\n", screen) == 1);
     CHECK(bob->end() == 0);
+}
+
+TEST_CASE("programs: on a terminal, what goes into a pipe is for scripts, and leaves no trace") {
+    Installation here({"alice"});
+    std::string words;
+    for (const std::string& word : here.command("alice")) words += word + " ";
+    Process alice({"/bin/sh", "-c", concat((program_directory / words).string(), "| cat")},
+                  Process::Input::terminal, here.environment());
+    alice.wait_for("online");
+    alice.write("hello\r/quit\r");
+    alice.wait_for("alice: hello");
+    CHECK(alice.await_end() == 0);
+    CHECK_FALSE(contains(alice.output(), "\x1b"));
+    CHECK(alice.terminal_echoes());
 }
 
 TEST_CASE(
@@ -11031,10 +11111,12 @@ TEST_CASE(
 TEST_CASE("programs: on a terminal, what is pasted is one message, and Enter alone sends it") {
     AtTerminal here;
     auto& alice = here.alice;
-    if (!here.redraws()) return;  // without libedit the terminal edits lines
     here.call_bob();
     auto& bob = here.bob;
-    alice->write("\x1b[200~see the docs\r/msg bob stolen\r\n/quit\n\x1b]0;x\x07thanks\n\x1b[201~");
+    // Without libedit the terminal edits lines, and takes each \r for an end.
+    std::string end = here.redraws() ? "\r\n" : "\n";
+    alice->write("\x1b[200~see the docs\r/msg bob stolen" + end +
+                 "/quit\n\x1b]0;x\x07thanks\n\x1b[201~");
     alice->wait_for("/msg bob stolen");
     alice->wait_for("thanks");
     bob->write("nothing yet?\n");
