@@ -8076,6 +8076,7 @@ class Client final : private FileHost {
                 if (joined.user == user_) break;  // nobody: that is us
                 emit(PersonJoined{link_->add(joined).user});
                 absent_.erase(joined.user);
+                note_latecomer(joined.user);
                 somebody_came_ = true;  // perhaps a file waits for them
                 break;
             }
@@ -8379,6 +8380,17 @@ class Client final : private FileHost {
                 finish(here, Delivery::sent, "");
         }
     }
+    // What has been sent to everybody and may have to be sent again is not for who comes only now:
+    // they would read it behind what is written to them in the meantime.
+    void note_latecomer(const std::string& user) {
+        latecomers_.erase(user);
+        for (const auto& [id, message] : written_)
+            if (message.to.empty() && message.state == Written::State::sent) latecomers_[user] = id;
+    }
+    bool came_too_late(const std::string& user, std::uint64_t id) const {
+        auto found = latecomers_.find(user);
+        return found != latecomers_.end() && id <= found->second;
+    }
 
     // The user has written something: from here on it is shown, sent, and not lost in silence.
     void write(const std::string& to, const std::string& text) {
@@ -8478,7 +8490,8 @@ class Client final : private FileHost {
             wrapped_keys.clear();
         };
         for (auto& [login, peer] : link_->peers) {
-            if ((verified_room_ && !is_verified(peer)) || !open_to(peer)) continue;
+            if ((verified_room_ && !is_verified(peer)) || came_too_late(peer.user, id)) continue;
+            if (!open_to(peer)) continue;
             if (wrapped_keys.size() + Fanout::entry_bytes > room_for_keys) flush();
             append_fields(wrapped_keys, login, peer.sender->wrap_key(room.key, hash));
         }
@@ -8830,7 +8843,8 @@ class Client final : private FileHost {
     std::map<std::string, Fingerprint> told_numbers_;  // whose key each SafetyNumber was of
     std::deque<Command> jobs_;                         // that wait, in their order
     std::map<std::uint64_t, Written> written_;
-    std::uint64_t last_id_ = 0;         // of what was written
+    std::map<std::string, std::uint64_t> latecomers_;  // and the last message not for them
+    std::uint64_t last_id_ = 0;                        // of what was written
     std::set<std::string> absent_;      // who was there before the connection was lost
     Clock::time_point online_since_{};  // and has been waited for from then on
     std::map<std::pair<std::string, Digest>, ShownIds> shown_;  // while the program runs

@@ -6419,6 +6419,11 @@ class HostileServer {
     }
     std::uint16_t port() const { return listener_.port(); }
 
+    // Loses the connection, and waits for the next one.
+    void begin_again() {
+        connection_->abort();
+        accepting_ = std::thread([this] { accept(); });
+    }
     // Lets alice in, with these people online.
     void let_in(const std::vector<std::pair<std::uint32_t, std::string>>& online) {
         accepting_.join();
@@ -6963,6 +6968,36 @@ TEST_CASE("P5: whatever is played back, under whatever number or name, nobody sa
     PairSender again(bob_again, alice_card, open_again);
     play(6, open_again, again.seal(Lane::interactive, Kind::text, Text{2, "really"}.encoded()));
     CHECK(alice.next_private().text == "really");
+}
+
+TEST_CASE("P13: what is sent to everybody a second time is not for who came in between") {
+    // They may have read newer messages by then, and would see this one behind those.
+    HostileServer server;
+    TempDir home;
+    Chatter alice(options_for_hostile(server, home));
+    auto show_cards = [&](std::map<LoginId, std::string> people, std::uint64_t issued) {
+        while (!people.empty()) {
+            LoginId id = server.receive<GetCard>().id;
+            server.send(CardOf{id, LoginKeys(test_key(1), people.at(id), issued).card_bytes});
+            people.erase(id);
+        }
+    };
+    auto only_reader = [](const Fanout& message) {
+        CHECK(message.wrapped_keys.size() == Fanout::entry_bytes);
+        LoginId id{};
+        Reader(message.wrapped_keys.first(sizeof id), "a list of keys")(id);
+        return id;
+    };
+    server.let_in({{2, "bob"}});
+    alice->post(Say{"bob alone is here"});
+    show_cards({{LoginId{2}, "bob"}}, 1);
+    CHECK(only_reader(server.receive<Fanout>()) == LoginId{2});
+    server.send(Joined{LoginId{3}, "carol"});
+    alice.meet("carol");
+    server.begin_again();  // and there was no Taken
+    server.let_in({{4, "bob"}, {5, "carol"}});
+    show_cards({{LoginId{4}, "bob"}, {LoginId{5}, "carol"}}, 2);
+    CHECK(only_reader(server.receive<Fanout>()) == LoginId{4});
 }
 
 TEST_CASE("P13: what is sent a second time is shown once, and confirmed each time") {
