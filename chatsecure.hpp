@@ -41,6 +41,35 @@
 //      a weekend    all       And how to build on it: a server for a thousand people at once, a
 //                             client that survives a lost connection, and programs for people.
 //
+// What it promises. The essays say which line keeps which promise, and tests attack each of them
+// (README.md, "Security", has their names):
+//
+//      P1   An eavesdropper who steals the server's RSA key later reads nothing of recorded
+//           traffic.
+//      P2   A man in the middle without the pinned key gets no login and no message, is named to
+//           the user, and leaves no pin.
+//      P3   A changed, replayed, reordered, reflected or cut record ends the connection; no byte of
+//           it is delivered.
+//      P4   The server, with all its memory and disk, cannot read a message, public or private, nor
+//           a file.
+//      P5   The server cannot change, replay or forge a message between users, show it twice, nor
+//           swap a pinned user's key unnoticed, whatever it says about who is here.
+//      P6   A room member cannot make other members read something that the sender did not write.
+//      P7   A stolen users.db gives no password without a PBKDF2 search, and lets nobody log in;
+//           guessing online is slow, in parallel too.
+//      P8   One login per user at a time; a dead connection does not lock its user out, a live one
+//           is not pushed out.
+//      P9   No byte of a file moves without consent; no received name leaves the folder or
+//           overwrites a file.
+//      P10  Any bytes from the network: a clean error, bounded memory, disk, screen and time, the
+//           others unaffected.
+//      P11  A crash at any instant leaves users.db, keys, pins and downloads whole: the old state
+//           or the new one; and no key is made anew because one is not found where it was.
+//      P12  Text from others cannot drive the terminal, and no text or name can pass for another
+//           line.
+//      P13  A message that its sender saw as delivered was shown; one that was not is named; none
+//           is shown twice.
+//
 // A server in five lines, a client in five lines:
 //
 //      chatsecure::Server server({.data_directory = "data", .port = 5000});
@@ -51,7 +80,7 @@
 //      while (auto event = client.next_event()) show(*event);
 //
 // What it needs: a C++20 compiler, POSIX or Windows sockets, OpenSSL 3 (link with -lcrypto, and
-// with -pthread). What it promises and what it cannot do: see "Security" in README.md.
+// with -pthread). What it cannot do: see "Security" in README.md.
 //
 // Everything lives in namespace chatsecure; the header defines no macro that outlives it.
 // MIT licence: the text is at the end of this file.
@@ -65,12 +94,14 @@
 #include <cerrno>
 #include <charconv>
 #include <chrono>
+#include <climits>
 #include <condition_variable>
 #include <csignal>
 #include <cstddef>
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
+#include <ctime>
 #include <cwchar>
 #include <deque>
 #include <exception>
@@ -109,12 +140,10 @@
 #include <winsock2.h>
 #include <ws2tcpip.h>
 #include <windows.h>
-#include <conio.h>
-#include <io.h>
 #include <fcntl.h>
-#include <share.h>
-#include <sys/stat.h>
-#include <sys/utime.h>
+#include <io.h>
+#include <sddl.h>
+#include <shellapi.h>
 #pragma pop_macro("WIN32_LEAN_AND_MEAN")
 #pragma pop_macro("NOMINMAX")
 #else
@@ -125,6 +154,7 @@
 #include <poll.h>
 #include <pwd.h>
 #include <sys/file.h>
+#include <sys/ioctl.h>
 #include <sys/resource.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
@@ -160,13 +190,19 @@ inline constexpr std::string_view version = "0.1.0";
 // round, pad its structs differently, or be written in another language. So we decide, once, how
 // each kind of value is laid out, and write it byte by byte:
 //
-//      number       big-endian ("network order"), 1, 2, 4 or 8 bytes
-//      text         u16 length, then that many bytes of UTF-8
-//      blob         u32 length, then that many bytes
-//      fixed array  its bytes, no length: both sides know it
+//      number       big-endian ("network order"), 1, 2, 4 or 8 bytes: u8, u16, u32, u64
+//      text         u16 length, then that many bytes of UTF-8      std::string
+//      blob         u32 length, then that many bytes               Bytes, ByteView
+//      fixed array  its bytes, no length: both sides know it       std::array
+//      choice       the number that stands for it                  enum class, of that width
+//      yes or no    1 or 0, one byte                               std::uint8_t
 //
 //          0x0102 as u16         01 02
 //          "hi" as text          00 02 68 69
+//
+// A message is its fields in the order in which its struct has them, with nothing in between and
+// nothing behind. A blob has its length also where it comes last. Texts in quotes in the formulas
+// of this header ("CHATSEC1") are their bytes alone, without a length; || puts bytes behind others.
 //
 // The traps of this chapter. A length that comes from the network is a claim, not a fact: Reader
 // checks it against what is really there before anything is read or allocated. A text that comes
@@ -639,6 +675,12 @@ std::optional<T> parse_number(std::string_view text) {
 // which others can open the file, and an open file stays open.
 
 enum class FileMode { readable_by_all, owner_only };
+
+// The path that a text names. All our texts are UTF-8, and a path that is made of one directly
+// takes it for the system's own encoding, which on Windows is another one.
+inline std::filesystem::path path_of(std::string_view text) {
+    return std::u8string(text.begin(), text.end());
+}
 
 inline std::string system_reason(int error = errno) {
     return std::generic_category().message(error);
@@ -1316,10 +1358,18 @@ class Listener {
 //      | u32 length     | that many bytes        |      a frame
 //      +----------------+------------------------+
 //
+// What goes wrong without it: a program that takes what one recv() returns for one message. It
+// works on the programmer's machine, where messages are short and nothing is under way between two
+// programs, and fails on the first slow line, or when two messages are sent at once.
+//
 // Two traps. The length comes from a stranger: "4 GiB follow" must not make us allocate 4 GiB, so
-// every call says how much it is prepared to take, and the check comes before the allocation. And
+// every call says how much it is prepared to take, and the check comes before the allocation; a
+// frame that is longer ends the connection, for nobody can find the beginning of the next one. And
 // a system call for every little piece is slow: we read as much as there is into a buffer, and cut
 // frames out of it.
+//
+// What framing does not protect against: anything at all. Whoever can write into the stream can
+// write a length. Chapter 5 makes that noticeable.
 
 inline constexpr std::size_t frame_header_bytes = 4;
 
@@ -1465,6 +1515,16 @@ class FrameReader {
 // What goes wrong without care: a nonce that repeats under one key breaks AES-GCM completely (it
 // reveals the XOR of two messages, and lets anybody forge). So Nonce can only be made from a
 // counter, and the counters belong to the key.
+//
+// The parameters, for whoever writes it again: RSA keys of 2048 to 4096 bits with a public exponent
+// from 65537 to 2^32 - 1, as SPKI in DER; OAEP and PSS with SHA-256 and MGF1 with SHA-256, PSS with
+// a salt of 32 bytes; HKDF with SHA-256, the label as `info` and 32 bytes of output; agree() takes
+// the transcript as it is given (32 bytes in chapter 5, 64 in chapter 8), and does not hash it.
+//
+// What the tools do not protect against: being put together badly. Each is sound, and a protocol
+// made of sound tools can be replayed, turned around, or talked into an old key. Chapters 5 and 8
+// say what they do about that. Nor against a computer that breaks RSA and X25519, for which none of
+// them was made.
 
 // Throws Error with OpenSSL's own reason unless `ok`. The queue of reasons is left empty.
 inline void require_openssl(bool ok, std::string_view what) {
@@ -2034,6 +2094,17 @@ class AesGcm {
 //
 // (1, 2 and 3 in these formulas are the contents of the frames, without their lengths.)
 //
+// What each side checks, and ends the connection if it is not so:
+//
+//   1. The server: 40 bytes, of which the first eight are right. Another version has another digit.
+//   2. The client: the same beginning; behind it an RSA key that chapter 4 accepts, and nothing
+//      else. Then the pin.
+//   3. The server: nothing yet (see below).
+//   4. The client: a record that opens, and begins with Welcome; or with Goodbye, if the server has
+//      no place for another client.
+//
+// A server gives the handshake 10 s, and the login that follows 60 s.
+//
 // Why each piece is there:
 //   - Only the holder of the RSA key can open 3, so a first record that opens (4) proves that the
 //     server is the one whose key it showed. The client sends nothing before that.
@@ -2056,17 +2127,23 @@ class AesGcm {
 //      |                       |     plaintext = whole messages, at most 64 KiB )     |
 //      +-----------------------+------------------------------------------------------+
 //
-// The number is not sent: both sides count. A record that was changed, repeated, left out, moved or
-// sent back to its author meets the wrong number or the wrong key and does not open, and that ends
-// the connection: after such an event nobody knows what else is wrong (P3). A connection that is
-// cut at a record's edge looks like a normal end to TCP; therefore a clean end is said in words
-// (Goodbye, chapter 7). One record holds as many messages as are waiting, so that a busy connection
-// pays for encryption and for a system call once for many.
+// The number is not sent: both sides count, each direction for itself, and the first record is
+// number 0. A record holds one message at least; an empty one ends the connection, for whoever
+// sends nothing for ever would be served for ever. A message never reaches from one record into the
+// next.
+//
+// A record that was changed, repeated, left out, moved or sent back to its author meets the wrong
+// number or the wrong key and does not open, and that ends the connection: after such an event
+// nobody knows what else is wrong (P3). A connection that is cut at a record's edge looks like a
+// normal end to TCP; therefore a clean end is said in words (Goodbye, chapter 7). One record holds
+// as many messages as are waiting, so that a busy connection pays for encryption and for a system
+// call once for many.
 //
 // AES-GCM with one key has a limit; NIST's is 2^32 records with random nonces, and more with
 // counters. Far below it, every 2^20 records, each direction moves to a new key,
 //      key = HKDF-Expand(key, "chatsecure hop next key")
-// and forgets the old one. The numbers go on counting.
+// and forgets the old one: record 2^20 is the first under the second key. The numbers go on
+// counting.
 //
 // What the channel does not hide: that two machines talk, when, and how much.
 
@@ -2233,9 +2310,23 @@ class RecordCipher {
 //      C -> S   c=<channel binding>,r=<both nonces>,p=<ClientProof>              client-final
 //      S -> C   v=<ServerSignature>                                              server-final
 //
-//      AuthMessage     = the first three, without ",p=...", glued with commas
+//      AuthMessage     = the first three, glued with commas: client-first without its beginning
+//                        "p=chatsecure,,", server-first, client-final without its end ",p=..."
 //      ClientProof     = ClientKey XOR HMAC(StoredKey, AuthMessage)
 //      ServerSignature = HMAC(ServerKey, AuthMessage)
+//
+// The channel binding is base64("p=chatsecure,," || the 32 bytes of chapter 5); salt, proof and
+// signature are base64 too. A nonce is base64 of 18 random bytes, and in server-first the server's
+// stands directly behind the client's. HMAC's key comes first. Step by step:
+//
+//   1. C sends its name and its nonce. S checks that the name is one (chapter 1) and that the nonce
+//      has 16 to 128 characters; otherwise it ends the connection.
+//   2. S sends salt (1 to 64 bytes) and iterations. C checks that the nonce begins with its own and
+//      goes on, that the iterations are from 4,096 to 10,000,000, and not fewer than it was asked
+//      for before; otherwise it ends the connection before it computes anything.
+//   3. C sends its proof. S checks the binding, the nonce, and the proof as said below, and that
+//      nothing stands behind it. Whatever is wrong, it says the same: Goodbye, bad_login.
+//   4. S sends its signature, in LoginDone. C checks it, and believes nothing else before that.
 //
 // The server undoes the XOR, hashes the ClientKey that it gets, and compares with StoredKey. It
 // stores nothing with which one could log in: from StoredKey to ClientKey leads no way back (P7).
@@ -2494,7 +2585,10 @@ class ScramServer {
 //  Chapter 7. Messages
 // =================================================================================================
 //
-// What client and server say to each other inside the records of chapter 5. Each message is
+// What client and server say to each other inside the records of chapter 5. Two programs that were
+// written by different people must agree on each byte of it, and on what may come when; and a
+// newer program must be able to say more, without an older one taking it for something else. So
+// each message says what it is and where it ends:
 //
 //      +---------+-------------+------------------+
 //      | u8 type | u32 length  | body             |        several of them fill a record
@@ -2524,15 +2618,46 @@ class ScramServer {
 //      Quit                            -->
 //                                      <--   Goodbye           everything before it was handled
 //
+// Who may say what, and what happens otherwise. A message that is not due, is of an unknown type,
+// is cut short, or has bytes behind its fields ends the connection (Goodbye: broke_protocol).
+//
+//   1. Before PublishCard a client says what the picture shows and nothing else; one
+//      RegisterAccount may come first, and the login follows on the same connection. The first
+//      Scram carries the ticket of the last LoginDone, or nothing (it is a favour: chapter 11); the
+//      second an empty one. The verifier is text as PostgreSQL writes it (ScramVerifier), made by
+//      the client.
+//   2. LoginDone tells the client its own number, and of which identity the server has a record:
+//      the client tells its user if that is another than its own. The server takes a card that is
+//      signed and has the name of the login; then it answers Joined for each of those who are here,
+//      and Ready. It never names us to ourselves (whoever has our name is nobody: chapter 8), and
+//      gives no number twice, nor 0: then a client ends the connection. From Ready on a client may
+//      send what it likes.
+//   3. GetCard of somebody who has left has no answer; Left has come before.
+//   4. Send and Fanout to somebody who has left are thrown away, likewise. `tag` is the sender's
+//      own, one series for both; 0 is good for whoever does not care. A Fanout names its members in
+//      ascending order, each once. Its text is at most what fits into a record beside the keys; so
+//      a client seals at most 32 KiB (chapter 8), and divides a large room among several Fanouts.
+//   5. A Ping is answered with its number, at any time after the login. Whoever has heard nothing
+//      for some time (the server 30 s, our client 45 s) sends one, and gives up after as long
+//      again.
+//   6. A client that writes faster than 2,000 messages a second in the long run (20,000 in one go;
+//      a text counts for one more with each 256 bytes) is read more slowly. It is told nothing: TCP
+//      makes it wait.
+//
 // "Handled" means: it is in the queues of those it is for. There, Left overtakes what waits on the
 // bulk lane, as all interactive messages do: of a file that one leaves in the middle, the receiver
 // may lose the last chunks, which the next attempt sends again (chapter 9).
 //
-// Anything the server will not do it answers with Goodbye, a reason and a sentence, and closes.
+// Anything the server will not do it answers with Goodbye, a reason and a sentence, and closes,
+// also in the place of any answer above.
 //
 // A login gets a number (LoginId) that is never used again while the server runs. Members are
 // addressed by it and not by name: when bob leaves and comes back, he has new keys and a new
 // number, and nothing that was sealed for the old bob can reach the new one by accident.
+//
+// What this does not protect against: the server. It writes Joined and Left, it hands out the
+// cards, and it says for whom something was undeliverable. Whatever it says here is a claim;
+// chapter 8 is about what remains true when it lies.
 
 enum class LoginId : std::uint32_t {};
 
@@ -2777,9 +2902,12 @@ inline Message take_message(Reader& record) {
 // Every user has an IDENTITY: an RSA key that the client makes once and keeps. For each login the
 // client also makes an X25519 key, and publishes both in a signed CARD:
 //
-//      card = user (text) || identity key (blob, SPKI) || x25519 (32 bytes) || issued (u64, µs)
-//             || run (u64: the same for as long as the program runs)
+//      card = user (text) || identity key (blob, SPKI) || x25519 (32 bytes)
+//             || issued (u64: microseconds since 1970, later than on every card before)
+//             || run (u64: of the program's first card since it was started, its `issued`)
 //             || RSA-PSS signature (blob) over "chatsecure card 1" and everything before it
+//
+// At most 2,048 bytes. SHA-256(card) is over all of it, signature included.
 //
 // For each direction of each pair of logins, on first need (agree() is in chapter 4):
 //
@@ -2789,25 +2917,41 @@ inline Message take_message(Reader& record) {
 //               keys     prk = agree(SHA-256(card_A) || SHA-256(card_B), secret, X25519(a, b))
 //                        interactive = HKDF-Expand(prk, "chatsecure pair interactive lane")
 //                        bulk        = HKDF-Expand(prk, "chatsecure pair bulk lane")
-//      A -> B   Sealed:  2 (u8) || seq (u64) || AES-256-GCM( key of the lane, nonce = 0 || seq,
-//                                                           aad, kind (u8) || body )
+//      A -> B   Sealed:  2 (u8) || seq (u64) || AES-256-GCM( key of the lane, no aad,
+//                                                           nonce = 0 (u32) || seq,
+//                                                           kind (u8) || body )
+//
+// Both are payloads of Send (chapter 7). What B checks:
+//
+//   1. The card, from CardOf or from the Open, whichever comes first: its signature, by the
+//      identity key that it holds; its name, the one that the server announced for this login; and
+//      that it is not our own, nor one that we have met under another number. Otherwise this login
+//      is nobody: nothing that it sends is used. Then the pin (see below).
+//   2. The Open comes once for each login, on the interactive lane, before anything sealed; its
+//      card is the one we know. Otherwise it is dropped, with a complaint. If it does not open,
+//      nothing that this login sends is looked at any more: each try costs an RSA operation.
+//   3. seq counts for each lane, from 1. What is not above the last one is dropped; what is above
+//      the next one is taken, and the gap is told; above 2^32 nothing is taken. What does not open
+//      is dropped with a complaint, and the next one may be good.
+//
+// Before A seals anything for B it has B's card (GetCard) and has sent its Open, also when the
+// first thing is a room message.
 //
 //   - B knows that it is A: only A's login holds `a`, whose public half A's identity signed.
 //   - A knows that only B reads it: only B's identity opens the secret.
 //   - Nothing else is signed, so B cannot prove to a third person what A said: B could have made
 //     all of it with the same keys. That is how a conversation between two people should be.
-//   - seq begins at 1 and grows by one. A repeat is dropped; a gap is reported: "2 messages from
-//     bob were lost". There is one Open for a pair of cards; a second one would start seq again,
-//     and is refused.
+//   - There is one Open for a pair of cards, because a second one would start seq again.
 //
 // A ROOM MESSAGE goes to everyone. Encrypting it anew for each of 500 members would be 500 times
 // the bytes. So the text is sealed once, under a key k made for it alone, and each member gets k
 // as a WRAPPED KEY: sealed for that pair.
 //
-//      sealed text = AES-256-GCM(k, nonce 0, text)
+//      sealed text = AES-256-GCM(k, nonce = twelve zero bytes, no aad, text)
 //      wrapped key = seq || AES-256-GCM(interactive key, 0 || seq, aad = SHA-256(sealed text),
 //                                       room_key (u8) || k)
 //
+// seq is the interactive lane's, one series for wrapped keys and private messages.
 // The aad ties the wrapped key to this sealed text. Every member knows k, so every member could
 // seal another text under it; but only the sender shares a key with you to wrap it with (P6).
 //
@@ -2815,11 +2959,13 @@ inline Message take_message(Reader& record) {
 // shown them. Only the two ends can know that (Saltzer, Reed and Clark, "End-to-end arguments in
 // system design", 1984), so they say it to each other:
 //
-//      text     = id (u64) || UTF-8          what is sealed, in private and for the room
+//      text     = id (u64) || UTF-8          what is sealed, in private and for the room: at most
+//                                            32 KiB, and the id; what is longer is dropped
 //      receipt  = id (u64) || id || ...      private messages that the sender of this has shown
 //
-//   - The id is the sender's: it grows, and no two messages of one user with one identity have the
-//     same. It begins at the time on the sender's card, which is later in each login than before.
+//   - The id is the sender's, one series for the room and all private messages: it grows, and no
+//     two messages of one user with one identity have the same. It goes on from `issued` of the
+//     newest card, if it is not above that already.
 //   - B answers private messages with receipts, one for many where many came at once, when they
 //     were shown, and again for one that comes a second time. What came too late to be remembered
 //     (see ShownIds) is neither shown nor confirmed.
@@ -2846,6 +2992,13 @@ inline Message take_message(Reader& record) {
 // before it is compared with anything.
 // Whoever wants to be certain compares the SAFETY NUMBER with bob, by telephone or face to face: 60
 // digits computed from both identities. A server in the middle cannot make them agree.
+//
+//      fingerprint = SHA-256(identity key, SPKI)
+//      half        = SHA-256("chatsecure safety number 1" || user (text) || fingerprint); its first
+//                    30 bytes are six numbers of five bytes, each modulo 100,000, in five digits
+//      number      = the half that is smaller, as digits, and then the other one
+//
+// 30 digits are about 100 bits: nobody finds a key with the same half by trying.
 //
 // A GHOST is somebody whom the server has invented: with a key of his own he is in the room like
 // everybody else, and reads what is said to everybody. He cannot come in silence, for his name is
@@ -3199,9 +3352,7 @@ class ShownIds {
 
 // ---- Trust --------------------------------------------------------------------------------------
 
-// 60 digits in groups of five, the same on both sides: each user's half is SHA-256 over name and
-// fingerprint, six times five bytes modulo 100,000; the smaller half goes first. 30 digits are
-// about 100 bits: nobody finds a key with the same half by trying.
+// 60 digits in groups of five, with blanks between them, the same on both sides.
 inline std::string safety_number(std::string_view user_a, const Fingerprint& a,
                                  std::string_view user_b, const Fingerprint& b) {
     auto half = [](std::string_view user, const Fingerprint& fingerprint) {
@@ -3388,13 +3539,14 @@ class PinStore {
 // Each step, its reason, and what the other side checks. What is against a rule ends this transfer,
 // with a FileOver, and nothing else.
 //
-//   1. `id` numbers alice's offers, to whomever: it is never 0, and grows with each. One that is
-//      not larger than her last one to this login is ignored. Everything else refers to it. At most
-//      16 of her offers to bob wait or run at a time; one that is too many gets a FileOver, and
-//      after 64 of those no answer. What bob sees of the name is what he would get on his disk.
+//   1. `id` numbers alice's offers, to whomever: the first is 1, and it grows with each. One that
+//      is not larger than her last one to this login is ignored. Everything else refers to it. At
+//      most 16 of her offers to bob wait or run at a time; one that is too many gets a FileOver,
+//      and after 64 of those no answer. What bob sees of the name is what he would get on his disk.
 //   2. Once for each offer. The answer says how much bob has already from an earlier attempt (less
-//      than the whole, unless the file is empty), and its hash. If alice's file begins with the
-//      same bytes, her first chunk goes on behind them; if not, its offset is 0. (Bob tells nothing
+//      than the whole, unless the file is empty), and its hash, with offset 0 that of no bytes at
+//      all. If alice's file begins with the same bytes, her first chunk goes on behind them; if
+//      not, its offset is 0. (Bob tells nothing
 //      that alice did not send: what he has belongs to the identity that sent it.)
 //   3. CREDIT is the number of bytes that alice may send, counted from the beginning of this
 //      attempt. Each FileCredit is larger than the one before, and at most 4 MiB ahead of what she
@@ -3403,10 +3555,10 @@ class PinStore {
 //      the same and call it a window. Without it a fast sender fills the server's memory, or, if
 //      the server stops reading, her chat waits behind her file. A number that only grows is hard
 //      to get wrong: it cannot be "added twice".
-//      Chunks come in order, and each says where it belongs: behind the last one, within the size
-//      that was offered and the credit. A gap means that something was lost. No chunk is empty.
-//      Each costs bob memory besides its bytes: if more than 4096 wait for his disk (4 MiB in
-//      pieces of 1 KiB), the transfer ends.
+//      Chunks come in order, and each says where it belongs, counted from the file's beginning:
+//      behind the last one, within the size that was offered and the credit. A gap means that
+//      something was lost. No chunk is empty. Each costs bob memory besides its bytes: if more than
+//      4096 wait for his disk (4 MiB in pieces of 1 KiB), the transfer ends.
 //   4. Until then the file has another name, which ends in .part. It is written, synced to the
 //      disk, and only then gets its name: NAME is whole or not there (P11).
 //
@@ -3744,7 +3896,7 @@ class PartFile {
                                    failure.message(), "."),
                             cannot_write_there);
         for (unsigned number = 0; number < max_numbers; ++number) {
-            path_ = directory / (numbered_name(name, number) + ".part");
+            path_ = directory / path_of(numbered_name(name, number) + ".part");
             if (open_earlier(size) || open_new()) return;
             if (errno != EEXIST) throw cannot_write(path_);
         }
@@ -3780,7 +3932,7 @@ class PartFile {
         if (detail::sync_file(file_.handle()) != 0) throw cannot_write(path_);
         for (unsigned number = 0; number < max_numbers; ++number) {
             std::filesystem::path target = path_;
-            target.replace_filename(numbered_name(name, number));
+            target.replace_filename(path_of(numbered_name(name, number)));
             if (detail::rename_to_free(path_, target) == 0) {
                 published_ = true;
                 if (!detail::sync_directory(detail::directory_of(target)))
@@ -5411,6 +5563,11 @@ class Connection {
 //   - A thousand who come at once: who is here is told in batches, not one by one (see Members).
 //   - No descriptor or thread left: the newcomer is turned away, the others do not notice.
 //
+// What it does not protect against: whoever runs it. The operator can keep people apart, tell them
+// that somebody is here or is not, drop what they write, and see who writes to whom; reading along,
+// or changing it unnoticed, is what chapter 8 keeps from the operator too. And a network that is
+// simply full: strangers compete for slots, but all share one line.
+//
 // Locks, what each guards, and what whoever holds it may wait for. Under sessions_mutex_ or Members
 // (turn_ before mutex_), an Outbox's or the pump's is taken as well; otherwise one at a time. (And
 // the semaphore handshakes_ lets as many compute as there are processors.)
@@ -6735,7 +6892,9 @@ class Server {
 // =================================================================================================
 //
 // The engine behind a front end: a terminal, a window, a test. A front end posts commands and takes
-// events; it never waits for the network, the disk or an RSA operation.
+// events; it never waits for the network, the disk or an RSA operation. What goes wrong where it
+// does: a window that stands still while a name is looked up, and a line that was typed while the
+// connection was away, of which nobody knows whether it was ever sent.
 //
 //      front end -- post(Say{"hi"}) --> [ Mailbox ] --+
 //                                                     +--> engine --> outbox --> socket
@@ -6796,6 +6955,9 @@ class Server {
 //
 // <server> is the beginning of the server key's fingerprint, in hexadecimal: the same server under
 // two addresses is one server, and two servers that have the same address in turn are two.
+//
+// What it does not protect against: programs of the same user, which can read what we read and type
+// what we type; and the person in front of it, who can accept a key without comparing it.
 
 // ---- Commands: from a front end to the engine ---------------------------------------------------
 
@@ -8712,11 +8874,13 @@ class Client final : private FileHost {
 
 namespace detail {
 // What each system does in its own way: chapter 14.
-inline void remove_from_environment(const char* name);
+inline std::optional<SecretBytes> take_from_environment(const char* name);  // it is gone then
 // Shows `prompt` and gives each key that is pressed to `handle`, until that returns false. Nothing
-// is echoed, and no key is a signal; but Ctrl-Z still suspends. Throws Error if there is no
-// terminal.
+// is echoed, and no key is a signal; but Ctrl-Z still suspends. Throws Error(no_terminal).
 inline void read_keys(std::string_view prompt, const std::function<bool(int key)>& handle);
+inline constexpr const char* no_terminal =
+    "There is no terminal to ask for the password. Give it in the environment, as "
+    "CHATSECURE_PASSWORD, or to the client with --password-file.";
 }  // namespace detail
 
 // The first line of a file or, without a file, the environment's CHATSECURE_PASSWORD (which is then
@@ -8734,12 +8898,7 @@ inline std::optional<SecretBytes> find_password(const std::filesystem::path& fil
                                " has no password: that is its first line, which is empty."));
         return SecretBytes(begin, end);
     }
-    char* value = std::getenv("CHATSECURE_PASSWORD");
-    if (value == nullptr) return std::nullopt;
-    SecretBytes password = to_secret(value);
-    OPENSSL_cleanse(value, password.size());
-    detail::remove_from_environment("CHATSECURE_PASSWORD");
-    return password;
+    return detail::take_from_environment("CHATSECURE_PASSWORD");
 }
 
 // Asks on the terminal, without echo. Throws Error if the user gives up (Ctrl-C, Ctrl-D) or if
@@ -9013,13 +9172,13 @@ T number_for(std::string_view flag, std::string_view text, T least, T most) {
 inline std::filesystem::path directory_for(std::string_view flag, const std::string& text) {
     if (text.empty())
         throw Error(concat(flag, " takes a directory, and not nothing: \".\" is this one."));
-    return text;
+    return path_of(text);
 }
 
 // A fingerprint as text, or the fingerprint of the key in a PEM file. Throws Error.
 inline Fingerprint fingerprint_from(const std::string& file_or_fingerprint) {
     if (file_or_fingerprint.starts_with("SHA256:")) return Fingerprint::parse(file_or_fingerprint);
-    std::optional<SecretBytes> pem = read_file(file_or_fingerprint, max_key_file_bytes);
+    std::optional<SecretBytes> pem = read_file(path_of(file_or_fingerprint), max_key_file_bytes);
     if (!pem)
         throw Error(concat("There is no key file ", file_or_fingerprint,
                            ". Give the server's server_public.pem, or its fingerprint SHA256:..."));
@@ -9045,6 +9204,31 @@ inline void make_write_errors_errors();
 // the system gives the lowest free number to whatever is opened next, and what was meant for the
 // screen would go into a key file or to the server. From here on all three are something.
 inline void open_standard_descriptors();
+
+// What the program was called with, in UTF-8, whatever main() was given.
+inline char** arguments_in_utf8(int argc, char** argv);
+
+// Calls `handler` with SIGINT or SIGTERM when somebody asks the program to end; perhaps beside the
+// other threads, or in a signal handler: it may do what is allowed there.
+inline void when_asked_to_end(void (*handler)(int signal));
+
+// Whether standard input (0), output (1) or error (2) is a terminal; and how large that of the
+// output is, with the names that POSIX gives to rows and columns.
+inline bool is_terminal(int descriptor);
+struct TerminalSize {
+    unsigned short ws_row = 24, ws_col = 80;
+};
+inline TerminalSize terminal_size();
+
+inline std::tm local_time(std::time_t time);
+
+// Waits until standard input has something (if `want_input`), or `waker` was woken, or
+// `timeout_ms` is over (-1: never).
+struct Readiness {
+    bool input = false;
+    bool output_gone = false;  // nobody reads standard output any more; it need not be noticed
+};
+inline Readiness wait_for_input(Waker& waker, bool want_input, int timeout_ms);
 
 // ---- What is worth a line -----------------------------------------------------------------------
 
@@ -9094,12 +9278,16 @@ class NowAndThen {
 // ---- Lines of input, for every front end alike --------------------------------------------------
 
 // Standard input, line by line, as far as they are there.
+namespace detail {
+inline std::ptrdiff_t read_input(ByteSpan into);  // read_some() of it; chapter 14
+}  // namespace detail
+
 class LineReader {
   public:
     // Reads what is there; blocks if nothing is.
     void read_more() {
         Bytes block(65536);
-        std::ptrdiff_t got = detail::read_some(0, block);
+        std::ptrdiff_t got = detail::read_input(block);
         if (got > 0) buffer_ += as_text(ByteView(block).first(static_cast<std::size_t>(got)));
         if (got == 0 || (got < 0 && errno != EINTR)) ended_ = true;
     }
@@ -9150,11 +9338,11 @@ inline constexpr std::array<CommandHelp, 15> command_help{{
 inline std::filesystem::path path_from(std::string_view text) {
     const char* home = std::getenv("HOME");
     if (text.starts_with("~/") && home != nullptr)
-        return std::filesystem::path(home) / text.substr(2);
+        return std::filesystem::path(home) / path_of(text.substr(2));
     std::string_view rest = text;
     for (std::string_view prefix : {"file://localhost", "file://"})
         if (rest.starts_with(prefix)) rest.remove_prefix(prefix.size());
-    if (!rest.starts_with('/') || rest.size() == text.size()) return text;
+    if (!rest.starts_with('/') || rest.size() == text.size()) return path_of(text);
     std::string decoded;
     for (; !rest.empty(); rest.remove_prefix(1)) {
         unsigned byte = 0;
@@ -9167,7 +9355,10 @@ inline std::filesystem::path path_from(std::string_view text) {
             decoded += rest[0];
         }
     }
-    return decoded;
+    // "/C:/a" is "C:/a", where drives have letters.
+    if (std::filesystem::path::preferred_separator == '\\' && decoded.find(':') == 2)
+        decoded.erase(0, 1);
+    return path_of(decoded);
 }
 
 // Several paths, as people type them, or as a terminal pastes files that are dropped on it: with
@@ -9796,9 +9987,47 @@ namespace detail {
 
 // ---- Windows: files -----------------------------------------------------------------------------
 
-inline int open_file(const std::filesystem::path& path, bool create, FileMode) {
-    int flags = create ? _O_WRONLY | _O_CREAT | _O_EXCL : _O_RDONLY;
-    return ::_wopen(path.c_str(), flags | _O_BINARY, _S_IREAD | _S_IWRITE);
+// The system's last error becomes errno; returns -1.
+inline int fail() {
+    std::error_code error(static_cast<int>(::GetLastError()), std::system_category());
+    errno = error.default_error_condition().value();
+    return -1;
+}
+// A file that is open has no other name and does not go away, unless who has opened it agrees:
+// FILE_SHARE_DELETE. The library's own functions never do.
+inline int open_shared(const std::filesystem::path& path, DWORD access, DWORD creation, DWORD flags,
+                       SECURITY_ATTRIBUTES* rights = nullptr) {
+    HANDLE file =
+        ::CreateFileW(path.c_str(), access, FILE_SHARE_READ | FILE_SHARE_WRITE | FILE_SHARE_DELETE,
+                      rights, creation, flags, nullptr);
+    if (file == INVALID_HANDLE_VALUE) return fail();
+    return ::_open_osfhandle(reinterpret_cast<std::intptr_t>(file), _O_BINARY | _O_NOINHERIT);
+}
+inline HANDLE handle_of(int file) { return reinterpret_cast<HANDLE>(::_get_osfhandle(file)); }
+
+// Lets our user in and nobody else, and takes over nothing from the folder. Empty if that fails.
+inline SECURITY_ATTRIBUTES rights_of_owner() {
+    SECURITY_ATTRIBUTES rights{sizeof rights, nullptr, FALSE};
+    alignas(TOKEN_USER) std::array<std::uint8_t, 256> user{};
+    HANDLE process = nullptr;
+    DWORD size = user.size();
+    wchar_t* name = nullptr;
+    if (::OpenProcessToken(::GetCurrentProcess(), TOKEN_QUERY, &process) != 0 &&
+        ::GetTokenInformation(process, TokenUser, user.data(), size, &size) != 0 &&
+        ::ConvertSidToStringSidW(reinterpret_cast<TOKEN_USER*>(user.data())->User.Sid, &name) != 0)
+        ::ConvertStringSecurityDescriptorToSecurityDescriptorW(
+            (L"D:P(A;;FA;;;" + std::wstring(name) + L")").c_str(), SDDL_REVISION_1,
+            &rights.lpSecurityDescriptor, nullptr);
+    ::LocalFree(name);
+    ::CloseHandle(process);
+    return rights;
+}
+inline int open_file(const std::filesystem::path& path, bool create, FileMode mode) {
+    if (!create) return open_shared(path, GENERIC_READ, OPEN_EXISTING, FILE_ATTRIBUTE_NORMAL);
+    static SECURITY_ATTRIBUTES owner = rights_of_owner();
+    if (owner.lpSecurityDescriptor == nullptr) return errno = EACCES, -1;
+    return open_shared(path, GENERIC_WRITE, CREATE_NEW, FILE_ATTRIBUTE_NORMAL,
+                       mode == FileMode::owner_only ? &owner : nullptr);
 }
 inline void give_back_free_memory() {}
 inline int close_file(int file) { return ::_close(file); }
@@ -9807,11 +10036,10 @@ inline std::ptrdiff_t read_some(int file, ByteSpan into) {
     return ::_read(file, into.data(), static_cast<unsigned>(into.size()));
 }
 inline int rename_over(const std::filesystem::path& from, const std::filesystem::path& to) {
-    if (::MoveFileExW(from.c_str(), to.c_str(), MOVEFILE_REPLACE_EXISTING) != 0) return 0;
-    errno = EACCES;
-    return -1;
+    const DWORD flags = MOVEFILE_REPLACE_EXISTING | MOVEFILE_WRITE_THROUGH;
+    return ::MoveFileExW(from.c_str(), to.c_str(), flags) != 0 ? 0 : fail();
 }
-inline bool sync_directory(const std::filesystem::path&) { return true; }  // NTFS logs renames
+inline bool sync_directory(const std::filesystem::path&) { return true; }  // see WRITE_THROUGH
 
 // Directories cannot be locked: a file in it, which goes away with the process, stands for it.
 inline std::intptr_t lock_directory(const std::filesystem::path& directory, bool wait,
@@ -9822,6 +10050,11 @@ inline std::intptr_t lock_directory(const std::filesystem::path& directory, bool
         HANDLE lock = ::CreateFileW(file.c_str(), GENERIC_WRITE, 0, nullptr, OPEN_ALWAYS,
                                     FILE_FLAG_DELETE_ON_CLOSE, nullptr);
         if (lock != INVALID_HANDLE_VALUE) return reinterpret_cast<std::intptr_t>(lock);
+        DWORD reason = ::GetLastError();  // somebody has it, or is just giving it back?
+        fail();
+        if (reason != ERROR_SHARING_VIOLATION && reason != ERROR_ACCESS_DENIED)
+            throw Error(concat("Cannot open the directory ", directory.string(), ": ",
+                               system_reason(), "."));
         if (!wait || std::chrono::steady_clock::now() >= until) throw Error(std::string(busy));
         ::Sleep(10);
     }
@@ -9829,19 +10062,30 @@ inline std::intptr_t lock_directory(const std::filesystem::path& directory, bool
 inline void unlock_directory(std::intptr_t lock) { ::CloseHandle(reinterpret_cast<HANDLE>(lock)); }
 inline bool may_write_into(const std::filesystem::path&) { return true; }  // writing will tell
 
+// A directory can only be opened with "backup semantics": to be told from a file afterwards.
 inline int open_to_send(const std::filesystem::path& path) {
-    return ::_wopen(path.c_str(), _O_RDONLY | _O_BINARY);
+    return open_shared(path, GENERIC_READ, OPEN_EXISTING, FILE_FLAG_BACKUP_SEMANTICS);
 }
 inline int open_part(const std::filesystem::path& path, bool create) {
-    return ::_wsopen(path.c_str(), _O_RDWR | _O_BINARY | (create ? _O_CREAT | _O_EXCL : 0),
-                     _SH_DENYRW, _S_IREAD | _S_IWRITE);
+    return open_shared(path, GENERIC_READ | GENERIC_WRITE, create ? CREATE_NEW : OPEN_EXISTING,
+                       FILE_FLAG_OPEN_REPARSE_POINT);  // a link is not followed
 }
+// The system counts tenths of a microsecond since 1601.
+inline constexpr std::uint64_t ticks_until_1970 = 116'444'736'000'000'000;
 inline bool attributes_of(int file, FileAttributes& attributes) {
-    struct _stat64 raw {};
-    if (::_fstat64(file, &raw) != 0) return false;
-    attributes = {(raw.st_mode & _S_IFREG) != 0, (raw.st_mode & _S_IFDIR) != 0,
-                  static_cast<std::uint64_t>(raw.st_size),
-                  static_cast<std::uint64_t>(raw.st_mtime) * 1'000'000'000};
+    BY_HANDLE_FILE_INFORMATION raw{};
+    if (::GetFileInformationByHandle(handle_of(file), &raw) == 0) {
+        fail();
+        return false;
+    }
+    auto both = [](DWORD high, DWORD low) { return std::uint64_t{high} << 32 | low; };
+    std::uint64_t time =
+        both(raw.ftLastWriteTime.dwHighDateTime, raw.ftLastWriteTime.dwLowDateTime);
+    bool directory = (raw.dwFileAttributes & FILE_ATTRIBUTE_DIRECTORY) != 0;
+    bool link = (raw.dwFileAttributes & FILE_ATTRIBUTE_REPARSE_POINT) != 0;
+    attributes = {!directory && !link && ::GetFileType(handle_of(file)) == FILE_TYPE_DISK,
+                  directory, both(raw.nFileSizeHigh, raw.nFileSizeLow),
+                  time <= ticks_until_1970 ? 0 : (time - ticks_until_1970) * 100};
     return true;
 }
 inline std::ptrdiff_t read_some_at(int file, ByteSpan into, std::uint64_t offset) {
@@ -9855,16 +10099,21 @@ inline std::ptrdiff_t write_some_at(int file, ByteView bytes, std::uint64_t offs
 inline bool truncate_file(int file, std::uint64_t size) {
     return ::_chsize_s(file, static_cast<std::int64_t>(size)) == 0;
 }
-inline bool lock_file(int) { return true; }  // _SH_DENYRW
+// What is locked cannot be read by others either: so it is a byte that no file has.
+inline bool lock_file(int file) {
+    OVERLAPPED where{};
+    where.OffsetHigh = 0x7fff'ffff;
+    return ::LockFileEx(handle_of(file), LOCKFILE_EXCLUSIVE_LOCK | LOCKFILE_FAIL_IMMEDIATELY, 0, 1,
+                        0, &where) != 0 ||
+           ::GetLastError() != ERROR_LOCK_VIOLATION;
+}
 inline void set_modified(int file, std::uint64_t nanoseconds) {
-    struct __utimbuf64 times {};
-    times.actime = times.modtime = static_cast<std::int64_t>(nanoseconds / 1'000'000'000);
-    ::_futime64(file, &times);
+    std::uint64_t ticks = nanoseconds / 100 + ticks_until_1970;
+    FILETIME time{static_cast<DWORD>(ticks), static_cast<DWORD>(ticks >> 32)};
+    ::SetFileTime(handle_of(file), nullptr, &time, &time);  // a wish
 }
 inline int rename_to_free(const std::filesystem::path& from, const std::filesystem::path& to) {
-    if (::MoveFileExW(from.c_str(), to.c_str(), 0) != 0) return 0;
-    errno = ::GetLastError() == ERROR_ALREADY_EXISTS ? EEXIST : EACCES;
-    return -1;
+    return ::MoveFileExW(from.c_str(), to.c_str(), MOVEFILE_WRITE_THROUGH) != 0 ? 0 : fail();
 }
 inline bool is_disk_full(int error) { return error == ENOSPC || error == EFBIG; }
 
@@ -9908,7 +10157,9 @@ inline std::array<SocketHandle, 2> make_waker_ends() {
 
 inline std::ptrdiff_t receive_some(SocketHandle s, ByteSpan into) {
     auto size = static_cast<int>(std::min<std::size_t>(into.size(), 1 << 30));
-    return ::recv(s, reinterpret_cast<char*>(into.data()), size, 0);
+    int got = ::recv(s, reinterpret_cast<char*>(into.data()), size, 0);
+    // Shut down from here: elsewhere that is the end of the stream, and no error.
+    return got < 0 && ::WSAGetLastError() == WSAESHUTDOWN ? 0 : got;
 }
 inline std::ptrdiff_t send_some(SocketHandle s, ByteView bytes) {
     auto size = static_cast<int>(std::min<std::size_t>(bytes.size(), 1 << 30));
@@ -9930,15 +10181,200 @@ inline std::string lookup_reason(int failure) { return socket_reason(failure); }
 
 // ---- Windows: programs --------------------------------------------------------------------------
 
-inline void remove_from_environment(const char* name) { ::_putenv_s(name, ""); }
+inline std::string to_utf8(std::wstring_view wide) {
+    auto size = static_cast<int>(wide.size());
+    int needed = ::WideCharToMultiByte(CP_UTF8, 0, wide.data(), size, nullptr, 0, nullptr, nullptr);
+    std::string text(static_cast<std::size_t>(needed), '\0');
+    ::WideCharToMultiByte(CP_UTF8, 0, wide.data(), size, text.data(), needed, nullptr, nullptr);
+    return text;
+}
+inline std::wstring to_utf16(std::string_view text) {
+    auto size = static_cast<int>(text.size());
+    int needed = ::MultiByteToWideChar(CP_UTF8, 0, text.data(), size, nullptr, 0);
+    std::wstring wide(static_cast<std::size_t>(needed), L'\0');
+    ::MultiByteToWideChar(CP_UTF8, 0, text.data(), size, wide.data(), needed);
+    return wide;
+}
+inline std::optional<SecretBytes> take_from_environment(const char* name) {
+    std::wstring wide_name(name, name + std::strlen(name));
+    wchar_t* value = ::_wgetenv(wide_name.c_str());
+    if (value == nullptr) return std::nullopt;
+    std::string text = to_utf8(value);
+    SecretBytes secret = to_secret(text);
+    OPENSSL_cleanse(text.data(), text.size());
+    OPENSSL_cleanse(value, std::wcslen(value) * sizeof *value);
+    ::_wputenv_s(wide_name.c_str(), L"");
+    return secret;
+}
 inline int columns_of(char32_t point) { return point < 0x20 ? 0 : 1; }
 
+// Reads letters from the console, as the console is set. UTF-16 comes in units; what is half of a
+// letter stays in `units`. False: there is no console, or no more.
+inline bool read_letters(std::wstring& units, std::string& text) {
+    std::array<wchar_t, 1024> block;
+    DWORD got = 0;
+    do {
+        ::SetLastError(0);
+        if (::ReadConsoleW(::GetStdHandle(STD_INPUT_HANDLE), block.data(), block.size(), &got,
+                           nullptr) == 0)
+            return false;
+    } while (got == 0 && ::GetLastError() == ERROR_OPERATION_ABORTED);  // Ctrl-C: no end
+    units.append(block.data(), got);
+    bool half = !units.empty() && (units.back() & 0xfc00) == 0xd800;
+    text = to_utf8(std::wstring_view(units).substr(0, units.size() - (half ? 1 : 0)));
+    units.erase(0, units.size() - (half ? 1 : 0));
+    return got > 0;
+}
+
 inline void read_keys(std::string_view prompt, const std::function<bool(int key)>& handle) {
+    HANDLE console = ::GetStdHandle(STD_INPUT_HANDLE);
+    DWORD before = 0;
+    if (::GetConsoleMode(console, &before) == 0) throw Error(no_terminal);
+    ::SetConsoleMode(console, 0);  // no echo, no lines, no signals
+    AtExit restore([&] { ::SetConsoleMode(console, before); });
     std::cerr << prompt << std::flush;
-    while (handle(::_getch())) {
+    std::wstring units;
+    std::string keys;
+    for (bool more = true; more;) {
+        AtExit wipe([&] { OPENSSL_cleanse(keys.data(), keys.size()); });
+        if (!read_letters(units, keys)) keys = "\x04";  // the end of the input counts as Ctrl-D
+        for (std::size_t i = 0; i < keys.size() && more; ++i)
+            more = handle(static_cast<unsigned char>(keys[i]));
     }
     std::cerr << '\n';
 }
+
+// What a stream writes, if that goes to a console: kept until the stream is flushed.
+class ConsoleOutput : public std::streambuf {
+  public:
+    ConsoleOutput(std::ostream& stream, DWORD which)
+        : stream_(stream), before_(stream.rdbuf()), console_(::GetStdHandle(which)) {
+        DWORD mode = 0;
+        if (::GetConsoleMode(console_, &mode) != 0) stream_.rdbuf(this);
+    }
+    ConsoleOutput(const ConsoleOutput&) = delete;
+    ConsoleOutput& operator=(const ConsoleOutput&) = delete;
+    ~ConsoleOutput() override {
+        sync();
+        stream_.rdbuf(before_);
+    }
+
+  private:
+    int_type overflow(int_type c) override {
+        char byte = traits_type::to_char_type(c);
+        xsputn(&byte, 1);
+        return c;
+    }
+    std::streamsize xsputn(const char* text, std::streamsize size) override {
+        std::lock_guard lock(mutex_);
+        text_.append(text, static_cast<std::size_t>(size));
+        return size;
+    }
+    int sync() override {
+        std::lock_guard lock(mutex_);
+        std::wstring wide = to_utf16(std::exchange(text_, {}));
+        DWORD size = 0;
+        ::WriteConsoleW(console_, wide.data(), static_cast<DWORD>(wide.size()), &size, nullptr);
+        return 0;
+    }
+
+    std::ostream& stream_;
+    std::streambuf* before_;
+    HANDLE console_;
+    std::mutex mutex_;  // guards `text_`: several threads write to the server's log
+    std::string text_;
+};
+
+// Neither a console nor a pipe can be waited for together with sockets. A thread reads standard
+// input, a block when it is asked for one, and wakes who waits for it.
+class InputThread {
+  public:
+    InputThread() : thread_([this] { run(); }) {}
+    InputThread(const InputThread&) = delete;
+    InputThread& operator=(const InputThread&) = delete;
+    ~InputThread() {  // joins; what it is reading is called off
+        std::unique_lock lock(mutex_);
+        ending_ = true;
+        changed_.notify_all();
+        while (!changed_.wait_for(lock, std::chrono::milliseconds(10), [&] { return done_; }))
+            ::CancelSynchronousIo(handle_);
+        lock.unlock();
+        thread_.join();
+        if (handle_ != nullptr) ::CloseHandle(handle_);
+    }
+
+    // Whether there is something to take(), the end being something too.
+    bool wait(Waker& waker, int timeout_ms) {
+        {
+            std::lock_guard lock(mutex_);
+            if (ready_) return true;
+            wanted_ = true;
+            waker_ = &waker;
+            changed_.notify_all();
+        }
+        std::array<PollEntry, 1> entries{{{waker.handle(), POLLIN, 0}}};
+        poll_sockets(entries, timeout_ms);
+        std::lock_guard lock(mutex_);
+        waker_ = nullptr;
+        return ready_;
+    }
+    std::ptrdiff_t take(ByteSpan into) {
+        std::unique_lock lock(mutex_);
+        wanted_ = wanted_ || !ready_;
+        changed_.notify_all();
+        changed_.wait(lock, [&] { return ready_; });
+        std::size_t size = std::min(into.size(), block_.size());
+        std::copy_n(block_.begin(), size, into.begin());
+        block_.erase(0, size);
+        ready_ = ended_ || !block_.empty();
+        return static_cast<std::ptrdiff_t>(size);
+    }
+
+  private:
+    void run() {
+        ::DuplicateHandle(::GetCurrentProcess(), ::GetCurrentThread(), ::GetCurrentProcess(),
+                          &handle_, 0, FALSE, DUPLICATE_SAME_ACCESS);
+        bool console = is_terminal(0);
+        ::_setmode(0, _O_BINARY);  // a byte 0x1a in a file is not its end
+        std::wstring units;
+        std::string block;
+        std::unique_lock lock(mutex_);
+        for (;;) {
+            changed_.wait(lock, [&] { return wanted_ || ending_; });
+            if (ending_) break;
+            lock.unlock();
+            if (console) {
+                if (!read_letters(units, block) || block.starts_with('\x1a')) block.clear();
+            } else {
+                block.resize(65536);
+                std::ptrdiff_t got = ::_read(0, block.data(), static_cast<unsigned>(block.size()));
+                block.resize(static_cast<std::size_t>(std::max<std::ptrdiff_t>(got, 0)));
+            }
+            lock.lock();
+            block_ += block;
+            wanted_ = false;
+            ended_ = block.empty();
+            ready_ = true;
+            if (waker_ != nullptr) waker_->wake();
+            changed_.notify_all();
+        }
+        done_ = true;
+        changed_.notify_all();
+    }
+
+    std::mutex mutex_;  // guards everything below, but `handle_`: set before the first block
+    std::condition_variable changed_;
+    std::string block_;  // what was read and not yet taken
+    bool wanted_ = false, ready_ = false, ended_ = false, ending_ = false, done_ = false;
+    Waker* waker_ = nullptr;  // of who waits
+    HANDLE handle_ = nullptr;
+    std::thread thread_;
+};
+inline InputThread& input_thread() {
+    static InputThread thread;
+    return thread;
+}
+inline std::ptrdiff_t read_input(ByteSpan into) { return input_thread().take(into); }
 
 }  // namespace detail
 
@@ -9946,10 +10382,64 @@ inline std::size_t raise_descriptor_limit() { return 16384; }
 inline void share_one_heap() {}
 
 inline void make_write_errors_errors() {}
-inline void open_standard_descriptors() {}
+// What is written to a console is UTF-16; the C library would take our UTF-8 for something else.
+inline void open_standard_descriptors() {
+    static detail::ConsoleOutput out(std::cout, STD_OUTPUT_HANDLE);
+    static detail::ConsoleOutput err(std::cerr, STD_ERROR_HANDLE);
+}
+inline char** arguments_in_utf8(int, char** argv) {
+    static std::vector<std::string> texts;
+    static std::vector<char*> pointers;
+    int count = 0;
+    wchar_t** wide = ::CommandLineToArgvW(::GetCommandLineW(), &count);
+    if (wide == nullptr) return argv;
+    for (int i = 0; i < count; ++i) texts.push_back(detail::to_utf8(wide[i]));
+    ::LocalFree(wide);
+    for (std::string& text : texts) pointers.push_back(text.data());
+    pointers.push_back(nullptr);
+    return pointers.data();
+}
+inline void when_asked_to_end(void (*handler)(int signal)) {
+    static std::atomic<void (*)(int)> called = nullptr;
+    struct Console {
+        static BOOL WINAPI handle(DWORD event) {
+            called.load()(event == CTRL_C_EVENT ? SIGINT : SIGTERM);
+            if (event >= CTRL_CLOSE_EVENT) ::Sleep(INFINITE);  // what returns is ended at once
+            return TRUE;
+        }
+    };
+    called = handler;
+    ::SetConsoleCtrlHandler(&Console::handle, TRUE);
+}
+inline bool is_terminal(int descriptor) {
+    DWORD mode = 0;
+    return ::GetConsoleMode(detail::handle_of(descriptor), &mode) != 0;
+}
+inline TerminalSize terminal_size() {
+    CONSOLE_SCREEN_BUFFER_INFO info{};
+    if (::GetConsoleScreenBufferInfo(::GetStdHandle(STD_OUTPUT_HANDLE), &info) == 0) return {};
+    return {static_cast<unsigned short>(info.srWindow.Bottom - info.srWindow.Top + 1),
+            static_cast<unsigned short>(info.srWindow.Right - info.srWindow.Left + 1)};
+}
+inline std::tm local_time(std::time_t time) {
+    std::tm local{};
+    ::localtime_s(&local, &time);
+    return local;
+}
+inline Readiness wait_for_input(Waker& waker, bool want_input, int timeout_ms) {
+    Readiness ready;
+    if (want_input) {
+        ready.input = detail::input_thread().wait(waker, timeout_ms);
+    } else {
+        std::array<detail::PollEntry, 1> entries{{{waker.handle(), POLLIN, 0}}};
+        detail::poll_sockets(entries, timeout_ms);
+    }
+    waker.drain();
+    return ready;
+}
 inline std::filesystem::path default_home() {
-    const char* data = std::getenv("APPDATA");
-    return std::filesystem::path(data != nullptr ? data : "") / "ChatSecure";
+    const wchar_t* data = ::_wgetenv(L"APPDATA");
+    return data != nullptr ? std::filesystem::path(data) / "ChatSecure" : std::filesystem::path();
 }
 
 #else
@@ -9971,7 +10461,12 @@ inline void give_back_free_memory() {
 #endif
 }
 inline int close_file(int file) { return ::close(file); }
-inline int sync_file(int file) { return ::fsync(file); }
+inline int sync_file(int file) {
+#ifdef F_FULLFSYNC  // macOS, whose fsync() leaves them in the disk's own memory
+    if (::fcntl(file, F_FULLFSYNC) == 0) return 0;  // not every file system can do it
+#endif
+    return ::fsync(file);
+}
 inline std::ptrdiff_t read_some(int file, ByteSpan into) {
     return ::read(file, into.data(), into.size());
 }
@@ -9982,7 +10477,7 @@ inline bool sync_directory(const std::filesystem::path& directory) {
     int handle = ::open(directory.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC);
     if (handle < 0) return true;  // an unreadable directory: one cannot ask for more
     bool synced =
-        ::fsync(handle) == 0 || errno == EINVAL;  // or the file system knows no such thing
+        sync_file(handle) == 0 || errno == EINVAL;  // or the file system knows no such thing
     int reason = errno;
     ::close(handle);
     errno = reason;
@@ -10137,16 +10632,21 @@ inline std::string lookup_reason(int failure) { return ::gai_strerror(failure); 
 
 // ---- POSIX: programs ----------------------------------------------------------------------------
 
-inline void remove_from_environment(const char* name) { ::unsetenv(name); }
+inline std::optional<SecretBytes> take_from_environment(const char* name) {
+    char* value = std::getenv(name);
+    if (value == nullptr) return std::nullopt;
+    SecretBytes secret = to_secret(value);
+    OPENSSL_cleanse(value, secret.size());
+    ::unsetenv(name);
+    return secret;
+}
+inline std::ptrdiff_t read_input(ByteSpan into) { return read_some(STDIN_FILENO, into); }
 inline int columns_of(char32_t point) { return ::wcwidth(static_cast<wchar_t>(point)); }
 
 // The terminal is in raw mode meanwhile, so that an interrupt cannot leave it mute.
 inline void read_keys(std::string_view prompt, const std::function<bool(int key)>& handle) {
     termios before{};
-    if (::tcgetattr(STDIN_FILENO, &before) != 0)
-        throw Error(
-            "There is no terminal to ask for the password. Give it in the environment, as "
-            "CHATSECURE_PASSWORD, or to the client with --password-file.");
+    if (::tcgetattr(STDIN_FILENO, &before) != 0) throw Error(no_terminal);
     termios raw = before;
     raw.c_lflag &= ~static_cast<tcflag_t>(ECHO | ICANON | ISIG);
     auto begin = [&] {
@@ -10177,6 +10677,9 @@ inline std::size_t raise_descriptor_limit() {
     rlimit limit{};
     ::getrlimit(RLIMIT_NOFILE, &limit);
     limit.rlim_cur = limit.rlim_max;
+#ifdef __APPLE__
+    limit.rlim_cur = std::min<rlim_t>(limit.rlim_max, OPEN_MAX);  // more is refused
+#endif
     ::setrlimit(RLIMIT_NOFILE, &limit);
     ::getrlimit(RLIMIT_NOFILE, &limit);
     return static_cast<std::size_t>(limit.rlim_cur);
@@ -10196,6 +10699,34 @@ inline void open_standard_descriptors() {
     while (lowest >= 0 && lowest <= STDERR_FILENO) lowest = ::dup(lowest);
     ::close(lowest);
 }
+inline char** arguments_in_utf8(int, char** argv) { return argv; }
+inline void when_asked_to_end(void (*handler)(int signal)) {
+    for (int signal : {SIGINT, SIGTERM, SIGHUP}) std::signal(signal, handler);
+}
+inline bool is_terminal(int descriptor) { return ::isatty(descriptor) == 1; }
+inline TerminalSize terminal_size() {
+    winsize size{};
+    if (::ioctl(STDOUT_FILENO, TIOCGWINSZ, &size) != 0 || size.ws_col == 0) return {};
+    return {size.ws_row, size.ws_col};
+}
+inline std::tm local_time(std::time_t time) {
+    std::tm local{};
+    ::localtime_r(&time, &local);
+    return local;
+}
+inline Readiness wait_for_input(Waker& waker, bool want_input, int timeout_ms) {
+    std::array<pollfd, 3> entries{{{waker.handle(), POLLIN, 0},
+                                   {want_input ? STDIN_FILENO : -1, POLLIN, 0},
+                                   {STDOUT_FILENO, 0, 0}}};
+    int events = ::poll(entries.data(), entries.size(), timeout_ms);
+    if (events > 0 && (entries[2].revents & POLLNVAL) != 0) {  // macOS cannot watch /dev/null
+        entries[2].fd = -1;
+        events = ::poll(entries.data(), entries.size(), timeout_ms);
+    }
+    if (events <= 0) return {};
+    if (entries[0].revents != 0) waker.drain();
+    return {entries[1].revents != 0, (entries[2].revents & (POLLERR | POLLHUP)) != 0};
+}
 inline std::filesystem::path default_home() {
     auto variable = [](const char* name) {
         const char* value = std::getenv(name);
@@ -10210,12 +10741,13 @@ inline std::filesystem::path default_home() {
             home = entry.pw_dir;
     }
 #ifdef __APPLE__
-    return home / "Library" / "Application Support" / "ChatSecure";
+    std::filesystem::path data = home / "Library" / "Application Support" / "ChatSecure";
 #else
     std::filesystem::path data = variable("XDG_DATA_HOME");
     if (data.is_absolute()) return data / "chatsecure";
-    return home.is_absolute() ? home / ".local" / "share" / "chatsecure" : std::filesystem::path();
+    data = home / ".local" / "share" / "chatsecure";
 #endif
+    return home.is_absolute() ? data : std::filesystem::path();
 }
 
 #endif

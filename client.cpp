@@ -16,8 +16,6 @@
 #ifdef CHATSECURE_LIBEDIT
 #include <histedit.h>
 #endif
-#include <poll.h>
-#include <sys/ioctl.h>
 
 namespace {
 
@@ -269,11 +267,7 @@ struct Describe {
     }
 };
 
-winsize window() {
-    winsize size{};
-    bool known = ioctl(STDOUT_FILENO, TIOCGWINSZ, &size) == 0 && size.ws_col > 0;
-    return known ? size : winsize{24, 80, 0, 0};
-}
+chatsecure::TerminalSize window() { return chatsecure::terminal_size(); }
 
 // `line` in rows that fit the window; what is said does not go below the time, nor what a command
 // means below the command.
@@ -283,7 +277,7 @@ std::string in_rows(std::string_view line) {
 
 // Says something beside the conversation, in rows if somebody reads it on a terminal.
 void tell(const std::string& text) {
-    std::cerr << concat(isatty(STDERR_FILENO) == 1 ? in_rows(text) : text, "\n");
+    std::cerr << concat(chatsecure::is_terminal(2) ? in_rows(text) : text, "\n");
 }
 
 // Says why it has ended, if that is bad news, in one or several lines of our own making.
@@ -310,40 +304,42 @@ bool is_failure(const Event& event, bool auto_accept) {
 // touch is atomic (and lock-free, which is what a handler may use). The textbook's
 // volatile sig_atomic_t is enough only where there is a single thread.
 std::atomic<chatsecure::Waker*> main_waker = nullptr;  // while run() runs, longer than any thread
-std::atomic<bool> asked_to_leave = false, asked_to_suspend = false, window_changed = false;
+std::atomic<bool> asked_to_leave = false;
 std::atomic<bool> half_typed = false, asked_to_clear = false;  // Ctrl-C clears a begun line
 static_assert(std::atomic<chatsecure::Waker*>::is_always_lock_free);
 static_assert(std::atomic<bool>::is_always_lock_free);
 
 extern "C" void on_signal(int signal) {
-    if (signal == SIGTSTP)
-        asked_to_suspend = true;
-    else if (signal == SIGWINCH)
-        window_changed = true;
-    else if (signal == SIGINT && half_typed.exchange(false))
+    if (signal == SIGINT && half_typed.exchange(false))
         asked_to_clear = true;
     else
         asked_to_leave = true;
     if (chatsecure::Waker* waker = main_waker) waker->wake();
 }
 
+#ifdef CHATSECURE_LIBEDIT
+// What only the line editor has to know: Ctrl-Z, and another size of the window.
+std::atomic<bool> asked_to_suspend = false, window_changed = false;
+extern "C" void on_terminal_signal(int signal) {
+    (signal == SIGTSTP ? asked_to_suspend : window_changed) = true;
+    if (chatsecure::Waker* waker = main_waker) waker->wake();
+}
+
 void catch_signal(int signal) {
     struct sigaction action {};
-    action.sa_handler = on_signal;
+    action.sa_handler = on_terminal_signal;
     sigaction(signal, &action, nullptr);
 }
+#endif
 
 // Waits until standard input or the waker has something, or the time is over (-1: never).
 // Returns whether standard input has something. Nobody reading the output any more is a reason to
 // leave, and is noticed without writing.
 bool wait_for_input(bool want_input, int timeout_ms) {
-    std::array<pollfd, 3> entries{{{main_waker.load()->handle(), POLLIN, 0},
-                                   {want_input ? STDIN_FILENO : -1, POLLIN, 0},
-                                   {STDOUT_FILENO, 0, 0}}};
-    if (poll(entries.data(), entries.size(), timeout_ms) <= 0) return false;
-    if (entries[0].revents != 0) main_waker.load()->drain();
-    if ((entries[2].revents & (POLLERR | POLLHUP)) != 0) asked_to_leave = true;
-    return entries[1].revents != 0;
+    chatsecure::Readiness ready =
+        chatsecure::wait_for_input(*main_waker.load(), want_input, timeout_ms);
+    if (ready.output_gone) asked_to_leave = true;
+    return ready.input;
 }
 
 // ---- The front end for scripts ------------------------------------------------------------------
@@ -488,8 +484,7 @@ class Printer {
     std::string format(const Line& line, std::chrono::system_clock::time_point time,
                        const std::string& mark = "") const {
         std::time_t seconds = std::chrono::system_clock::to_time_t(time);
-        std::tm local{};
-        localtime_r(&seconds, &local);
+        std::tm local = chatsecure::local_time(seconds);
         std::array<char, 16> clock{};
         std::strftime(clock.data(), clock.size(), "%H:%M", &local);
         std::string name = line.text.substr(0, line.name), rest = line.text.substr(line.name);
@@ -567,7 +562,8 @@ class Terminal {
         // No echo of what is typed between two lines; and Enter is not the end of a pasted line.
         el_set(editor_, EL_SETTY, "-x", "-echo", nullptr);
         el_set(editor_, EL_SETTY, "-d", "-inlcr", "-icrnl", nullptr);
-        for (int signal : {SIGINT, SIGTERM, SIGHUP, SIGTSTP, SIGWINCH}) catch_signal(signal);
+        chatsecure::when_asked_to_end(on_signal);
+        for (int signal : {SIGTSTP, SIGWINCH}) catch_signal(signal);
         std::cout << brackets_on;
     }
     Terminal(const Terminal&) = delete;
@@ -789,10 +785,10 @@ class Terminal {
     static constexpr bool redraws = false;
 
     explicit Terminal(TerminalUser user) : user_(std::move(user)) {
-        for (int signal : {SIGINT, SIGTERM, SIGHUP}) catch_signal(signal);
-        std::cout << brackets_on << std::flush;
+        chatsecure::when_asked_to_end(on_signal);
+        if (knows_brackets_) std::cout << brackets_on << std::flush;
     }
-    ~Terminal() { std::cout << brackets_off << std::flush; }
+    ~Terminal() { std::cout << (knows_brackets_ ? brackets_off : "") << std::flush; }
 
     // A line that is pasted sends nothing: all of it goes with what the last Enter sends.
     std::optional<std::string> read_line() {
@@ -819,6 +815,7 @@ class Terminal {
   private:
     TerminalUser user_;
     chatsecure::LineReader input_;
+    bool knows_brackets_ = std::getenv("TERM") != nullptr;  // a Windows console would show them
 };
 
 #endif
@@ -1145,7 +1142,7 @@ Event wait_for_login(Client& client) {
 
 bool wants_colour(bool no_colour_flag) {
     const char* terminal = std::getenv("TERM");
-    return !no_colour_flag && std::getenv("NO_COLOR") == nullptr && isatty(STDOUT_FILENO) == 1 &&
+    return !no_colour_flag && std::getenv("NO_COLOR") == nullptr && chatsecure::is_terminal(1) &&
            terminal != nullptr && std::string_view(terminal) != "dumb";
 }
 
@@ -1250,7 +1247,7 @@ int run(const cxxopts::ParseResult& flags) {
     chatsecure::make_write_errors_errors();
     const SignIn given{text_of(flags, "user"), flags.count("register") > 0,
                        text_of(flags, "password-file"),
-                       isatty(STDIN_FILENO) == 1 && isatty(STDOUT_FILENO) == 1};
+                       chatsecure::is_terminal(0) && chatsecure::is_terminal(1)};
     bool asks = given.interactive && given.password_file.empty() &&
                 std::getenv("CHATSECURE_PASSWORD") == nullptr;
     for (int tries = 1;; ++tries) {
@@ -1266,8 +1263,10 @@ int run(const cxxopts::ParseResult& flags) {
 
 int main(int argc, char** argv) {
     chatsecure::open_standard_descriptors();
+    argv = chatsecure::arguments_in_utf8(argc, argv);
     std::setlocale(LC_ALL, "");
-    if (MB_CUR_MAX == 1) std::setlocale(LC_CTYPE, "C.UTF-8");  // chat is UTF-8
+    if (MB_CUR_MAX == 1 && std::setlocale(LC_CTYPE, "C.UTF-8") == nullptr)  // chat is UTF-8
+        std::setlocale(LC_CTYPE, "UTF-8");  // as macOS and the BSDs call it
     cxxopts::Options options = make_options();
     int wrong = usage;  // whose trouble it is
     try {
@@ -1288,7 +1287,7 @@ int main(int argc, char** argv) {
         wait_limit_from(flags);
         if (std::string user = text_of(flags, "user"); !user.empty())
             chatsecure::fold_name(user);
-        else if (isatty(STDIN_FILENO) != 1)
+        else if (!chatsecure::is_terminal(0))
             throw Error("Who are you? Give your user name with -u NAME.");
         wrong = trouble;
         return run(flags);

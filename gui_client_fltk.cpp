@@ -125,8 +125,8 @@ Fl_Image& disc(int diameter, Fl_Color colour) {
     double radius = diameter / 2.0;
     for (int y = 0; y < diameter; ++y)
         for (int x = 0; x < diameter; ++x) {
-            double far = std::hypot(x + 0.5 - radius, y + 0.5 - radius);
-            double cover = std::clamp(radius - far + 0.5, 0.0, 1.0);
+            double distance = std::hypot(x + 0.5 - radius, y + 0.5 - radius);
+            double cover = std::clamp(radius - distance + 0.5, 0.0, 1.0);
             pixels.insert(pixels.end(), {r, g, b, static_cast<unsigned char>(cover * 255)});
         }
     image.reset(Fl_RGB_Image(pixels.data(), diameter, diameter, 4).copy());
@@ -277,12 +277,7 @@ std::vector<Span> wrap(std::string_view text, int width) {
 
 std::string time_text(Time time, const char* format) {
     std::time_t seconds = std::chrono::system_clock::to_time_t(time);
-    std::tm local{};
-#ifdef _WIN32
-    localtime_s(&local, &seconds);
-#else
-    localtime_r(&seconds, &local);
-#endif
+    std::tm local = chatsecure::local_time(seconds);
     std::array<char, 64> text{};
     std::strftime(text.data(), text.size(), format, &local);
     return text.data();
@@ -2842,6 +2837,7 @@ cxxopts::Options make_options() {
 
 int main(int argc, char** argv) {
     chatsecure::open_standard_descriptors();
+    argv = chatsecure::arguments_in_utf8(argc, argv);
     std::setlocale(LC_ALL, "");
     cxxopts::Options options = make_options();
     Flags flags;
@@ -2858,8 +2854,8 @@ int main(int argc, char** argv) {
         flags.form.register_account = given.count("register") > 0;
         flags.options.accept_new_server = given.count("accept-new") > 0;
         flags.report = given.count("report") > 0;
-        flags.options.home = given["home"].as<std::string>();
-        flags.options.files.downloads = given["downloads"].as<std::string>();
+        flags.options.home = chatsecure::path_of(given["home"].as<std::string>());
+        flags.options.files.downloads = chatsecure::path_of(given["downloads"].as<std::string>());
         if (given.count("server-key") > 0)
             flags.options.server_key =
                 chatsecure::fingerprint_from(given["server-key"].as<std::string>());
@@ -2871,9 +2867,7 @@ int main(int argc, char** argv) {
                   << "\n./gui_client_fltk --help lists the flags.\n";
         return 2;
     }
-#ifndef _WIN32
     chatsecure::make_write_errors_errors();
-#endif
     Fl::lock();                                                  // several threads: Fl::awake works
     Fl::set_boxtype(FL_DOWN_BOX, draw_field_box, 6, 7, 12, 13);  // of every widget of FLTK
     Fl::set_boxtype(FL_UP_BOX, draw_field_box, 2, 2, 4, 4);

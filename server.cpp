@@ -3,7 +3,6 @@
 
 #include "chatsecure.hpp"
 
-#include <csignal>
 #include <cxxopts.hpp>
 #include <iostream>
 
@@ -15,14 +14,6 @@ std::atomic<chatsecure::Server*> running_server = nullptr;  // for the signal ha
 
 extern "C" void on_signal(int) {
     if (chatsecure::Server* server = running_server.load()) server->stop();
-}
-
-void stop_on_signals() {
-    std::signal(SIGINT, on_signal);
-    std::signal(SIGTERM, on_signal);
-#ifndef _WIN32
-    std::signal(SIGHUP, on_signal);
-#endif
 }
 
 cxxopts::Options make_options() {
@@ -111,7 +102,7 @@ int serve(chatsecure::ServerOptions options) {
     chatsecure::share_one_heap();
     chatsecure::Server server(std::move(options));
     running_server = &server;
-    stop_on_signals();
+    chatsecure::when_asked_to_end(on_signal);
     server.run();
     running_server = nullptr;
     return fine;
@@ -121,6 +112,7 @@ int serve(chatsecure::ServerOptions options) {
 
 int main(int argc, char** argv) {
     chatsecure::open_standard_descriptors();
+    argv = chatsecure::arguments_in_utf8(argc, argv);
     cxxopts::Options known = make_options();
     cxxopts::ParseResult flags;
     chatsecure::ServerOptions options;
