@@ -11073,7 +11073,7 @@ TEST_CASE("programs: on a terminal, a mark behind one's own message says what be
     alice->wait_for("\u2026 until ");
     here.start();
     bob->wait_for("alice -> you: meanwhile\n");
-    alice->wait_for("joined");  // other lines have come since
+    alice->wait_for("logged in again");  // other lines have come since
     alice->wait_for(": meanwhile  \u2713\u2713\r\n");
     for (int i = 0; i < 30; ++i) bob->write(concat("line ", i, "\n"));
     alice->wait_for("line 29");
