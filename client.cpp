@@ -786,9 +786,9 @@ class Terminal {
 
     explicit Terminal(TerminalUser user) : user_(std::move(user)) {
         chatsecure::when_asked_to_end(on_signal);
-        std::cout << brackets_on << std::flush;
+        if (knows_brackets_) std::cout << brackets_on << std::flush;
     }
-    ~Terminal() { std::cout << brackets_off << std::flush; }
+    ~Terminal() { std::cout << (knows_brackets_ ? brackets_off : "") << std::flush; }
 
     // A line that is pasted sends nothing: all of it goes with what the last Enter sends.
     std::optional<std::string> read_line() {
@@ -815,6 +815,7 @@ class Terminal {
   private:
     TerminalUser user_;
     chatsecure::LineReader input_;
+    bool knows_brackets_ = std::getenv("TERM") != nullptr;  // a Windows console would show them
 };
 
 #endif

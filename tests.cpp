@@ -6205,7 +6205,11 @@ TEST_CASE("chapter 12: after an outage, each message waits for its reader, and c
     DeliveryChanged end = alice.next<DeliveryChanged>();
     CHECK(end.state == Delivery::failed);
     CHECK(end.reason == "is not online");
+#ifndef _WIN32  // there it is the time of day
     CHECK(std::clock() - before < CLOCKS_PER_SEC / 4);
+#else
+    static_cast<void>(before);
+#endif
 }
 
 TEST_CASE("chapter 12: five hundred people log in, see one message each way, and leave") {
@@ -11104,7 +11108,7 @@ TEST_CASE("programs: on a terminal, a mark behind one's own message says what be
     alice->wait_for("\u2026 until ");
     here.start();
     bob->wait_for("alice -> you: meanwhile\n");
-    alice->wait_for("joined");  // other lines have come since
+    alice->wait_for("logged in again");  // other lines have come since
     alice->wait_for(": meanwhile  \u2713\u2713\r\n");
     for (int i = 0; i < 30; ++i) bob->write(concat("line ", i, "\n"));
     alice->wait_for("line 29");
