@@ -37,12 +37,12 @@
 //
 //      way             chapters   lines   minutes
 //      --------------  --------  ------  --------
-//      an hour         2, 3, 5      866        58   How two programs talk over a network at all,
+//      an hour         2, 3, 5      891        59   How two programs talk over a network at all,
 //                                                   and how they keep it to themselves: you can
 //                                                   put an encrypted channel under anything.
-//      a long evening  1 to 9      4847       323   The whole protocol: you can write a compatible
+//      a long evening  1 to 9      4969       331   The whole protocol: you can write a compatible
 //                                                   client in another language.
-//      a weekend       all        10477       698   And how to build on it: a server for a thousand
+//      a weekend       all        11018       735   And how to build on it: a server for a thousand
 //                                                   people at once, a client that survives a lost
 //                                                   connection, and programs for people.
 //
