@@ -32,14 +32,30 @@
 //     13. Programs       asking for a password, sizes for people, lines that become commands
 //     14. Other systems  what POSIX and Windows do differently, side by side
 //
-// Three ways through it:
+// Three ways through it. The lines are those of this file, prose and code; the minutes are for
+// somebody who reads 15 lines in one, which is time enough to understand them:
 //
-//      an hour      2, 3, 5   How two programs talk over a network at all, and how they keep it to
-//                             themselves: you can put an encrypted channel under anything.
-//      an evening   1 to 9    The whole protocol: you can write a compatible client in another
-//                             language from what you have read.
-//      a weekend    all       And how to build on it: a server for a thousand people at once, a
-//                             client that survives a lost connection, and programs for people.
+//      way             chapters   lines   minutes
+//      --------------  --------  ------  --------
+//      an hour         2, 3, 5      891        59   How two programs talk over a network at all,
+//                                                   and how they keep it to themselves: you can
+//                                                   put an encrypted channel under anything.
+//      a long evening  1 to 9      4969       331   The whole protocol: you can write a compatible
+//                                                   client in another language.
+//      a weekend       all        11018       735   And how to build on it: a server for a thousand
+//                                                   people at once, a client that survives a lost
+//                                                   connection, and programs for people.
+//
+// Each chapter ends with something to try. "Break" names changes of docs/sabotages.md, of a few
+// lines each, that break a promise. Before you look: which line is it, what would an attacker make
+// of it, and which test must turn red? Then let it be tried:
+//
+//      make sabotage ONLY=length-believed
+//
+// "Write" asks for something of your own, in the chapter, in namespace chatsecure (and `inline`, as
+// it is in a header). A test waits for it, which is skipped otherwise and says what is missing:
+//
+//      make tests CXX=clang++ CXXFLAGS=-O0 && ./tests -ns -tc='exercise: varint'
 //
 // What it promises. The essays say which line keeps which promise, and tests attack each of them
 // (README.md, "Security", has their names):
@@ -858,6 +874,23 @@ struct TraceEvent {
 };
 using Tracer = std::function<void(const TraceEvent&)>;
 
+// ---- Try it -------------------------------------------------------------------------------------
+//
+// Break: length-believed (a reader believes a length that comes from the network) and old-file-lost
+// (a file is removed before the new one is there). Which of them needs an enemy, and which one only
+// a Tuesday?
+//
+// Write a VARINT, a number that takes as many bytes as it needs:
+//
+//      void put_varint(Writer& to, std::uint64_t number)
+//      std::uint64_t take_varint(Reader& from)                 // throws ProtocolError
+//
+// Each byte carries seven bits, the lowest seven first; its highest bit says whether another byte
+// follows. 0 is 00, 127 is 7f, 128 is 80 01, 300 is ac 02, and the largest number takes ten bytes.
+// Refuse what is cut short, what does not fit into 64 bits, and a second spelling: 80 00 is 0, too,
+// with a last byte that says nothing.
+// Green: exercise: varint
+
 // =================================================================================================
 //  Chapter 2. Sockets
 // =================================================================================================
@@ -1346,6 +1379,19 @@ class Listener {
     std::uint16_t port_;
 };
 
+// ---- Try it -------------------------------------------------------------------------------------
+//
+// Break: nagle-left-on (small packets wait for others to travel with). Nobody loses a byte by it.
+// Who notices, and of what?
+//
+// Write an ECHO server's conversation: what comes is sent back, as it comes. When the other side
+// ends its stream, end ours, and return. A burst of some megabytes must come back, too, and nothing
+// may spin while nothing comes.
+//
+//      void echo(Socket& socket)
+//
+// Green: exercise: echo
+
 // =================================================================================================
 //  Chapter 3. Framing
 // =================================================================================================
@@ -1478,6 +1524,24 @@ class FrameReader {
     std::size_t begin_ = 0, end_ = 0;  // the bytes that are read and not yet handed out
     bool drained_ = false;             // the last read took less than there was room for
 };
+
+// ---- Try it -------------------------------------------------------------------------------------
+//
+// Break: frame-of-any-size (a stranger says how much memory is taken for what they announce) and
+// deadline-for-each-byte (whoever sends a byte now and then may go on for ever).
+//
+// Write a frame reader that has no socket, and is fed BYTE BY BYTE, as a microcontroller's would
+// be:
+//
+//      class ByteFramer {
+//        public:
+//          explicit ByteFramer(std::size_t limit);
+//          std::optional<Bytes> feed(std::uint8_t byte);  // a frame's content, at its last byte
+//      };
+//
+// It throws ProtocolError with the fourth byte of a length over `limit`, before there is memory for
+// it. Which frame is complete with its fourth byte already?
+// Green: exercise: byte by byte
 
 // =================================================================================================
 //  Chapter 4. RSA and friends
@@ -2068,6 +2132,21 @@ class AesGcm {
     detail::CipherContext context_;
 };
 
+// ---- Try it -------------------------------------------------------------------------------------
+//
+// Break: oracle (whether a secret opens can be asked, as often as one likes) and any-label (a
+// secret that was encapsulated for one purpose opens for another).
+//
+// Write a BOX: bytes of any length, for the holder of one RSA key alone. RSA-OAEP is too small for
+// them, AES-256-GCM has no public key; together they do it. Nothing comes back for a box that was
+// changed, cut, or meant for another key, and nothing is thrown. Two boxes with the same content
+// have nothing in common, so that nobody can try what is in one.
+//
+//      Bytes make_box(const RsaPublicKey& to, ByteView content)
+//      std::optional<Bytes> open_box(const RsaPrivateKey& mine, ByteView box)
+//
+// Green: exercise: box
+
 // =================================================================================================
 //  Chapter 5. The hop channel
 // =================================================================================================
@@ -2291,6 +2370,21 @@ class RecordCipher {
     AesGcm cipher_;
     std::uint64_t number_ = 0;
 };
+
+// ---- Try it -------------------------------------------------------------------------------------
+//
+// Break: nonce-not-counted (every record is sealed with the same nonce) and transcript-not-hashed
+// (the keys of a channel do not depend on what was said before them).
+//
+// Write the echo of chapter 2 once more, as a SECURE ECHO: the server's half of the handshake, then
+// the content of each record comes back in a record. No Welcome, no messages: nothing of chapters 6
+// to 14 is needed. A record that does not open ends it, by an exception that passes through;
+// nothing is sent back then. When the other side ends its stream between two records, end ours, and
+// return.
+//
+//      void echo_securely(Socket& socket, const RsaPrivateKey& key)
+//
+// Green: exercise: secure echo
 
 // =================================================================================================
 //  Chapter 6. Passwords
@@ -2580,6 +2674,20 @@ class ScramServer {
     std::string binding_, nonce_, first_bare_, user_, server_first_;
     ScramVerifier verifier_;
 };
+
+// ---- Try it -------------------------------------------------------------------------------------
+//
+// Break: binding-not-compared (a login can be passed on from one channel to another) and
+// any-password (every password is right). Which of the two would a user notice in the first week?
+//
+// Write what a thief does: you have STOLEN an entry of users.db, and a list of words. Which one is
+// the password? Then measure what a word costs with 600,000 iterations, and how long a list of ten
+// million takes on your machine.
+//
+//      std::optional<std::string> guess(const ScramVerifier& stolen,
+//                                       const std::vector<std::string>& words)
+//
+// Green: exercise: stolen
 
 // =================================================================================================
 //  Chapter 7. Messages
@@ -2890,6 +2998,25 @@ inline Message take_message(Reader& record) {
     record(message.type, message.body);
     return message;
 }
+
+// ---- Try it -------------------------------------------------------------------------------------
+//
+// Break: half-a-message-left (what a message that does not fit has written already stays in the
+// record) and, of chapter 1, bytes-behind-the-end (bytes that nobody asked for, behind a message,
+// are overlooked). Why is it a trap when two programs read the same bytes, and one overlooks some?
+//
+// Write a message of your own. A newcomer gets a thousand Joined, with a header for each. A ROSTER
+// would be one message, of type 26:
+//
+//      struct Roster {                 // u16 count, then the fields of so many Joined
+//          static constexpr MessageType type{26};
+//          std::vector<Joined> all;    // and `fields`
+//      };
+//
+// One function `fields` serves both ways, as ever, although reading has to make room for what
+// comes. A count is a claim; and what if there are 70,000 people? (An Error, before anything is
+// sent.)
+// Green: exercise: roster
 
 // =================================================================================================
 //  Chapter 8. End to end
@@ -3512,6 +3639,27 @@ class PinStore {
     std::size_t met_ = 0;  // how many of them were only met
     bool dirty_ = false;
 };
+
+// ---- Try it -------------------------------------------------------------------------------------
+//
+// Break: one-lane (chat and files are sealed with the same key), repeated-once-more (a message that
+// came already counts once more) and safety-number-of-the-name (the safety number does not depend
+// on the keys).
+//
+// Write a SEALED SENDER: a payload that does not say from whom it is, to whoever carries it, nor
+// whether two are from the same. Open carries the sender's card in the clear; it need not. Put an
+// Open and a Sealed with a text into one box (chapter 4's exercise) that its reader alone can open:
+//
+//      Bytes seal_without_name(const LoginKeys& me, const CheckedCard& to, std::string_view text)
+//      std::optional<std::pair<CheckedCard, std::string>>  // who says what; never throws
+//      open_without_name(const LoginKeys& me, ByteView payload)
+//
+// Whose name is on the card is for the reader to judge (PinStore).
+// Green: exercise: sealed sender
+//
+// And how far did you get? The server does not read the name, but it knows on whose connection the
+// payload came, and when. What else would have to change, and who could send you spam then? And
+// what if it hands out the payload twice?
 
 // =================================================================================================
 //  Chapter 9. Files
@@ -5002,6 +5150,22 @@ class FileTransfers {
     std::map<LoginId, PeerState> peers_;
 };
 
+// ---- Try it -------------------------------------------------------------------------------------
+//
+// Break: endless-credit (whoever sends a file decides how much of it waits here) and
+// moves-without-consent (files are taken without asking).
+//
+// Write a SLOW receiver: whoever has a line to share wants no file to take more than some bytes per
+// second of it. Only the receiver's credit decides, so this is one more function beside due():
+//
+//      std::uint64_t paced_credit(const CreditAccount& account, std::uint64_t bytes_per_second,
+//                                 Milliseconds since_start)
+//
+// gives how much more to grant now. As much as may be: granted stays within credit_floor + the rate
+// times the time, and outstanding within credit_total. But 0 where that is less than a quarter of
+// credit_floor: a message for a few bytes is silly.
+// Green: exercise: slow
+
 // =================================================================================================
 //  Chapter 10. Connections
 // =================================================================================================
@@ -5515,6 +5679,22 @@ class Connection {
     Bytes sending_;  // a sealed frame, of which so many bytes are sent:
     std::size_t sent_ = 0;
 };
+
+// ---- Try it -------------------------------------------------------------------------------------
+//
+// Break: chat-behind-files (chat waits until the files are through) and queue-without-end (who does
+// not read has all that waits for them kept in the server's memory).
+//
+// Write what a cancelled file wants: to TAKE BACK what waits in the bulk lane.
+//
+//      std::size_t Outbox::take_back_bulk()        // any thread; how many bytes of messages it was
+//
+// Chat stays, and so does the table of who empties the outbox: if somebody is due to write, they
+// still are. Whoever sleeps until the bulk lane has room is woken, and the lane takes its whole
+// bound again.
+// Green: exercise: take back
+//
+// A file's messages were sealed with numbers (chapter 8). What will their reader say of the gap?
 
 // =================================================================================================
 //  Chapter 11. The server
@@ -6886,6 +7066,21 @@ class Server {
     std::condition_variable session_ended_;  // for run() and say_goodbye()
     std::list<SessionPtr> sessions_;         // every connection that has a thread
 };
+
+// ---- Try it -------------------------------------------------------------------------------------
+//
+// Break: throttle-not-asked (passwords can be guessed as fast as one likes) and live-one-pushed-out
+// (who logs in again pushes the live connection out).
+//
+// Write a server that refuses MORE THAN THREE members from one address (or another number, with 0
+// for no limit):
+//
+//      std::size_t max_members_per_address = 0;            // in ServerOptions
+//
+// The fourth is refused as by a full server, with the number in the sentence; when one of the three
+// leaves, the next one gets in; other addresses do not notice. Where must it be counted, so that
+// two who come at the same instant cannot both be the third?
+// Green: exercise: three
 
 // =================================================================================================
 //  Chapter 12. The client
@@ -8865,6 +9060,23 @@ class Client final : private FileHost {
     std::thread engine_;  // last, so that everything above exists when it starts; joined in ~Client
 };
 
+// ---- Try it -------------------------------------------------------------------------------------
+//
+// Break: pinned-before-proof (a man in the middle who fails leaves his key behind) and
+// receipt-before-showing (a message is confirmed before anybody has seen it).
+//
+// Write /AWAY: after "/away back at five" each person who writes to you alone is answered, once,
+// with "away: back at five". "/away" ends it, and a new one begins anew. (A command is a struct in
+// Command, what it does a perform(), and what one types stands in chapter 13.) The trap: two who
+// are both away must not answer each other for ever.
+// Green: exercise: away
+//
+// Write a SECOND ROOM: after "/enter tea" what you say to everybody is sent to those alone who are
+// in tea, and what is said elsewhere is not sent to you. "/enter" goes back. The server need not be
+// changed, and learns no name: it passes on to those who are named. So the clients tell each other
+// where they are, in a sealed payload of a new Kind, 4; whoever comes later has to be told, too.
+// Green: exercise: second room
+
 // =================================================================================================
 //  Chapter 13. For the programs
 // =================================================================================================
@@ -9983,6 +10195,22 @@ inline std::function<Tracer(std::string_view who)> tracer_from(const std::string
     };
 }
 
+// ---- Try it -------------------------------------------------------------------------------------
+//
+// Break: of chapter 1, terminal-driven (escape sequences of other people reach the terminal). What
+// could somebody make of that, whose name is on your screen each day?
+//
+// Write a BOT, a program of your own in some thirty lines: dice.cpp, run as ./dice HOST PORT USER
+// HOME, with the password in the environment (find_password). It logs in, taking the server's key
+// as it comes; when somebody, say alice, writes "!dice" and nothing else to everybody, it says to
+// everybody "alice rolled 4", and to whom asks in private it says it in private. It does not answer
+// itself, and ends when the client is Stopped. (Is a random byte modulo 6 fair?) It stands beside
+// ./tests and ./server.
+//
+//      g++ -std=c++20 -o dice dice.cpp -lcrypto -pthread
+//
+// Green: exercise: dice
+
 // =================================================================================================
 //  Chapter 14. Other systems
 // =================================================================================================
@@ -10767,6 +10995,20 @@ inline std::filesystem::path default_home() {
 #endif
 
 }  // namespace chatsecure
+
+// ---- Try it -------------------------------------------------------------------------------------
+//
+// Break: open-to-others (files with secrets can be read by everybody on the machine) and
+// overwritten (a received file takes the place of another one).
+//
+// Write poll_sockets() for a system that has SELECT() and no poll(), in namespace detail. It
+// behaves alike for POLLIN and POLLOUT, for a time limit of -1, 0 or more, and for a socket that is
+// closed at the other end. What can it not do, however you write it? Refuse that (a negative
+// number, with errno set to EINVAL).
+//
+//      int poll_with_select(std::span<PollEntry> entries, int timeout_ms)
+//
+// Green: exercise: select
 
 #endif  // CHATSECURE_HPP
 

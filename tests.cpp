@@ -18,6 +18,7 @@
 #include <cmath>
 #include <csignal>
 #include <cstdio>
+#include <ctime>
 #include <filesystem>
 #include <fstream>
 #include <functional>
@@ -12376,6 +12377,738 @@ TEST_CASE(
     CHECK(faults_in(talk.transcripts(), std::array<Check, 1>{check_complete}) == "");
     CHECK(faults_in(talk.transcripts()) == "");
     for (const Transcript* person : talk.transcripts()) CHECK(person->runs.front().code == 0);
+}
+
+// =================================================================================================
+//  The exercises at the ends of the chapters
+// =================================================================================================
+//
+// Each is skipped until it is named (./tests -ns -tc='exercise: varint') and fails until the reader
+// has written what it asks for, so it must compile without that. A function is looked for in a
+// template, by the types of its arguments, when these are known. For a class that is too late: but
+// a name behind chatsecure:: is sought in `unwritten`, too, when the header has none.
+
+namespace unwritten {
+struct ByteFramer {};
+struct Roster {};
+struct Nothing {};
+[[maybe_unused]] constexpr Nothing poll_with_select;
+}  // namespace unwritten
+namespace chatsecure {
+using namespace unwritten;
+namespace detail {
+using namespace unwritten;
+}
+}  // namespace chatsecure
+
+namespace {
+
+[[noreturn]] void not_written(const std::string& what) {
+    throw Error(concat("Write this first: ", what));
+}
+
+}  // namespace
+
+namespace {
+
+template <class AnyWriter>
+Bytes varint(std::uint64_t number) {
+    Bytes out;
+    AnyWriter to(out);
+    if constexpr (requires { put_varint(to, number); })
+        put_varint(to, number);
+    else
+        not_written("chapter 1: void put_varint(Writer& to, std::uint64_t number)");
+    return out;
+}
+// What some bytes mean, and how many of them are left.
+template <class AnyReader>
+std::pair<std::uint64_t, std::size_t> from_varint(const Bytes& bytes) {
+    AnyReader from(bytes, "a number");
+    if constexpr (requires { take_varint(from); }) {
+        std::uint64_t number = take_varint(from);
+        return {number, from.rest().size()};
+    } else {
+        not_written("chapter 1: std::uint64_t take_varint(Reader& from)");
+    }
+}
+
+}  // namespace
+
+TEST_CASE("exercise: varint" * doctest::skip()) {
+    const std::vector<std::pair<std::uint64_t, std::string>> known{
+        {0, "00"},
+        {1, "01"},
+        {127, "7f"},
+        {128, "8001"},
+        {300, "ac02"},
+        {16'383, "ff7f"},
+        {16'384, "808001"},
+        {0x0102030405060708, "888e98a8c0e0808101"},
+        {1ULL << 63, "80808080808080808001"},
+        {UINT64_MAX, "ffffffffffffffffff01"}};
+    for (const auto& [value, hex] : known) {
+        const std::uint64_t number = value;
+        CAPTURE(number);
+        Bytes bytes = varint<Writer>(number);
+        CHECK(to_hex(bytes) == hex);
+        CHECK(from_varint<Reader>(from_hex(hex + "00ff")) == std::pair(number, std::size_t{2}));
+        while (!bytes.empty()) {
+            bytes.pop_back();
+            CHECK(throws<ProtocolError>([&] { from_varint<Reader>(bytes); }));
+        }
+    }
+    for (const char* bad :
+         {"8000", "ff00", "80808000", "ffffffffffffffffff02", "ffffffffffffffffff7f",
+          "80808080808080808002", "8080808080808080808001", "8080808080808080808000"}) {
+        CAPTURE(bad);
+        CHECK(throws<ProtocolError>([&] { from_varint<Reader>(from_hex(bad)); }));
+    }
+}
+
+namespace {
+
+template <class AnySocket>
+void call_echo(AnySocket& socket) {
+    if constexpr (requires { echo(socket); })
+        echo(socket);
+    else
+        not_written("chapter 2: void echo(Socket& socket)");
+}
+
+}  // namespace
+
+TEST_CASE("exercise: echo" * doctest::skip()) {
+    std::pair<Socket, Socket> silent = socket_pair(), sockets = socket_pair();
+    silent.first.finish_writing();
+    call_echo(silent.second);  // nothing is said, and the end is answered
+    std::array<std::uint8_t, 1> byte{};
+    CHECK(silent.first.wait(POLLIN, Clock::now() + Milliseconds(1000)));
+    CHECK(silent.first.read_now(byte) == std::size_t{0});
+    Socket& ours = sockets.first;
+    std::future<void> serving = std::async(std::launch::async, [&] {
+        detail::AtExit over([&] { sockets.second.shut_down(); });
+        call_echo(sockets.second);
+    });
+    write_all(ours, as_bytes("hello"));
+    CHECK(receive_text(ours, 5) == "hello");  // at once, not when the stream ends
+    std::clock_t before = std::clock();
+    CHECK_FALSE(ours.wait(POLLIN, Clock::now() + Milliseconds(200)));  // nothing comes, and
+    CHECK(std::clock() - before < CLOCKS_PER_SEC / 50);                // nothing spins
+    Bytes burst = random_bytes(8 << 20), back, block(65'536);
+    std::thread writing([&] {
+        try {
+            ours.write_all(burst, long_enough);
+            ours.finish_writing();
+        } catch (const NetworkError&) {
+            ours.shut_down();  // it does not come back: seen below
+        }
+    });
+    try {
+        while (std::size_t got = read_some(ours, block)) append(back, ByteView(block).first(got));
+    } catch (const NetworkError&) {
+        // likewise
+    }
+    writing.join();
+    CHECK((back == burst));
+    serving.get();
+}
+
+namespace {
+
+template <class Framer>
+std::optional<Bytes> feed(Framer& framer, std::uint8_t byte) {
+    if constexpr (requires { framer.feed(byte); })
+        return framer.feed(byte);
+    else
+        not_written("chapter 3: class ByteFramer, with std::optional<Bytes> feed(std::uint8_t)");
+}
+template <class Framer>
+Framer framer_for(std::size_t limit) {
+    if constexpr (requires { Framer(limit); })
+        return Framer(limit);
+    else
+        not_written("chapter 3: class ByteFramer, with explicit ByteFramer(std::size_t limit)");
+}
+
+}  // namespace
+
+TEST_CASE("exercise: byte by byte" * doctest::skip()) {
+    auto framer = framer_for<chatsecure::ByteFramer>(1000);
+    for (std::size_t size : {5U, 0U, 1U, 0U, 1000U, 256U}) {
+        CAPTURE(size);
+        const Bytes content = random_bytes(size), frame = make_frame(content);
+        for (std::size_t i = 0; i + 1 < frame.size(); ++i) CHECK_FALSE(feed(framer, frame[i]));
+        std::optional<Bytes> whole = feed(framer, frame.back());
+        REQUIRE(whole);
+        CHECK((*whole == content));
+    }
+    for (std::uint8_t byte : Bytes{0, 0, 3}) CHECK_FALSE(feed(framer, byte));
+    CHECK(throws<ProtocolError>([&] { feed(framer, 0xe9); }));  // 1001
+    auto other = framer_for<chatsecure::ByteFramer>(1 << 20);
+    for (std::uint8_t byte : Bytes{0xff, 0xff, 0xff}) CHECK_FALSE(feed(other, byte));
+    CHECK(throws<ProtocolError>([&] { feed(other, 0xff); }));
+}
+
+namespace {
+
+template <class Key>
+Bytes box_of(const Key& to, ByteView content) {
+    if constexpr (requires { make_box(to, content); })
+        return make_box(to, content);
+    else
+        not_written("chapter 4: Bytes make_box(const RsaPublicKey& to, ByteView content)");
+}
+template <class Key>
+std::optional<Bytes> out_of_box(const Key& mine, ByteView box) {
+    if constexpr (requires { open_box(mine, box); })
+        return open_box(mine, box);
+    else
+        not_written(
+            "chapter 4: std::optional<Bytes> open_box(const RsaPrivateKey& mine, ByteView box)");
+}
+
+}  // namespace
+
+TEST_CASE("exercise: box" * doctest::skip()) {
+    const RsaPublicKey& to = test_key(0).public_key();
+    for (std::size_t size : {0U, 1U, 318U, 1'000'000U}) {
+        CAPTURE(size);
+        const Bytes content = random_bytes(size);
+        const Bytes box = box_of(to, content);
+        CHECK(box.size() < size + 400);  // a secret under RSA, a tag, and not much more
+        std::optional<Bytes> opened = out_of_box(test_key(0), box);
+        REQUIRE(opened);
+        CHECK((*opened == content));
+        CHECK_FALSE(out_of_box(test_key(1), box));
+    }
+    const std::string words = "attack at dawn, and bring a rope";
+    const Bytes box = box_of(to, as_bytes(words)), again = box_of(to, as_bytes(words));
+    CHECK_FALSE(contains(as_text(box), words.substr(0, 8)));
+    std::size_t same = 0;
+    for (std::size_t i = 0; i < box.size(); ++i) same += box[i] == again.at(i) ? 1 : 0;
+    CHECK(same < 30);  // of some 300: chance is about one
+    for (std::size_t i = 0; i < box.size(); i += i < 250 ? 50 : 1) {
+        CAPTURE(i);
+        Bytes changed = box;
+        changed[i] ^= 1;
+        CHECK_FALSE(out_of_box(test_key(0), changed));
+        CHECK_FALSE(out_of_box(test_key(0), ByteView(box).first(i)));
+    }
+    CHECK_FALSE(out_of_box(test_key(0), join(box, Bytes(1))));
+}
+
+namespace {
+
+template <class Key>
+void call_echo_securely(Socket& socket, const Key& key) {
+    if constexpr (requires { echo_securely(socket, key); })
+        echo_securely(socket, key);
+    else
+        not_written("chapter 5: void echo_securely(Socket& socket, const RsaPrivateKey& key)");
+}
+
+// Its client.
+struct SecureEcho {
+    std::pair<Socket, Socket> sockets = socket_pair();
+    FrameReader frames{sockets.first, max_record_frame};
+    std::future<void> serving = std::async(std::launch::async, [this] {
+        detail::AtExit over([this] { sockets.second.shut_down(); });
+        call_echo_securely(sockets.second, test_key(0));
+    });
+    std::optional<RecordCipher> sealer, opener;
+
+    void shake_hands() {
+        ClientHandshake handshake;
+        write_all(sockets.first, make_frame(handshake.hello()));
+        std::optional<ByteSpan> hello = frames.next(max_handshake_bytes);
+        if (!hello) {
+            serving.get();
+            throw Error("It ended before its hello.");
+        }
+        CHECK(handshake.receive_hello(*hello).der() == test_key(0).public_key().der());
+        HopKeys keys;
+        write_all(sockets.first, make_frame(handshake.key_message(keys)));
+        sealer.emplace(std::move(keys.client_to_server));
+        opener.emplace(std::move(keys.server_to_client));
+    }
+    Bytes record(ByteView content) {
+        Bytes bytes = join(Bytes(frame_header_bytes), content);
+        sealer->seal(bytes);
+        return bytes;
+    }
+    // What comes back in one record; nothing: the end.
+    std::optional<Bytes> back() {
+        std::optional<ByteSpan> frame = frames.next(max_record_frame);
+        if (!frame) return std::nullopt;
+        return to_bytes(opener->open(*frame));
+    }
+};
+
+}  // namespace
+
+TEST_CASE("exercise: secure echo" * doctest::skip()) {
+    SecureEcho line;
+    line.shake_hands();
+    SUBCASE("each record comes back, and in the end the end") {
+        for (std::size_t size : {1U, 1000U, 65'536U, 2U}) {
+            CAPTURE(size);
+            Bytes content = random_bytes(size);
+            write_all(line.sockets.first, line.record(content));
+            std::optional<Bytes> back = line.back();
+            REQUIRE(back);
+            CHECK((*back == content));
+        }
+        line.sockets.first.finish_writing();
+        CHECK_FALSE(line.back());
+        line.serving.get();  // throws nothing
+    }
+    SUBCASE("a record that was changed ends it, and is not answered") {
+        Bytes changed = line.record(bytes_of("one"));
+        changed.back() ^= 1;
+        write_all(line.sockets.first, join(changed, line.record(bytes_of("two"))));
+        bool answered = false;
+        try {
+            answered = line.back().has_value();
+        } catch (const NetworkError&) {
+            // that is an end, too
+        }
+        CHECK_FALSE(answered);
+        CHECK(throws<ProtocolError>([&] { line.serving.get(); }));
+    }
+}
+
+namespace {
+
+template <class Verifier>
+std::optional<std::string> call_guess(const Verifier& stolen,
+                                      const std::vector<std::string>& words) {
+    if constexpr (requires { guess(stolen, words); })
+        return guess(stolen, words);
+    else
+        not_written(
+            "chapter 6: std::optional<std::string> guess(const ScramVerifier& stolen, "
+            "const std::vector<std::string>& words)");
+}
+
+}  // namespace
+
+TEST_CASE("exercise: stolen" * doctest::skip()) {
+    const ScramVerifier stolen = verifier_for("correct horse");
+    std::vector<std::string> words{"", "123456", "password", "Correct horse", "correct horse "};
+    std::optional<std::string> found = call_guess(stolen, {});
+    CHECK_FALSE(found);
+    CHECK_FALSE(call_guess(stolen, words));
+    words.insert(words.end(), {"correct horse", "wonderland"});
+    CHECK(call_guess(stolen, words) == "correct horse");
+    CHECK_FALSE(call_guess(verifier_for("another horse"), words));
+}
+
+namespace {
+
+template <class List>
+void check_roster() {
+    if constexpr (requires(List list) { list.all.push_back(Joined{}); }) {
+        check_message(List{}, "0000");
+        List list;
+        list.all = {{LoginId{1}, "al"}, {LoginId{0x01020304}, "bob"}};
+        check_message(list,
+                      "0002"
+                      "000000010002616c"
+                      "010203040003626f62");
+        CHECK(static_cast<int>(List::type) == 26);
+        CHECK(throws<ProtocolError>([] { from_wire<List>(Bytes{0xff, 0xff}); }));
+        list.all.assign(2000, Joined{LoginId{7}, "somebody"});
+        CHECK(from_wire<List>(encode(list)).all.size() == 2000);
+        list.all.assign(70'000, Joined{});  // more than it can count
+        CHECK(throws<Error>([&] { encode(list); }));
+    } else {
+        not_written("chapter 7: struct Roster, with std::vector<Joined> all");
+    }
+}
+
+}  // namespace
+
+TEST_CASE("exercise: roster" * doctest::skip()) { check_roster<chatsecure::Roster>(); }
+
+namespace {
+
+template <class Keys>
+Bytes without_name(const Keys& me, const CheckedCard& to, std::string_view text) {
+    if constexpr (requires { seal_without_name(me, to, text); })
+        return seal_without_name(me, to, text);
+    else
+        not_written(
+            "chapter 8: Bytes seal_without_name(const LoginKeys& me, const CheckedCard& to, "
+            "std::string_view text)");
+}
+// Who says what: "NAME FINGERPRINT text". Empty: nothing that opens.
+template <class Keys>
+std::string named(const Keys& me, ByteView payload) {
+    if constexpr (requires { open_without_name(me, payload); }) {
+        auto opened = open_without_name(me, payload);
+        if (!opened) return "";
+        return concat(opened->first.user, " ", opened->first.fingerprint.text(), " ",
+                      opened->second);
+    } else {
+        not_written("chapter 8: open_without_name(const LoginKeys& me, ByteView payload)");
+    }
+}
+
+}  // namespace
+
+TEST_CASE("exercise: sealed sender" * doctest::skip()) {
+    const LoginKeys alice(test_key(0), "alice", 1000), bob(test_key(1), "bob", 2000);
+    const CheckedCard to_bob(bob.card_bytes, "bob");
+    const std::string who = concat("alice ", fingerprint_of(0).text(), " ");
+    const Bytes payload = without_name(alice, to_bob, "guess who");
+    CHECK(named(bob, payload) == who + "guess who");
+    CHECK(named(bob, without_name(alice, to_bob, std::string(max_text_bytes, 'x'))) ==
+          who + std::string(max_text_bytes, 'x'));
+
+    // Nothing in it is known of alice, nor the same the next time.
+    const Bytes again = without_name(alice, to_bob, "guess who");
+    for (std::string_view known : {std::string_view("alice"), std::string_view("guess who"),
+                                   as_text(alice.ephemeral.public_key()),
+                                   as_text(test_key(0).public_key().der()).substr(40, 20)})
+        CHECK_FALSE(holds(payload, known));
+    for (std::size_t at = 8; at + 16 <= payload.size(); ++at)
+        CHECK_FALSE(holds(again, as_text(ByteView(payload).subspan(at, 16))));
+
+    // Another reader, another login of the same one, a changed bit: nothing.
+    CHECK(named(LoginKeys(test_key(2), "carol", 3000), payload) == "");
+    CHECK(named(LoginKeys(test_key(1), "bob", 4000), payload) == "");
+    for (std::size_t i = 0; i < payload.size(); i += 23) {
+        CAPTURE(i);
+        Bytes changed = payload;
+        changed[i] ^= 1;
+        CHECK(named(bob, changed) == "");
+        CHECK(named(bob, ByteView(payload).first(i)) == "");
+    }
+    // Who calls himself alice does it with a key of his own, and bob sees whose.
+    const LoginKeys impostor(test_key(2), "alice", 5000);
+    CHECK(named(bob, without_name(impostor, to_bob, "trust me")) ==
+          concat("alice ", fingerprint_of(2).text(), " trust me"));
+}
+
+namespace {
+
+template <class Account>
+std::uint64_t paced(const Account& account, std::uint64_t rate, Milliseconds since_start) {
+    if constexpr (requires { paced_credit(account, rate, since_start); })
+        return paced_credit(account, rate, since_start);
+    else
+        not_written(
+            "chapter 9: std::uint64_t paced_credit(const CreditAccount& account, "
+            "std::uint64_t bytes_per_second, Milliseconds since_start)");
+}
+
+}  // namespace
+
+TEST_CASE("exercise: slow" * doctest::skip()) {
+    for (std::uint64_t rate : {10'000U, 1'000'000U, 100'000'000U}) {
+        CAPTURE(rate);
+        CreditAccount account;
+        std::uint64_t messages = 0, allowed = 0;
+        bool fair = true;
+        for (std::uint64_t ms = 0; ms <= 60'000; ++ms) {
+            std::uint64_t more = paced(account, rate, Milliseconds(ms));
+            messages += more > 0 ? 1 : 0;
+            account.granted += more;
+            allowed = credit_floor + rate * ms / 1000;
+            fair = fair && account.granted <= allowed && (more == 0 || more >= credit_floor / 4);
+            account.consumed = account.granted;  // a disk that takes everything at once
+        }
+        CHECK(fair);
+        CHECK(account.granted + credit_floor / 4 > allowed);  // and it is as fast as it may be
+        CHECK(messages > 0);
+    }
+    // A disk that hangs: no more than credit_total is under way, however much time has passed.
+    CreditAccount hanging;
+    for (int hours = 0; hours < 100; ++hours)
+        hanging.granted += paced(hanging, 1'000'000, std::chrono::hours(hours));
+    CHECK(hanging.outstanding() <= credit_total);
+    CHECK(hanging.outstanding() + credit_floor / 4 > credit_total);
+}
+
+namespace {
+
+template <class AnyOutbox>
+std::size_t take_back(AnyOutbox& outbox) {
+    if constexpr (requires { outbox.take_back_bulk(); })
+        return outbox.take_back_bulk();
+    else
+        not_written("chapter 10: std::size_t Outbox::take_back_bulk()");
+}
+
+}  // namespace
+
+TEST_CASE("exercise: take back" * doctest::skip()) {
+    Line line(1'000'000, 150'000);
+    Outbox& outbox = line.near.outbox;
+    std::size_t nothing = take_back(outbox);
+    CHECK(nothing == 0);
+    CHECK(push(line, payload_of(60'000, 10), Lane::bulk) == Result::due);
+    CHECK(push(line, payload_of(60'000, 11), Lane::bulk) == Result::queued);
+    CHECK(push(line, payload_of(100, 1)) == Result::queued);
+    CHECK(push(line, payload_of(60'000, 12), Lane::bulk) == Result::refused);
+    std::future<bool> woken = std::async(std::launch::async, [&] {
+        return outbox.wait_for_bulk_room(1000, Clock::now() + long_enough);
+    });
+    CHECK(take_back(outbox) == 120'000);
+    CHECK(woken.get());
+    CHECK(take_back(outbox) == 0);
+    CHECK(push(line, payload_of(60'000, 13), Lane::bulk) == Result::queued);  // still the caller's
+    CHECK(push(line, payload_of(60'000, 14), Lane::bulk) == Result::queued);
+    std::vector<int> order;
+    for (const auto& [type, body] : line.end().messages) order.push_back(number_of(body));
+    CHECK(order == std::vector<int>{1, 13, 14});
+}
+
+namespace {
+
+template <class Options>
+void limit_per_address(Options& options, std::size_t most) {
+    if constexpr (requires { options.max_members_per_address = most; })
+        options.max_members_per_address = most;
+    else
+        not_written("chapter 11: std::size_t max_members_per_address = 0; in ServerOptions");
+}
+
+}  // namespace
+
+TEST_CASE("exercise: three" * doctest::skip()) {
+    Room room({"alice", "bob", "carol", "dave", "eve"},
+              [](ServerOptions& options) { limit_per_address(options, 3); });
+    Chatter alice(room.options("alice")), bob(room.options("bob")), carol(room.options("carol"));
+    for (Chatter* one : {&alice, &bob, &carol}) one->next<LoggedIn>();
+    Stopped refused = end_of(room.options("dave"));
+    CHECK(refused.reason == StopReason::login_refused);
+    CHECK(contains(refused.sentence, "3"));
+#ifdef __linux__  // where all of 127.x.x.x is this machine
+    Endpoint from = resolve("127.0.0.2", 0, true).front();
+    Endpoint server = resolve("127.0.0.1", (*room.server)->port(), false).front();
+    Socket socket = detail::new_socket(from);
+    REQUIRE(::bind(socket.handle(), from.address(), from.size) == 0);
+    ::connect(socket.handle(), server.address(), server.size);
+    socket.wait(POLLOUT, Clock::now() + long_enough);
+    HandDriven eve(std::move(socket), "eve");
+    eve.join();
+    eve.skip_to<Ready>();
+#endif
+    carol.leave();
+    alice.miss("carol");
+    Chatter dave(room.options("dave"));
+    CHECK(dave.next<LoggedIn>().user == "dave");
+    // Without a limit there is none.
+    Room other({"alice", "bob", "carol", "dave"});
+    std::list<Chatter> all;
+    for (const char* user : {"alice", "bob", "carol", "dave"})
+        CHECK(all.emplace_back(other.options(user)).next<LoggedIn>().user == user);
+}
+
+namespace {
+
+// Does what somebody types.
+void type(Chatter& who, std::string_view line, const std::string& where) {
+    std::optional<Command> command;
+    try {
+        command = parse_command(line, "");
+    } catch (const Error& e) {
+        not_written(concat(where, " (", e.what(), ")"));
+    }
+    who->post(std::move(*command));
+}
+// The next private message, as "NAME: text".
+std::string next_private(Chatter& who) {
+    PrivateMessage message = who.next_private();
+    return concat(message.peer, ": ", message.text);
+}
+
+}  // namespace
+
+TEST_CASE("exercise: away" * doctest::skip()) {
+    const std::string where = "chapter 12: /away TEXT, a command";
+    Room room({"alice", "bob", "carol"});
+    Chatter alice(room.options("alice")), bob(room.options("bob")), carol(room.options("carol"));
+    for (Chatter* one : {&alice, &bob, &carol}) one->next<LoggedIn>();
+    for (Chatter* one : {&bob, &carol}) one->meet("alice");
+    alice.meet("bob");
+    alice.meet("carol");
+
+    type(alice, "/away back at five", where);
+    alice->post(Say{"bye"});  // in its order: who reads it writes to somebody who is away
+    bob.next_room();
+    carol.next_room();
+    for (const char* text : {"are you there?", "and now?"}) bob->post(Tell{"alice", text});
+    carol->post(Tell{"alice", "hello"});
+    CHECK(next_private(bob) == "alice: away: back at five");
+    CHECK(next_private(carol) == "alice: away: back at five");
+    bob->post(Say{"nobody answers what is said to all"});
+    alice->post(Tell{"bob", "I am here"});
+    CHECK(next_private(bob) == "alice: I am here");  // "and now?" had no second answer
+
+    // Anew, and who was answered is answered again. Two who are both away fall silent.
+    type(alice, "/away asleep", where);
+    alice->post(Say{"good night"});
+    bob.next_room();
+    type(bob, "/away at sea", where);
+    bob->post(Tell{"alice", "ahoy"});
+    CHECK(next_private(bob) == "alice: away: asleep");
+    type(alice, "/away", where);
+    type(bob, "/away", where);
+    for (int i = 0; i < 2; ++i) {  // to and fro, so that what was still on its way has come
+        alice->post(Tell{"bob", "ping"});
+        CHECK(next_private(bob) == "alice: ping");
+        bob->post(Tell{"alice", "pong"});
+        carol->post(Tell{"bob", "ping"});
+        CHECK(next_private(bob) == "carol: ping");
+    }
+    alice->post(Tell{"carol", "good night"});
+    CHECK(next_private(carol) == "alice: good night");
+    std::string from_bob;
+    for (int pongs = 0; pongs < 2;) {
+        std::string heard = next_private(alice);
+        pongs += heard == "bob: pong" ? 1 : 0;
+        if (heard != "carol: hello") from_bob += heard + "\n";
+    }
+    CHECK(from_bob ==
+          "bob: are you there?\nbob: and now?\nbob: ahoy\nbob: away: at sea\nbob: pong\n"
+          "bob: pong\n");
+}
+
+TEST_CASE("exercise: second room" * doctest::skip()) {
+    const std::string where = "chapter 12: /enter ROOM, a command";
+    Room room({"alice", "bob", "carol", "dave"},
+              [](ServerOptions& options) { options.log_relayed = true; });
+    Chatter alice(room.options("alice")), bob(room.options("bob")), carol(room.options("carol"));
+    for (Chatter* one : {&alice, &bob, &carol}) {
+        one->next<LoggedIn>();
+        for (const char* user : {"alice", "bob", "carol"})
+            if ((*one)->user() != user) one->meet(user);
+    }
+    // What `who` has told the others so far has come when this has: it is sealed for them later.
+    auto settle = [](Chatter& who, std::initializer_list<Chatter*> others) {
+        for (Chatter* other : others) {
+            who->post(Tell{(*other)->user(), "done"});
+            CHECK(next_private(*other) == concat(who->user(), ": done"));
+        }
+    };
+    type(alice, "/enter tea", where);
+    settle(alice, {&bob, &carol});
+    type(bob, "/enter tea", where);
+    settle(bob, {&alice, &carol});
+
+    alice->post(Say{"only in tea"});
+    CHECK(bob.next_room().text == "only in tea");
+    CHECK(room.server->logs("alice -> the room (1): "));  // carol gets no key
+    carol->post(Say{"is anybody here?"});                 // nobody
+    type(carol, "/enter tea", where);
+    settle(carol, {&alice, &bob});
+    carol->post(Say{"a cup for me"});
+    CHECK(alice.next_room().text == "a cup for me");
+    CHECK(bob.next_room().text == "a cup for me");
+
+    // Who comes later is told, and tells.
+    Chatter dave(room.options("dave"));
+    for (const char* user : {"alice", "bob", "carol"}) dave.meet(user);
+    for (Chatter* one : {&alice, &bob, &carol}) one->meet("dave");
+    for (Chatter* one : {&alice, &bob, &carol}) settle(*one, {&dave});
+    type(dave, "/enter tea", where);
+    settle(dave, {&alice, &bob, &carol});
+    for (Chatter* one : {&alice, &bob, &carol}) settle(*one, {&dave});
+    dave->post(Say{"late, as ever"});
+    for (Chatter* one : {&alice, &bob, &carol}) CHECK(one->next_room().text == "late, as ever");
+    alice->post(Say{"sit down"});
+    for (Chatter* one : {&bob, &carol, &dave}) CHECK(one->next_room().text == "sit down");
+
+    // And back.
+    type(dave, "/enter", where);
+    settle(dave, {&alice, &bob, &carol});
+    alice->post(Say{"dave has gone"});
+    for (Chatter* one : {&bob, &carol}) CHECK(one->next_room().text == "dave has gone");
+    type(alice, "/enter", where);
+    settle(alice, {&bob, &carol, &dave});
+    alice->post(Say{"so have I"});
+    CHECK(dave.next_room().text == "so have I");
+}
+
+TEST_CASE("exercise: dice" * doctest::skip()) {
+    if (!std::filesystem::exists(program_directory / "dice"))
+        not_written("chapter 13: dice.cpp, and build it as ./dice beside ./tests");
+    Installation here({"alice", "robot"});
+    Process dice({"dice", "127.0.0.1", here.port, "robot", (here.homes.path / "robot").string()},
+                 Process::Input::pipe, here.environment());
+    auto alice = here.client("alice");
+    while (!contains(alice->output(), "online: robot") &&
+           !contains(alice->output(), "robot joined"))
+        alice->wait_for("robot");
+    std::set<std::string> seen;
+    for (int i = 0; i < 100; ++i) {  // that one of the six is missing: once in ten million times
+        alice->write("!dice\n");
+        alice->wait_for("robot: alice rolled ");
+        std::string output = alice->output();
+        std::size_t at = output.rfind("robot: alice rolled ") + 20;
+        alice->wait_for("\n");
+        output = alice->output();
+        seen.insert(output.substr(at, output.find('\n', at) - at));
+    }
+    CHECK(seen == std::set<std::string>{"1", "2", "3", "4", "5", "6"});
+    alice->write("no !dice now\n/msg robot !dice\n");
+    alice->wait_for("robot -> you: alice rolled ");
+    CHECK(alice->end() == 0);
+    CHECK(count_of("robot: alice rolled ", alice->output()) == 100);
+    here.server->signal(SIGTERM);
+    CHECK(here.server->end() == 0);
+}
+
+namespace {
+
+// The number of sockets that are ready, or a negative one.
+template <class Entry>
+int call_select(std::span<Entry> entries, int timeout_ms) {
+    if constexpr (requires { chatsecure::detail::poll_with_select(entries, timeout_ms); })
+        return chatsecure::detail::poll_with_select(entries, timeout_ms);
+    else
+        not_written(
+            "chapter 14, in namespace detail: "
+            "int poll_with_select(std::span<PollEntry> entries, int timeout_ms)");
+}
+
+}  // namespace
+
+TEST_CASE("exercise: select" * doctest::skip()) {
+    using Entry = detail::PollEntry;
+    call_select(std::span<Entry>(), 0);
+    auto alike = [](std::vector<Entry> entries, int timeout_ms) {
+        std::vector<Entry> others = entries;
+        int expected = detail::poll_sockets(entries, timeout_ms);
+        for (Entry& other : others) other.revents = 0x7fff;  // it is to be set, also to nothing
+        CHECK(call_select(std::span(others), timeout_ms) == expected);
+        for (std::size_t i = 0; i < entries.size(); ++i) {
+            CHECK((others[i].revents & POLLOUT) == (entries[i].revents & POLLOUT));
+            CHECK((others[i].revents != 0) == (entries[i].revents != 0));
+        }
+    };
+    std::pair<Socket, Socket> first = socket_pair(), second = socket_pair();
+    Entry a{first.first.handle(), POLLIN, 0}, b{second.first.handle(), POLLIN | POLLOUT, 0};
+    Clock::time_point before = Clock::now();
+    alike({a}, 20);  // nothing comes
+    CHECK(Clock::now() - before >= Milliseconds(40));
+    alike({a}, 0);
+    alike({}, 1);
+    alike({a, b}, -1);  // one can be written
+    write_all(second.second, as_bytes("x"));
+    b.events = POLLIN;
+    alike({a, b}, -1);
+    alike({b, a}, 1000);
+    first.second = Socket();  // the other end is closed: readable, too
+    alike({a, b}, -1);
+    // What its sets have no room for. (A set is an array, and nobody checks its bounds.)
+    Entry far{FD_SETSIZE, POLLIN, 0};
+    errno = 0;
+    CHECK(call_select(std::span(&far, 1), 0) < 0);
+    CHECK(errno == EINVAL);
 }
 
 // =================================================================================================
