@@ -5252,8 +5252,8 @@ class Connection {
 // from top to bottom, like the conversation. Alice's thread puts her messages into the outboxes of
 // the others, and when it has handled what has come from her so far, it sends those outboxes as far
 // as the sockets take it (chapter 10). It never waits for bob or carol, only for alice.
-// (Ten thousand clients cost ten thousand stacks, of some 20 KiB in use. One loop for all would save
-// most of that, and cut each conversation into states that somebody has to keep.)
+// (Ten thousand clients cost ten thousand stacks, of some 20 KiB in use. One loop for all would
+// save most of that, and cut each conversation into states that somebody has to keep.)
 //
 // What goes wrong in servers, and what this one does about it:
 //
