@@ -903,6 +903,8 @@ using Tracer = std::function<void(const TraceEvent&)>;
 //
 // What goes wrong, and why this chapter is longer than those four calls:
 //
+//   - connect() is done when the other KERNEL has answered, by TCP's handshake of three packets. No
+//     program need have accepted the connection yet, and who it is, nobody has said.
 //   - recv() returns SOME bytes, not the bytes you wanted; send() takes SOME, not all.
 //   - A peer that vanishes (power cut, laptop lid) sends nothing, not even an end. Without a time
 //     limit, recv() waits for ever. TCP keep-alive and our own pings find out.
@@ -3694,15 +3696,16 @@ class PinStore {
 //   2. Once for each offer. The answer says how much bob has already from an earlier attempt (less
 //      than the whole, unless the file is empty), and its hash, with offset 0 that of no bytes at
 //      all. If alice's file begins with the same bytes, her first chunk goes on behind them; if
-//      not, its offset is 0. (Bob tells nothing
-//      that alice did not send: what he has belongs to the identity that sent it.)
+//      not, its offset is 0. (Bob tells nothing that alice did not send: what he has belongs to the
+//      identity that sent it.)
 //   3. CREDIT is the number of bytes that alice may send, counted from the beginning of this
 //      attempt. Each FileCredit is larger than the one before, and at most 4 MiB ahead of what she
 //      has sent. Bob raises it as his disk takes what came, so at most 4 MiB of all his transfers
 //      together are ever under way, in queues and buffers between the two disks. SSH and HTTP/2 do
 //      the same and call it a window. Without it a fast sender fills the server's memory, or, if
 //      the server stops reading, her chat waits behind her file. A number that only grows is hard
-//      to get wrong: it cannot be "added twice".
+//      to get wrong: it cannot be "added twice". (This is flow control, which spares the receiver.
+//      Congestion control spares the network in between, and is left to TCP.)
 //      Chunks come in order, and each says where it belongs, counted from the file's beginning:
 //      behind the last one, within the size that was offered and the credit. A gap means that
 //      something was lost. No chunk is empty. Each costs bob memory besides its bytes: if more than
@@ -5218,8 +5221,9 @@ class FileTransfers {
 // push() in these two pieces, so that the server encodes the large one once.
 //
 // An outbox has two LANES. Chat goes in the interactive one, file data in the bulk one, and bulk
-// gets a turn only when the interactive lane is empty. And it has bounds, because a member that
-// reads too slowly must not fill our memory:
+// gets a turn only when the interactive lane is empty: in one queue a word would wait behind
+// megabytes ("head-of-line blocking"). And it has bounds, because a member that reads too slowly
+// must not fill our memory:
 //
 //      a payload           over the bound of its lane is refused, and its sender is told
 //                          (Undelivered: busy). File data never takes chat's place; before file
@@ -5717,6 +5721,8 @@ class Connection {
 // from top to bottom, like the conversation. Alice's thread puts her messages into the outboxes of
 // the others, and when it has handled what has come from her so far, it sends those outboxes as far
 // as the sockets take it (chapter 10). It never waits for bob or carol, only for alice.
+// (Ten thousand clients cost ten thousand stacks, of some 20 KiB in use. One loop for all would
+// save most of that, and cut each conversation into states that somebody has to keep.)
 //
 // What goes wrong in servers, and what this one does about it:
 //
@@ -10835,7 +10841,8 @@ inline void keep_system_queue_short([[maybe_unused]] SocketHandle s) {
 #endif
 }
 // Without it, a restarted server cannot have its port back while old connections linger in
-// TIME_WAIT.
+// TIME_WAIT: for a minute or so the side that ended first keeps them in mind, so that a packet that
+// comes late is not taken for part of a new connection.
 inline void allow_quick_restart(SocketHandle s) { set_option(s, SOL_SOCKET, SO_REUSEADDR, 1); }
 
 inline std::array<SocketHandle, 2> make_waker_ends() {
