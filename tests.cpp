@@ -14768,11 +14768,8 @@ Recording recorded_conversation() {
     return all;
 }
 
-// The secrets of one agree() and what was made of them.
-struct Agreement {
-    Bytes transcript, oaep, x25519, prk;
-    std::map<std::string, Bytes> keys;
-};
+// The secrets of one agree() and the keys that were made of them, by their names in a trace.
+using Agreement = std::map<std::string, Bytes>;
 
 constexpr std::string_view page_head = R"(<!DOCTYPE html>
 <html lang="en">
@@ -14808,7 +14805,9 @@ h3 small, h4 small { font-weight: normal; } i { font-style: normal; }
 .hex { margin: .3rem 0; }
 .hex span { padding: .12em .2em; border-radius: .2em; box-decoration-break: clone;
   -webkit-box-decoration-break: clone; }
+.short li { display: inline; } .short i { display: none; }
 ul.fields { list-style: none; margin: .3rem 0 .6rem; padding: 0; font-size: .88rem; }
+.fields i:not(:empty)::before { content: "\00b7  "; }
 .fields b { padding: 0 .3em; border-radius: .2em; font-weight: 600; }
 .size { background: var(--size); } .kind { background: var(--kind); }
 .number { background: var(--number); } .public { background: var(--public); }
@@ -14967,12 +14966,9 @@ class Illustration {
     void find_agreements() {
         for (const Traced& event : events("alice")) {
             if (event.layer != Layer::secret) continue;
-            if (event.name == "OAEP secret") agreements_.push_back({{}, event.plain, {}, {}, {}});
-            if (agreements_.empty()) continue;  // x25519_c
-            Agreement& now = agreements_.back();
-            if (event.name == "X25519 secret") now.x25519 = event.plain;
-            if (event.name == "prk") now.transcript = event.wire, now.prk = event.plain;
-            now.keys[event.name] = event.plain;
+            if (event.name == "OAEP secret") agreements_.emplace_back();
+            if (event.name == "prk") agreements_.back()["transcript"] = event.wire;
+            if (!agreements_.empty()) agreements_.back()[event.name] = event.plain;
         }
         if (agreements_.size() != 3) throw Error("The page tells of three agreements.");
     }
@@ -14981,16 +14977,16 @@ class Illustration {
     const Agreement& from_bob() const { return agreements_[2]; }
     // What a record or a payload was sealed with.
     Bytes key_of(const Traced& event) const {
-        if (event.layer == Layer::record) return hop().keys.at("chatsecure hop " + event.name);
+        if (event.layer == Layer::record) return hop().at("chatsecure hop " + event.name);
         const Agreement& pair = event.name.starts_with("to ") ? to_bob() : from_bob();
-        return pair.keys.at("chatsecure pair " + event.name.substr(event.name.find(", ") + 2));
+        return pair.at("chatsecure pair " + event.name.substr(event.name.find(", ") + 2));
     }
 
     // ---- Bytes ----------------------------------------------------------------------------------
 
-    // In the colours of their fields; below, what each field is.
+    // In the colours of their fields; below, what each field is. Of records, at length once.
     void block(std::string title, const std::vector<TracePiece>& pieces, std::string_view css = "",
-               bool may_fold = false) {
+               bool record = false) {
         title.erase(0, title.find(": ") == title.npos ? 0 : title.find(": ") + 2);
         std::string hex, list;
         std::size_t size = 0;
@@ -14998,18 +14994,18 @@ class Illustration {
             const FieldNote& note = note_on(title, piece);
             size += piece.bytes.size();
             if (!piece.bytes.empty())
-                hex +=
-                    concat("<span class=\"", note.colour, "\">", spaced(piece.bytes), "</span>\n");
+                hex += concat("<span class=\"", note.colour, "\" title=\"", escaped(piece.name),
+                              "\">", spaced(piece.bytes), "</span>\n");
             std::string value =
                 piece.value.empty() ? concat(piece.bytes.size(), " bytes") : escaped(piece.value);
             list += concat("<li><b class=\"", note.colour, "\">", escaped(piece.name), "</b> ",
-                           value, note.meaning.empty() ? "" : " <i>&middot; ",
-                           escaped(note.meaning), note.meaning.empty() ? "" : "</i>", "</li>\n");
+                           value, " <i>", escaped(note.meaning), "</i></li>\n");
         }
-        bool folded = may_fold && size > 150;  // a large ciphertext tells little
+        bool folded = record && size > 150;  // a large ciphertext tells little
         if (folded) add("<details><summary>the ", size, " bytes as they travel</summary>\n");
         add("<div class=\"hex", css, "\">", hex, "</div>\n", folded ? "</details>\n" : "",
-            "<ul class=\"fields\">\n", list, "</ul>\n");
+            "<ul class=\"fields", record && title != "record 0" ? " short" : "", "\">\n", list,
+            "</ul>\n");
     }
     void frame(const Traced& event) {
         TraceStory story = explain(event.event());
@@ -15067,7 +15063,10 @@ class Illustration {
         auto put = [&](const auto& part) {
             command += form.substr(0, form.find("{}"));
             form.remove_prefix(form.find("{}") + 2);
-            command += digits(part);
+            std::string text = digits(part);
+            if (text.size() > 64 && command.ends_with(' '))
+                command += "\\\n  ";  // a line of its own
+            command += text;
         };
         (put(parts), ...);
         command += form;
@@ -15093,15 +15092,16 @@ class Illustration {
     void agreed(const Agreement& a, std::string_view pem, ByteView label, ByteView encapsulated,
                 const Bytes& ours, ByteView theirs) {
         computed("OAEP secret", concat("what the holder of ", pem, " finds in \"encapsulated\""),
-                 a.oaep, "bin {} | oaep {} {}", encapsulated, pem, label);
-        computed("X25519 secret", "alice's private key, the other side's public one", a.x25519,
-                 "x25519 {} {}", ours, theirs);
-        computed("prk", "HKDF-Extract: HMAC(transcript, OAEP secret || X25519 secret)", a.prk,
-                 "bin {} {} | hmac {}", a.oaep, a.x25519, a.transcript);
-        for (const auto& [name, key] : a.keys)
+                 a.at("OAEP secret"), "bin {} | oaep {} {}", encapsulated, pem, label);
+        computed("X25519 secret", "alice's private key, the other side's public one",
+                 a.at("X25519 secret"), "x25519 {} {}", ours, theirs);
+        computed("prk", "HKDF-Extract: HMAC(transcript, OAEP secret || X25519 secret)", a.at("prk"),
+                 "bin {} {} | hmac {}", a.at("OAEP secret"), a.at("X25519 secret"),
+                 a.at("transcript"));
+        for (const auto& [name, key] : a)
             if (name.starts_with("chatsecure "))
                 computed(name, "HKDF-Expand: HMAC(prk, this label || 01)", key,
-                         "{ printf '{}'; bin 01; } | hmac {}", name, a.prk);
+                         "{ printf '{}'; bin 01; } | hmac {}", name, a.at("prk"));
     }
     void own_x25519(const Bytes& key, ByteView its_public) {
         computed("alice's private key",
@@ -15123,8 +15123,8 @@ class Illustration {
         Bytes ours = secret("alice", "x25519_c");
         computed("label", "SHA-256(1 || 2): the contents of the hellos, without their lengths",
                  label, "bin {} {} | sha256", hello1, hello2);
-        computed("transcript", "SHA-256(1 || 2 || 3)", hop().transcript, "bin {} {} {} | sha256",
-                 hello1, hello2, key3);
+        computed("transcript", "SHA-256(1 || 2 || 3)", hop().at("transcript"),
+                 "bin {} {} {} | sha256", hello1, hello2, key3);
         own_x25519(ours, ByteView(hello1).subspan(8, 32));
         agreed(hop(), "server.pem", label, key3, ours, ByteView(hello2).subspan(8, 32));
     }
@@ -15164,7 +15164,7 @@ class Illustration {
         computed("c=", "which binding, and the channel binding from above, in base64",
                  without_proof.substr(2, without_proof.find(',') - 2),
                  "{ printf '{}'; bin {}; } | openssl base64 -A", scram_gs2_header,
-                 hop().keys.at("chatsecure hop channel binding"));
+                 hop().at("chatsecure hop channel binding"));
         Bytes signature = to_bytes(hmac_sha256(stored_key_, as_bytes(auth_message)).view());
         computed("ClientSignature",
                  "HMAC(StoredKey, AuthMessage): the first three texts, glued with commas, without "
@@ -15219,9 +15219,9 @@ class Illustration {
         bool to_her = pem == "alice.pem";
         Bytes mine = alice_card(), his = bob_card();
         computed("transcript", "SHA-256 of the writer's card || SHA-256 of the reader's card",
-                 pair.transcript, "{ bin {} | sha256; bin {} | sha256; }", to_her ? his : mine,
-                 to_her ? mine : his);
-        agreed(pair, pem, pair.transcript,
+                 pair.at("transcript"), "{ bin {} | sha256; bin {} | sha256; }",
+                 to_her ? his : mine, to_her ? mine : his);
+        agreed(pair, pem, pair.at("transcript"),
                decode<OpenPayload>(payload.subspan(1), "an Open").encapsulated,
                secret("alice", "X25519 key of our card"), decode<Card>(his, "a card").ephemeral);
     }
@@ -15249,7 +15249,7 @@ class Illustration {
             "that somebody speaks, when, and how much</small></h4>\n");
         block(tap.title, tap.outside, "", true);
         add("</div><div><h4>the server <small>and to whom</small></h4>\n");
-        block(server.title, server.outside, "", true);
+        block(server.title, server.outside);
         add("</div><div><h4>bob <small>and what</small></h4>\n");
         block(payload.layer == Layer::room_text ? "Text" : bob.title, bob.inside);
         add("</div></div>\n");
