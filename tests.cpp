@@ -12181,9 +12181,10 @@ struct SeenEnough {};
 void step(std::string_view text) {
     const char* pace = std::getenv("DEMO");
     if (pace != nullptr && std::string_view(pace) == "slow") {
-        show(text.starts_with('\n') ? "\n[Enter] " : "[Enter] ");
+        show(text.starts_with('\n') ? "\n[Enter]" : "[Enter]");
         std::string line;
         if (!std::getline(std::cin, line) || line == "q") throw SeenEnough();
+        if (text.starts_with('\n')) text.remove_prefix(1);
     }
     show(text);
 }
@@ -15219,7 +15220,7 @@ class Illustration {
         bool to_her = pem == "alice.pem";
         Bytes mine = alice_card(), his = bob_card();
         computed("transcript", "SHA-256 of the writer's card || SHA-256 of the reader's card",
-                 pair.at("transcript"), "{ bin {} | sha256; bin {} | sha256; }",
+                 pair.at("transcript"), "{ bin {} | sha256\n  bin {} | sha256; }",
                  to_her ? his : mine, to_her ? mine : his);
         agreed(pair, pem, pair.at("transcript"),
                decode<OpenPayload>(payload.subspan(1), "an Open").encapsulated,
