@@ -15061,7 +15061,7 @@ class Illustration {
     template <class Output, class... Part>
     void value(const Output& output, std::string_view form, const Part&... parts) {
         std::string command;
-        auto put = [&](const auto& part) {
+        [[maybe_unused]] auto put = [&](const auto& part) {  // there may be no parts
             command += form.substr(0, form.find("{}"));
             form.remove_prefix(form.find("{}") + 2);
             std::string text = digits(part);
@@ -15279,8 +15279,8 @@ class Illustration {
                 pieces += concat(pieces.empty() ? "" : ", ", event.wire.size());
         add("<p>Those were all the bytes: ", r_.from_alice.size(), " from alice and ",
             r_.to_alice.size(), " to her. Her socket gave them in pieces of ", pieces,
-            ": sometimes a frame, sometimes several, and on another day a part of one. Why, "
-            "chapter 2 tells, and chapter 3 what to do about it.</p>\n");
+            ". TCP does not know where a frame ends: on another day these are halves of frames, or "
+            "several at once. What to do about it, chapters 2 and 3 tell.</p>\n");
     }
 
     const Recording& r_;
