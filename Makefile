@@ -71,8 +71,8 @@ else
 
 # ---- Everything else ----------------------------------------------------------------------------
 
-.PHONY: all test demo fuzz endure bench bench-hostile bench-gui check-gui check-portable run-gui
-.PHONY: sabotage clean install help no-window
+.PHONY: all test demo illustrated fuzz endure bench bench-hostile bench-gui check-gui
+.PHONY: check-portable run-gui sabotage clean install help no-window
 all: $(O)/server $(O)/client
 
 # The window client, where FLTK is.
@@ -131,8 +131,15 @@ $(O)/tests: tests.cpp chatsecure.hpp Makefile
 test: $(O)/tests $(O)/server $(O)/client
 	$(O)/tests
 
+# DEMO=slow: step by step, with Enter.
 demo: $(O)/tests $(O)/server $(O)/client
-	@$(O)/tests --demo
+	@DEMO=$(DEMO) $(O)/tests --demo
+
+# A whole conversation on one page: each byte, and a command for each value. docs/illustrated.html
+# is such a page, put there by hand: make illustrated && cp illustrated.html docs/
+illustrated: $(O)/tests
+	@$(O)/tests --illustrated $(O)/illustrated.html
+	@echo "$(O)/illustrated.html: open it with a browser"
 
 bench: $(O)/tests $(O)/server $(O)/client
 	@$(O)/tests --bench
@@ -313,13 +320,15 @@ ifneq ($(wildcard $(O)/gui_client_fltk),)
 endif
 
 clean:
-	rm -rf server client gui_client_fltk tests build
+	rm -rf server client gui_client_fltk tests build illustrated.html
 
 help:
 	@echo "make           builds ./server, ./client and ./gui_client_fltk (installs nothing)"
 	@echo "make deps      installs what is missing, with the system's package manager;"
 	@echo "               'make deps demo' and 'make deps test' work on a fresh machine"
-	@echo "make demo      shows a real conversation, and what a wire tap sees of it"
+	@echo "make demo      shows a real conversation, and what a wire tap sees of it;"
+	@echo "               DEMO=slow: step by step, for a projector"
+	@echo "make illustrated writes illustrated.html: each byte of a conversation, explained"
 	@echo "make test      builds and runs the tests"
 	@echo "make fuzz      feeds random bytes to all that takes bytes, FUZZ_SECONDS (10) each"
 	@echo "make endure    twenty people, all that can happen to them, for MINUTES (5); SEED"

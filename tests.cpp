@@ -3,7 +3,9 @@
 // programs as a user runs them.
 //
 //      ./tests                 runs all (./tests --help: doctest's flags, to choose some)
-//      ./tests --demo          shows a conversation, and what a wire tap sees of it
+//      ./tests --demo          shows a conversation, and what a wire tap sees of it; with DEMO=slow
+//                              in the environment, step by step
+//      ./tests --illustrated FILE  writes a page that explains each byte of a conversation
 //      ./tests --bench         measures
 //      ./tests --bench-hostile measures what a hostile member can do to one victim
 //      ./tests --bench-gui     measures the window client under a flood of messages
@@ -13134,11 +13136,24 @@ std::string line_with(const std::string& output, std::string_view text) {
     return output.substr(begin, output.find('\n', at) - begin);
 }
 
+// With DEMO=slow, for a projector, each step waits for Enter. Ctrl-D, or q and Enter: enough.
+struct SeenEnough {};
+void step(std::string_view text) {
+    const char* pace = std::getenv("DEMO");
+    if (pace != nullptr && std::string_view(pace) == "slow") {
+        show(text.starts_with('\n') ? "\n[Enter]" : "[Enter]");
+        std::string line;
+        if (!std::getline(std::cin, line) || line == "q") throw SeenEnough();
+        if (text.starts_with('\n')) text.remove_prefix(1);
+    }
+    show(text);
+}
+
 // A real server and real clients with fresh keys; a wire tap between them. Nothing is acted: each
 // step waits for what the other side printed.
 int demo() {
     TempDir dir;
-    show("A server starts, in an empty directory:\n");
+    step("A server starts, in an empty directory:\n");
     Process server({"server", "--port", "0", "--data", (dir.path / "server").string(), "-v"});
     server.wait_for("listening on 127.0.0.1:");
     std::size_t at = server.output().find("127.0.0.1:") + 10;
@@ -13156,7 +13171,7 @@ int demo() {
             "--home",       (dir.path / user).string(),
             "--downloads",  (dir.path / (user + "-downloads")).string()};
     };
-    show(
+    step(
         "\nalice, bob and carol register. Each makes a key of her own, and proves a password that\n"
         "the server never sees:\n");
     std::map<std::string, std::unique_ptr<Process>> people;
@@ -13172,17 +13187,17 @@ int demo() {
     }
     Process &alice = *people["alice"], &bob = *people["bob"], &carol = *people["carol"];
 
-    show("\nalice writes to everybody:\n");
+    step("\nalice writes to everybody:\n");
     alice.write("Hello, everybody!\n");
     for (Process* reader : {&bob, &carol}) reader->wait_for("alice: Hello, everybody!\n");
     show(concat("  bob sees     ", line_with(bob.output(), "Hello, everybody!"),
                 "\n  carol sees   ", line_with(carol.output(), "Hello, everybody!"), "\n"));
 
-    show("\nSomebody tries to log in as alice a second time, with the right password:\n");
+    step("\nSomebody tries to log in as alice a second time, with the right password:\n");
     auto [code, sentence] = complaint_of(command("alice"), env);
     show(concat("  ", line_with(sentence, "client: "), "  (exit code ", code, ")\n"));
 
-    show("\nalice writes to bob alone. The same message as three see it:\n");
+    step("\nalice writes to bob alone. The same message as three see it:\n");
     std::size_t tapped = tap.recorded(true).size();
     alice.write("/msg bob Meet me at the old mill at nine.\n");
     bob.wait_for("alice -> you: Meet me at the old mill at nine.\n");
@@ -13191,12 +13206,13 @@ int demo() {
     server.wait_for("\n");
     Bytes wire = tap.recorded(true);
     std::string hex = to_hex(ByteView(wire).subspan(tapped));
-    show(concat(
-        "  bob            ", line_with(bob.output(), "alice -> you"), "\n  the server     ",
-        line_with(server.output(), "alice -> bob: ").substr(21), "\n  a wire tap\n",
-        wrapped(hex.substr(hex.size() > 300 ? hex.size() - 300 : 0), "                 ", 60)));
+    step(concat("  bob            ", line_with(bob.output(), "alice -> you"), "\n"));
+    step(
+        concat("  the server     ", line_with(server.output(), "alice -> bob: ").substr(21), "\n"));
+    step(concat("  a wire tap\n", wrapped(hex.substr(hex.size() > 300 ? hex.size() - 300 : 0),
+                                          "                 ", 60)));
 
-    show("\nalice offers bob a file. He says yes, it moves, and is what it was:\n");
+    step("\nalice offers bob a file. He says yes, it moves, and is what it was:\n");
     write_text(dir.path / "map.txt", "The old mill is behind the second bridge.\n");
     write_text(dir.path / "song.mp3", std::string(5'000'000, 'x'));
     alice.write(concat("/file bob ", (dir.path / "map.txt").string(), "\n"));
@@ -13213,7 +13229,7 @@ int demo() {
                 line_with(alice.output(), "has arrived"), "\n  the same?    ", moved ? "yes" : "NO",
                 "\n"));
 
-    show("\nShe offers carol another one, who does not want it. Not a byte of it moves:\n");
+    step("\nShe offers carol another one, who does not want it. Not a byte of it moves:\n");
     tapped = tap.recorded(true).size();
     alice.write(concat("/file carol ", (dir.path / "song.mp3").string(), "\n"));
     carol.wait_for("alice offers file 1");
@@ -13226,7 +13242,7 @@ int demo() {
                 line_with(alice.output(), "declined"), "\n  on the wire  ", said,
                 " bytes, for a file of 5,000,000\n"));
 
-    show("\nbob leaves, and the others see it:\n");
+    step("\nbob leaves, and the others see it:\n");
     int bob_code = bob.end();
     alice.wait_for("* bob left\n");
     carol.wait_for("* bob left\n");
@@ -15551,12 +15567,902 @@ TEST_CASE("sabotages: each fits the header as it is, and names tests that there 
     CHECK(names.size() >= 40);
 }
 
+// =================================================================================================
+//  make illustrated
+// =================================================================================================
+//
+// A page on which a whole conversation stands byte by byte, made from the traces of a real one
+// (chapter 13): what travels, what each field is, and for each computed value the command that
+// computes it from what stands above it. The test runs all these commands.
+
+namespace {
+
+// What a field is, and its colour. "Story.field" goes before "field".
+struct FieldNote {
+    std::string_view name, colour, meaning;
+};
+constexpr FieldNote field_notes[] = {
+    {"length", "size", "so many bytes follow (chapter 3)"},
+    {"length of", "size", ""},
+    {"magic", "kind", "whom we speak with, and which version"},
+    {"x25519_c", "public", "alice's public key, made for this connection"},
+    {"x25519_s", "public", "the server's, likewise"},
+    {"server's RSA key", "public", "the key that lasts: SPKI, DER. Its hash is the fingerprint"},
+    {"encapsulated", "sealed", "RSA-OAEP: 32 random bytes, for the holder of one key"},
+    {"ciphertext", "sealed", "AES-256-GCM"},
+    {"GCM tag", "check", "nobody without the key can make one that fits"},
+    {"type", "kind", "which message this is (chapter 7)"},
+    {"server_version", "text", ""},
+    {"registration_open", "kind", "newcomers may make an account, if it is 1"},
+    {"user", "text", "the name"},
+    {"verifier", "check", "enough to check a login, not enough to make one (chapter 6)"},
+    {"identity", "public", "the RSA key that makes somebody who they are: SPKI, DER"},
+    {"LoginDone.identity", "check", "SHA-256 of the identity that this account had so far"},
+    {"text", "text", "a step of SCRAM"},
+    {"proof", "check", "ClientProof, in base64"},
+    {"ticket", "sealed", "to be shown at the next login; only the server can read it"},
+    {"server_final", "check", "the server knows the account, too"},
+    {"id", "number", "of a login; never used again while the server runs"},
+    {"Text.id", "number", "the sender's number for this message: it grows"},
+    {"Receipt.id", "number", "of a message that the reader's program has shown"},
+    {"x25519", "public", "a key that was made for this login"},
+    {"issued", "number", "microseconds since 1970"},
+    {"run", "number", "the same for as long as the program runs"},
+    {"signature", "check", "RSA-PSS with the identity, over the card up to here"},
+    {"to", "number", "whom it is for"},
+    {"from", "number", "who has sent it"},
+    {"lane", "kind", "0 is for chat; 1 is for files, which chat overtakes"},
+    {"tag", "number", "the sender's own number for it"},
+    {"Open", "kind", "what follows carries keys"},
+    {"Sealed", "kind", "what follows is sealed with such keys"},
+    {"seq", "number", "the nonce: counts on each lane"},
+    {"for", "number", "the member who can open the next field"},
+    {"kind", "kind", "what was sealed (chapter 8)"},
+    {"words", "text", ""},
+    {"key", "secret", "made for this one message"},
+    {"FileOffer.id", "number", "alice counts her offers"},
+    {"FileAccept.id", "number", "alice counts her offers"},
+    {"FileChunk.id", "number", "alice counts her offers"},
+    {"FileCredit.id", "number", "alice counts her offers"},
+    {"FileOver.id", "number", "alice counts her offers"},
+    {"name", "text", "as alice calls it; bob decides where it goes"},
+    {"size", "number", "in bytes"},
+    {"modified", "number", "nanoseconds since 1970"},
+    {"offset", "number", "so many bytes stand before"},
+    {"held", "check", "SHA-256 of what bob has already: of nothing"},
+    {"credit", "number", "so many bytes may be sent, from the beginning"},
+    {"bytes", "text", "the content"},
+    {"by_sender", "kind", "0, if whoever receives the file says it"},
+    {"why", "text", "empty: it is on the disk, whole"},
+    {"reason", "kind", "nothing is wrong, says 0"},
+    {"sentence", "text", "for a person"},
+};
+
+// Throws Error for a field that nobody has explained.
+const FieldNote& note_on(std::string_view story, const TracePiece& piece) {
+    std::string name = piece.name;
+    if (name.starts_with("length of ")) name = "length of";
+    if (std::size_t prefix = name.find(": "); prefix != name.npos) name.erase(0, prefix + 2);
+    if (name == "tag" && piece.bytes.size() == gcm_tag_bytes) name = "GCM tag";
+    for (const std::string& wanted : {concat(story, ".", name), name})
+        for (const FieldNote& note : field_notes)
+            if (note.name == wanted) return note;
+    throw Error(concat("The page does not explain the field ", story, ".", piece.name, "."));
+}
+
+std::string escaped(std::string_view text) {
+    std::string out;
+    for (char c : text)
+        out += c == '<'   ? "&lt;"
+               : c == '>' ? "&gt;"
+               : c == '&' ? "&amp;"
+               : c == '"' ? "&quot;"
+                          : std::string(1, c);
+    return out;
+}
+std::string spaced(ByteView bytes) {  // "00 00 01"
+    std::string out;
+    for (std::uint8_t byte : bytes)
+        out += concat(out.empty() ? "" : " ", to_hex(ByteView(&byte, 1)));
+    return out;
+}
+// Whether one stands in the other.
+bool stands_in(ByteView part, ByteView all) {
+    return std::search(all.begin(), all.end(), part.begin(), part.end()) != all.end();
+}
+
+// What is told of one conversation, by whom; the private keys of it; what the wire tap between
+// alice and the server has seen.
+struct Recording {
+    std::map<std::string, std::vector<Traced>> told;
+    std::vector<std::pair<std::string, std::string>> pem;
+    Bytes from_alice, to_alice;
+    Fingerprint server_key;
+    std::string safety_number, file;
+};
+
+Recording recorded_conversation() {
+    Recording all;
+    all.file = "The old mill is behind the second bridge.\n";
+    TraceCollector traces;  // outlives those who tell it
+    std::atomic<int> connections = 0;
+    Room room({"bob"}, [&](ServerOptions& options) {
+        options.trace = [&](std::string_view) {
+            return traces.of(connections++ == 0 ? "server to bob" : "server");
+        };
+    });
+    give_identity(room.homes.path / "alice", "alice", 2);
+    auto person = [&](const std::string& user, std::uint16_t port) {
+        return std::make_unique<FilePerson>(room, user, port, [&](ClientOptions& options) {
+            options.trace = traces.of(user);
+            options.register_account = user == "alice";
+        });
+    };
+    std::unique_ptr<FilePerson> bob = person("bob", 0);
+    bob->chat.next<LoggedIn>();
+    Proxy tap((*room.server)->port());
+    std::unique_ptr<FilePerson> alice = person("alice", tap.port());
+    all.server_key = alice->chat.next<LoggedIn>().server_key;
+    bob->chat.meet("alice");
+    alice->chat->post(Say{"Good morning, everybody!"});
+    bob->chat.next_room();
+    while (alice->chat.next<DeliveryChanged>().state != Delivery::sent) continue;
+    alice->chat->post(Tell{"bob", "Meet me at the old mill at nine."});
+    bob->chat.next_private();
+    bob->chat.poll();  // whoever asks for more has shown it
+    while (alice->chat.next<DeliveryChanged>().state != Delivery::delivered) continue;
+    alice->chat->post(Verify{"bob"});
+    all.safety_number = alice->chat.next<SafetyNumber>().digits;
+    alice->offer("bob", "map.txt", as_bytes(all.file));
+    bob->accept_next();
+    bob->chat.next_file(Phase::finished);
+    alice->chat.next_file(Phase::finished);
+    alice->chat.leave();
+    bob->chat.leave();
+    room.server->stop();
+    for (Traced& traced : traces.all()) all.told[traced.who].push_back(std::move(traced));
+    for (int n : {0, 1, 2}) {
+        test_key(n).save(room.data.path / "shown.pem", {}, 0);
+        all.pem.emplace_back(n == 0   ? "server.pem"
+                             : n == 1 ? "bob.pem"
+                                      : "alice.pem",
+                             read_text(room.data.path / "shown.pem"));
+    }
+    all.from_alice = tap.recorded(true);
+    all.to_alice = tap.recorded(false);
+    return all;
+}
+
+// The secrets of one agree() and the keys that were made of them, by their names in a trace.
+using Agreement = std::map<std::string, Bytes>;
+
+constexpr std::string_view page_head = R"(<!DOCTYPE html>
+<html lang="en">
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="color-scheme" content="light dark">
+<title>ChatSecure, byte by byte</title>
+<style>
+:root { --page: #fff; --ink: #1b1b1b; --soft: #555; --line: #ccc; --box: #f5f5f2; --link: #0b57a4;
+  --out: #0b57a4; --in: #a3480b; --size: #dcdcdc; --kind: #e4d7ff; --number: #d0e4ff;
+  --public: #c8edce; --sealed: #ffd6cf; --check: #ffe3ae; --text: #c4eeee; --secret: #ffc9e6; }
+@media (prefers-color-scheme: dark) {
+:root { --page: #161618; --ink: #ececec; --soft: #b0b0b0; --line: #444; --box: #212124;
+  --link: #8ec5ff; --out: #8ec5ff; --in: #ffb27a; --size: #424246; --kind: #46356e;
+  --number: #1f416e; --public: #1d4d2b; --sealed: #612d25; --check: #564310; --text: #154a4d;
+  --secret: #612349; } }
+* { box-sizing: border-box; }
+body { margin: 0 auto; padding: 1rem; max-width: 56rem; background: var(--page); color: var(--ink);
+  font: 1rem/1.5 system-ui, sans-serif; overflow-wrap: break-word; }
+a { color: var(--link); }
+h1 { line-height: 1.2; } h2 { margin: 3rem 0 .3rem; border-top: 3px solid var(--line);
+  padding-top: 1rem; line-height: 1.25; }
+ol { columns: 20rem 2; }
+h3, h4 { margin: .2rem 0 .4rem; font-size: 1rem; } small, i { color: var(--soft); }
+h3 small, h4 small { font-weight: normal; } i { font-style: normal; }
+.chapter { margin: 0; color: var(--soft); }
+.frame { margin: 1.2rem 0; padding: .6rem .8rem; background: var(--box); border-radius: .4rem;
+  border-left: .35rem solid var(--out); }
+.frame.in { border-left-color: var(--in); }
+.out > h3 b { color: var(--out); } .in > h3 b { color: var(--in); }
+.inside { margin: .6rem 0 .2rem; padding-left: .7rem; border-left: .2rem solid var(--line); }
+.hex, pre { font: .8rem/1.6 ui-monospace, Menlo, Consolas, "DejaVu Sans Mono", monospace; }
+.hex { margin: .3rem 0; }
+.hex span { padding: .12em .2em; border-radius: .2em; box-decoration-break: clone;
+  -webkit-box-decoration-break: clone; }
+.short li { display: inline; } .short i { display: none; }
+ul.fields { list-style: none; margin: .3rem 0 .6rem; padding: 0; font-size: .88rem; }
+.fields i:not(:empty)::before { content: "\00b7  "; }
+.fields b { padding: 0 .3em; border-radius: .2em; font-weight: 600; }
+.size { background: var(--size); } .kind { background: var(--kind); }
+.number { background: var(--number); } .public { background: var(--public); }
+.sealed { background: var(--sealed); } .check { background: var(--check); }
+.text { background: var(--text); } .secret { background: var(--secret); }
+pre { margin: .3rem 0; padding: .4rem .6rem; white-space: pre-wrap; word-break: break-all;
+  border: 1px solid var(--line); border-radius: .3rem; background: var(--page); }
+pre.out { border-style: dashed; }
+.calc { margin: 1rem 0; } .calc p { margin: 0; }
+summary { cursor: pointer; color: var(--link); font-size: .88rem; }
+.views { display: grid; gap: .8rem; grid-template-columns: repeat(3, minmax(0, 1fr)); }
+.views > div { padding: .6rem; background: var(--box); border-radius: .4rem; }
+@media (max-width: 45rem) { .views { grid-template-columns: minmax(0, 1fr); }
+  body { padding: .7rem; } .frame { padding: .5rem; } .inside { padding-left: .4rem; } }
+@media print { details:not([open]) > :not(summary) { display: block; } }
+</style>
+<h1>ChatSecure, byte by byte</h1>
+<p>alice makes an account, says good morning to everybody, writes to bob alone, sends him a file and
+leaves. Here is every byte that travelled between her and the server: what it is, who can read it,
+and where each key comes from. The chapters are those of <code>chatsecure.hpp</code>, which explains
+why it is so.</p>
+<p>Nobody wrote these bytes by hand. <code>make illustrated</code> holds the conversation, and makes
+the page of what the programs told while they talked (their <code>--trace-secrets</code>). A test
+runs all commands on it. Two things are smaller than in life, to keep the page short: RSA keys have
+2048 bits (3072 is usual), and the password is hashed 4,096 times (600,000 is usual).</p>
+<p>The colours: <b class="size">a size</b> <b class="kind">what kind of thing</b>
+<b class="number">a number</b> <b class="public">a public key</b> <b class="sealed">sealed</b>
+<b class="check">a proof</b> <b class="text">text</b> <b class="secret">a secret</b></p>
+)";
+
+constexpr std::string_view page_tools = R"(<h2 id="tools">To compute along</h2>
+<p>Everything below can be computed with <code>openssl</code> (3.0 or newer) in
+<code>bash</code>. Paste these lines first, in an empty folder. <code>bin</code> makes bytes of
+hexadecimal digits and <code>hex</code> the reverse (with perl, which is on every Debian; xxd is
+not); the others say once how <code>openssl</code> is told what to do.</p>
+<pre class="setup">bin() { perl -e 'print pack "H*", join "", @ARGV' "$@"; }
+hex() { perl -e 'local $/; print unpack("H*", &lt;STDIN&gt;), "\n"'; }
+xor() { perl -e 'print pack("H*", shift) ^ pack("H*", shift)' "$@"; }
+sha256() { openssl dgst -sha256 -binary; }
+hmac() { openssl dgst -sha256 -mac HMAC -macopt hexkey:"$1" -binary; }  # KEY
+ctr() { openssl enc -d -aes-256-ctr -K "$1" -iv "$2"00000002; }  # KEY NONCE: see step 4
+oaep() {  # FILE LABEL: opens what is encapsulated
+  openssl pkeyutl -decrypt -inkey "$1" -pkeyopt rsa_padding_mode:oaep \
+    -pkeyopt rsa_oaep_md:sha256 -pkeyopt rsa_mgf1_md:sha256 -pkeyopt rsa_oaep_label:"$2"; }
+pss() {  # KEY SIGNATURE: checks it
+  bin "$1" | openssl pkey -pubin -inform DER -out signer.pem; bin "$2" &gt;signature
+  openssl dgst -sha256 -sigopt rsa_padding_mode:pss -sigopt rsa_pss_saltlen:32 \
+    -verify signer.pem -signature signature; }
+x25519_private() { bin 302e020100300506032b656e04220420 "$1"; }  # as PKCS#8 wants it
+x25519_public() {
+  x25519_private "$1" | openssl pkey -inform DER -pubout -outform DER | tail -c 32; }
+x25519() {  # OURS THEIRS: the secret of a private key and a public one
+  x25519_private "$1" &gt;ours.der; bin 302a300506032b656e032100 "$2" &gt;theirs.der
+  openssl pkeyutl -derive -inkey ours.der -keyform DER -peerkey theirs.der -peerform DER; }</pre>
+<p>And these are the private keys of the three, which nobody else ever sees. They were made for this
+page.</p>
+)";
+
+// Writes the page from top to bottom, along what alice has told.
+class Illustration {
+  public:
+    explicit Illustration(const Recording& recording) : r_(recording) { find_agreements(); }
+
+    std::string written() {
+        html_ = page_head;
+        add("<ol>\n");
+        for (const Step& step : steps)
+            add("<li><a href=\"#", step.begins, "\">", step.title, "</a></li>\n");
+        add("</ol>\n", page_tools);
+        for (const auto& [name, pem] : r_.pem)
+            add("<details><summary>", name, "</summary>\n<pre class=\"setup\">cat &gt;", name,
+                " &lt;&lt;'END'\n", pem, "END</pre></details>\n");
+        const Step* now = nullptr;
+        for (const Traced& event : events("alice")) {
+            if (event.layer != Layer::handshake && event.layer != Layer::record) continue;
+            const Step* next = now == nullptr ? steps : now + 1;
+            if (next != std::end(steps) && begins(event, next->begins)) {
+                if (now != nullptr && now->computed != nullptr) (this->*now->computed)();
+                now = next;
+                add("<h2 id=\"", now->begins, "\">", now - steps + 1, ". ", now->title, "</h2>\n",
+                    "<p class=\"chapter\">Chapter", now->chapter.size() > 1 ? "s " : " ",
+                    now->chapter, "</p>\n", now->prose);
+            }
+            frame(event);
+        }
+        if (now != &steps[std::size(steps) - 1])
+            throw Error(concat("The conversation went another way, after ", now->title, "."));
+        (this->*now->computed)();
+        add("</html>\n");
+        return html_;
+    }
+
+  private:
+    using Layer = TraceEvent::Layer;
+    using Way = TraceEvent::Way;
+    // Part of the story. It begins with the first frame that holds something of this name; behind
+    // its frames stands what was computed.
+    struct Step {
+        std::string_view begins, title, chapter, prose;
+        void (Illustration::*computed)();
+    };
+    static const Step steps[13];
+
+    template <class... Part>
+    void add(const Part&... part) {
+        html_ += concat(part...);
+    }
+
+    // ---- What was told --------------------------------------------------------------------------
+
+    const std::vector<Traced>& events(const std::string& who) const { return r_.told.at(who); }
+
+    static bool is_about(const Traced& event, std::string_view what) {
+        std::string title = explain(event.event()).title;
+        return title == what || title.ends_with(concat(": ", what));
+    }
+    // The nth event of this title.
+    const Traced& told(const std::string& who, Way way, std::string_view what, int n = 0) const {
+        for (const Traced& event : events(who))
+            if (event.way == way && is_about(event, what) && n-- == 0) return event;
+        throw Error(concat(who, " has told nothing about ", what, "."));
+    }
+    Bytes secret(const std::string& who, std::string_view name) const {
+        return told(who, Way::none, concat("secret: ", name)).plain;
+    }
+    // The messages in a record; what was sealed or opened of one of them, room keys first.
+    std::vector<const Traced*> messages_in(const Traced& record) const {
+        std::vector<const Traced*> found;
+        std::size_t left = record.plain.size();
+        for (const Traced* event = &record; left > 0; ++event)
+            if (event->layer == Layer::message && event->way == record.way) {
+                found.push_back(event);
+                left -= event->wire.size();
+            }
+        return found;
+    }
+    std::vector<const Traced*> payloads_in(const Traced& message) const {
+        std::vector<const Traced*> found;
+        for (Layer layer : {Layer::payload, Layer::room_text})
+            for (const Traced& event : events(message.who))
+                if (event.layer == layer && event.way == message.way &&
+                    stands_in(event.wire, message.wire))
+                    found.push_back(&event);
+        return found;
+    }
+    bool begins(const Traced& event, std::string_view what) const {
+        if (is_about(event, what)) return true;
+        if (event.layer != Layer::record) return false;
+        for (const Traced* message : messages_in(event)) {
+            if (is_about(*message, what)) return true;
+            for (const Traced* payload : payloads_in(*message))
+                if (is_about(*payload, what)) return true;
+        }
+        return false;
+    }
+    void find_agreements() {
+        for (const Traced& event : events("alice")) {
+            if (event.layer != Layer::secret) continue;
+            if (event.name == "OAEP secret") agreements_.emplace_back();
+            if (event.name == "prk") agreements_.back()["transcript"] = event.wire;
+            if (!agreements_.empty()) agreements_.back()[event.name] = event.plain;
+        }
+        if (agreements_.size() != 3) throw Error("The page tells of three agreements.");
+    }
+    const Agreement& hop() const { return agreements_[0]; }
+    const Agreement& to_bob() const { return agreements_[1]; }
+    const Agreement& from_bob() const { return agreements_[2]; }
+    // What a record or a payload was sealed with.
+    Bytes key_of(const Traced& event) const {
+        if (event.layer == Layer::record) return hop().at("chatsecure hop " + event.name);
+        const Agreement& pair = event.name.starts_with("to ") ? to_bob() : from_bob();
+        return pair.at("chatsecure pair " + event.name.substr(event.name.find(", ") + 2));
+    }
+
+    // ---- Bytes ----------------------------------------------------------------------------------
+
+    // In the colours of their fields; below, what each field is. Of records, at length once.
+    void block(std::string title, const std::vector<TracePiece>& pieces, std::string_view css = "",
+               bool record = false) {
+        title.erase(0, title.find(": ") == title.npos ? 0 : title.find(": ") + 2);
+        std::string hex, list;
+        std::size_t size = 0;
+        for (const TracePiece& piece : pieces) {
+            const FieldNote& note = note_on(title, piece);
+            size += piece.bytes.size();
+            if (!piece.bytes.empty())
+                hex += concat("<span class=\"", note.colour, "\" title=\"", escaped(piece.name),
+                              "\">", spaced(piece.bytes), "</span>\n");
+            std::string value =
+                piece.value.empty() ? concat(piece.bytes.size(), " bytes") : escaped(piece.value);
+            list += concat("<li><b class=\"", note.colour, "\">", escaped(piece.name), "</b> ",
+                           value, " <i>", escaped(note.meaning), "</i></li>\n");
+        }
+        bool folded = record && size > 150;  // a large ciphertext tells little
+        if (folded) add("<details><summary>the ", size, " bytes as they travel</summary>\n");
+        add("<div class=\"hex", css, "\">", hex, "</div>\n", folded ? "</details>\n" : "",
+            "<ul class=\"fields", record && title != "record 0" ? " short" : "", "\">\n", list,
+            "</ul>\n");
+    }
+    void frame(const Traced& event) {
+        TraceStory story = explain(event.event());
+        bool out = event.way == Way::out;
+        add("<div class=\"frame ", out ? "out" : "in", "\"><h3><b>",
+            out ? "alice &rarr; server" : "server &rarr; alice", "</b> ", story.title, " <small>",
+            event.wire.size(), " bytes; ", escaped(story.meaning), "</small></h3>\n");
+        block(story.title, story.outside, out ? " wire out" : " wire in",
+              event.layer == Layer::record);
+        if (event.layer == Layer::record) {
+            add("<div class=\"inside\">\n");
+            opening("the record", event, key_of(event));
+            for (const Traced* message : messages_in(event)) this->message(*message);
+            add("</div>\n");
+        }
+        add("</div>\n");
+    }
+    void message(const Traced& message) {
+        TraceStory story = explain(message.event());
+        add("<h4>", story.title, " <small>", escaped(story.meaning), "</small></h4>\n");
+        block(story.title, story.outside);
+        Bytes room_key;
+        for (const Traced* payload : payloads_in(message)) {
+            TraceStory inner = explain(payload->event());
+            add("<div class=\"inside\"><h4>", inner.title, " <small>", escaped(inner.meaning),
+                "</small></h4>\n");
+            bool room = payload->layer == Layer::room_text;
+            opening(room ? "the text" : "the payload", *payload,
+                    room ? room_key : key_of(*payload));
+            block(room ? "Text" : inner.title, inner.inside);
+            if (is_about(*payload, "RoomKey"))
+                room_key.assign(payload->plain.begin() + 1, payload->plain.end());
+            add("</div>\n");
+        }
+    }
+    // The command that opens what is sealed: a record, a payload or the text of a room message.
+    void opening(std::string_view what, const Traced& sealed, const Bytes& key) {
+        std::size_t before = 0;  // the ciphertext
+        if (sealed.layer == Layer::record) before = frame_header_bytes;
+        if (sealed.layer == Layer::payload) before = sizeof sealed.number;
+        add("<details><summary>open ", what, "</summary>\n");
+        Nonce nonce(sealed.layer == Layer::room_text ? 0 : sealed.number);
+        value(sealed.plain, "bin {} | ctr {} {}",
+              ByteView(sealed.wire).subspan(before, sealed.plain.size()), key,
+              ByteView(nonce.data(), 12));
+        add("</details>\n");
+    }
+
+    // ---- Values ---------------------------------------------------------------------------------
+
+    // A command, with the parts in the places of {}: bytes as digits. And what it prints.
+    template <class Output, class... Part>
+    void value(const Output& output, std::string_view form, const Part&... parts) {
+        std::string command;
+        [[maybe_unused]] auto put = [&](const auto& part) {  // there may be no parts
+            command += form.substr(0, form.find("{}"));
+            form.remove_prefix(form.find("{}") + 2);
+            std::string text = digits(part);
+            if (text.size() > 64 && command.ends_with(' '))
+                command += "\\\n  ";  // a line of its own
+            command += text;
+        };
+        (put(parts), ...);
+        command += form;
+        if constexpr (!std::is_convertible_v<Output, std::string_view>) command += " | hex";
+        add("<pre class=\"cmd\">", escaped(command), "</pre>\n<pre class=\"out\">",
+            escaped(digits(output)), "</pre>\n");
+    }
+    static std::string digits(std::string_view text) { return std::string(text); }
+    static std::string digits(ByteView bytes) { return to_hex(bytes); }
+
+    // A value with a name, and how it is made.
+    template <class Output, class... Part>
+    void computed(std::string_view name, std::string_view how, const Output& output,
+                  std::string_view form, const Part&... parts) {
+        add("<div class=\"calc\"><p><b>", escaped(name), "</b> <small>", escaped(how),
+            "</small></p>\n");
+        value(output, form, parts...);
+        add("</div>\n");
+    }
+
+    // agree() of chapter 4, step by step, and the keys that are made of it. The holder of `pem`
+    // opens the first secret; whoever has the private key `ours`, the second one.
+    void agreed(const Agreement& a, std::string_view pem, ByteView label, ByteView encapsulated,
+                const Bytes& ours, ByteView theirs) {
+        computed("OAEP secret", concat("what the holder of ", pem, " finds in \"encapsulated\""),
+                 a.at("OAEP secret"), "bin {} | oaep {} {}", encapsulated, pem, label);
+        computed("X25519 secret", "alice's private key, the other side's public one",
+                 a.at("X25519 secret"), "x25519 {} {}", ours, theirs);
+        computed("prk", "HKDF-Extract: HMAC(transcript, OAEP secret || X25519 secret)", a.at("prk"),
+                 "bin {} {} | hmac {}", a.at("OAEP secret"), a.at("X25519 secret"),
+                 a.at("transcript"));
+        for (const auto& [name, key] : a)
+            if (name.starts_with("chatsecure "))
+                computed(name, "HKDF-Expand: HMAC(prk, this label || 01)", key,
+                         "{ printf '{}'; bin 01; } | hmac {}", name, a.at("prk"));
+    }
+    void own_x25519(const Bytes& key, ByteView its_public) {
+        computed("alice's private key",
+                 concat("32 random bytes: ", to_hex(key), ". They belong to her public key above"),
+                 its_public, "x25519_public {}", key);
+    }
+
+    void server_fingerprint() {
+        const Traced& hello = told("alice", Way::in, "ServerHello");
+        computed("fingerprint", "what alice compares with what the server printed when it started",
+                 r_.server_key.text(), "printf SHA256:; bin {} | sha256 | base64 | tr -d =",
+                 ByteView(hello.plain).subspan(8 + 32));
+    }
+    void hop_keys() {
+        const Bytes &hello1 = told("alice", Way::out, "ClientHello").plain,
+                    &hello2 = told("alice", Way::in, "ServerHello").plain,
+                    &key3 = told("alice", Way::out, "ClientKey").plain;
+        Digest label = sha256(hello1, hello2);
+        Bytes ours = secret("alice", "x25519_c");
+        computed("label", "SHA-256(1 || 2): the contents of the hellos, without their lengths",
+                 label, "bin {} {} | sha256", hello1, hello2);
+        computed("transcript", "SHA-256(1 || 2 || 3)", hop().at("transcript"),
+                 "bin {} {} {} | sha256", hello1, hello2, key3);
+        own_x25519(ours, ByteView(hello1).subspan(8, 32));
+        agreed(hop(), "server.pem", label, key3, ours, ByteView(hello2).subspan(8, 32));
+    }
+    void account() {
+        auto account = from_wire<RegisterAccount>(told("alice", Way::out, "RegisterAccount").plain);
+        ScramVerifier verifier = ScramVerifier::parse(account.verifier);
+        Secret<32> salted = pbkdf2_sha256(as_bytes(password), verifier.salt, verifier.iterations);
+        client_key_ = to_bytes(hmac_sha256(salted.view(), as_bytes("Client Key")).view());
+        stored_key_ = to_bytes(verifier.stored_key);
+        server_key_ = to_bytes(verifier.server_key);
+        computed("SaltedPassword", concat("PBKDF2 of the password \"", password, "\""),
+                 salted.view(),
+                 "openssl kdf -keylen 32 -kdfopt digest:SHA256 -kdfopt 'pass:{}' "
+                 "-kdfopt hexsalt:{} -kdfopt iter:{} -binary PBKDF2",
+                 password, verifier.salt, std::to_string(verifier.iterations));
+        computed("ClientKey", "HMAC(SaltedPassword, \"Client Key\")", client_key_,
+                 "printf 'Client Key' | hmac {}", salted.view());
+        computed("StoredKey", "SHA-256(ClientKey). From it leads no way back", stored_key_,
+                 "bin {} | sha256", client_key_);
+        computed("ServerKey", "HMAC(SaltedPassword, \"Server Key\")", server_key_,
+                 "printf 'Server Key' | hmac {}", salted.view());
+        computed("verifier", "what the server writes into users.db: the rest is base64",
+                 account.verifier,
+                 "base64_of() { bin \"$1\" | openssl base64 -A; }\n"
+                 "echo \"SCRAM-SHA-256\\${}:$(base64_of {})\\$$(base64_of {}):$(base64_of {})\"",
+                 std::to_string(verifier.iterations), verifier.salt, stored_key_, server_key_);
+    }
+    void login() {
+        auto text = [&](Way way, int n) {
+            return from_wire<Scram>(told("alice", way, "Scram", n).plain).text;
+        };
+        std::string first = text(Way::out, 0), second = text(Way::in, 0), third = text(Way::out, 1);
+        std::string without_proof = third.substr(0, third.find(",p=")),
+                    proof = third.substr(without_proof.size() + 3),
+                    auth_message = concat(first.substr(scram_gs2_header.size()), ",", second, ",",
+                                          without_proof);
+        computed("c=", "which binding, and the channel binding from above, in base64",
+                 without_proof.substr(2, without_proof.find(',') - 2),
+                 "{ printf '{}'; bin {}; } | openssl base64 -A", scram_gs2_header,
+                 hop().at("chatsecure hop channel binding"));
+        Bytes signature = to_bytes(hmac_sha256(stored_key_, as_bytes(auth_message)).view());
+        computed("ClientSignature",
+                 "HMAC(StoredKey, AuthMessage): the first three texts, glued with commas, without "
+                 "p=chatsecure,, in front and without the proof",
+                 signature, "printf '{}' | hmac {}", auth_message, stored_key_);
+        computed("ClientProof", "ClientKey XOR ClientSignature, in base64", proof,
+                 "xor {} {} | openssl base64 -A", client_key_, signature);
+        computed("StoredKey again",
+                 "what the server does: it undoes the XOR, hashes, and compares with its own",
+                 stored_key_, "xor {} {} | sha256", from_base64(proof), signature);
+        computed("ServerSignature", "HMAC(ServerKey, AuthMessage): it has proved itself, too",
+                 from_wire<LoginDone>(told("alice", Way::in, "LoginDone").plain).server_final,
+                 "printf v=; printf '{}' | hmac {} | openssl base64 -A", auth_message, server_key_);
+    }
+
+    Bytes alice_card() const {
+        return from_wire<PublishCard>(told("alice", Way::out, "PublishCard").plain).card;
+    }
+    Bytes bob_card() const {
+        return from_wire<CardOf>(told("alice", Way::in, "CardOf").plain).card;
+    }
+    void card(const Bytes& bytes) {
+        auto card = decode<Card>(bytes, "a card");
+        computed(concat("the signature of ", card.user, "'s card"),
+                 "RSA-PSS, over \"chatsecure card 1\" and the card up to there", "Verified OK",
+                 "bin {} | pss {} {}", card.signed_part(), card.identity_der, card.signature);
+        fingerprints_.push_back({sha256(card.identity_der)});
+        computed(concat(card.user, "'s fingerprint"), "SHA-256 of the identity",
+                 fingerprints_.back().text(),
+                 "printf SHA256:; bin {} | sha256 | base64 | tr -d =", card.identity_der);
+    }
+    void own_card() {
+        Bytes bytes = alice_card();
+        own_x25519(secret("alice", "X25519 key of our card"),
+                   decode<Card>(bytes, "a card").ephemeral);
+        card(bytes);
+    }
+    void trust() {
+        card(bob_card());
+        computed("safety number",
+                 "each half: SHA-256 over a constant, the name (with its length) and the "
+                 "fingerprint; six times five bytes, modulo 100000. The smaller half goes first",
+                 r_.safety_number,
+                 "half() {\n  { printf 'chatsecure safety number 1'; bin $1; printf $2; bin $3; } |"
+                 " sha256 | hex |\n    perl -ne 'printf \"%05d \", hex($_) % 100000 for unpack "
+                 "\"(A10)6\", $_; print \"\\n\"'; }\n{ half 0005 alice {}\n  half 0003 bob {}; } | "
+                 "sort | tr -d '\\n' | sed 's/ $//'",
+                 fingerprints_[0].digest, fingerprints_[1].digest);
+    }
+    // The keys of one direction between alice and bob. The holder of `pem` gets them.
+    void pair_keys(const Agreement& pair, ByteView payload, std::string_view pem) {
+        bool to_her = pem == "alice.pem";
+        Bytes mine = alice_card(), his = bob_card();
+        computed("transcript", "SHA-256 of the writer's card || SHA-256 of the reader's card",
+                 pair.at("transcript"), "{ bin {} | sha256\n  bin {} | sha256; }",
+                 to_her ? his : mine, to_her ? mine : his);
+        agreed(pair, pem, pair.at("transcript"),
+               decode<OpenPayload>(payload.subspan(1), "an Open").encapsulated,
+               secret("alice", "X25519 key of our card"), decode<Card>(his, "a card").ephemeral);
+    }
+    void keys_from_bob() {
+        auto open = from_wire<Delivered>(told("alice", Way::in, "Delivered").plain);
+        pair_keys(from_bob(), open.payload, "alice.pem");
+    }
+    // The same bytes as three see them. What only one of them can read stands on the right.
+    void views(const Traced& payload) {
+        auto holder = [&](const std::string& who, Layer layer, Way way, const Bytes& what) {
+            for (const Traced& event : events(who))
+                if (event.layer == layer && event.way == way &&
+                    stands_in(what, layer == Layer::message ? event.wire : event.plain))
+                    return &event;
+            throw Error(concat(who, " knows nothing of it."));
+        };
+        const Traced& sent = *holder("alice", Layer::message, Way::out, payload.wire);
+        const Traced& record = *holder("alice", Layer::record, Way::out, sent.wire);
+        const Traced& at_server = *holder("server", Layer::message, Way::in, payload.wire);
+        const Traced& at_bob = *holder("bob", payload.layer, Way::in, payload.plain);
+        TraceStory tap = explain(record.event()), server = explain(at_server.event()),
+                   bob = explain(at_bob.event());
+        add("<h3>The same, as three see it</h3>\n<div class=\"views\"><div><h4>a wire tap "
+            "<small>sees "
+            "that somebody speaks, when, and how much</small></h4>\n");
+        block(tap.title, tap.outside, "", true);
+        add("</div><div><h4>the server <small>and to whom</small></h4>\n");
+        block(server.title, server.outside);
+        add("</div><div><h4>bob <small>and what</small></h4>\n");
+        block(payload.layer == Layer::room_text ? "Text" : bob.title, bob.inside);
+        add("</div></div>\n");
+    }
+    void room_message() {
+        auto open = from_wire<Send>(told("alice", Way::out, "Send").plain);
+        pair_keys(to_bob(), open.payload, "bob.pem");
+        const Traced& text = told("alice", Way::out, "room message");
+        computed("SHA-256 of the sealed text",
+                 "what each wrapped key is sealed with (aad): it opens this text alone",
+                 sha256(text.wire), "bin {} | sha256", text.wire);
+        views(text);
+    }
+    void private_message() { views(told("alice", Way::out, "Text")); }
+    void file() {
+        auto accept = decode<FileAccept>(
+            ByteView(told("alice", Way::in, "FileAccept").plain).subspan(1), "an answer");
+        computed("held", "bob has nothing yet: SHA-256 of nothing", accept.held,
+                 "printf '' | sha256");
+        views(told("alice", Way::out, "FileChunk"));
+    }
+    void the_end() {
+        std::string pieces;
+        for (const Traced& event : events("alice"))
+            if (event.layer == Layer::stream && event.way == Way::in)
+                pieces += concat(pieces.empty() ? "" : ", ", event.wire.size());
+        add("<p>Those were all the bytes: ", r_.from_alice.size(), " from alice and ",
+            r_.to_alice.size(), " to her. Her socket gave them in pieces of ", pieces,
+            ". TCP does not know where a frame ends: on another day these are halves of frames, or "
+            "several at once. What to do about it, chapters 2 and 3 tell.</p>\n");
+    }
+
+    const Recording& r_;
+    std::vector<Agreement> agreements_;
+    Bytes client_key_, stored_key_, server_key_;  // of alice's account
+    std::vector<Fingerprint> fingerprints_;       // alice's, bob's
+    std::string html_;
+};
+
+const Illustration::Step Illustration::steps[13] = {
+    {"ClientHello", "Hello", "3 and 5",
+     R"(<p>TCP carries a stream of bytes and does not say where a message ends. So each one
+begins with its length, in four bytes: that is a frame. The first three frames travel in the clear.
+alice's program says which protocol it speaks, and sends a public key that it has made a moment ago
+and will throw away when she leaves.</p>
+)",
+     nullptr},
+    {"ServerHello", "The server shows its key", "5",
+     R"(<p>The server answers with a fresh key of its own, and with the one that lasts. Here
+alice's program stops: is this the key that it knows? At first contact it shows the fingerprint and
+asks. A key that has changed is refused before anything else is sent.</p>
+)",
+     &Illustration::server_fingerprint},
+    {"ClientKey", "A secret for the holder of that key", "4 and 5",
+     R"(<p>alice's program draws 32 random bytes and encapsulates them: only who holds the private
+half of the key above can take them out. Both sides mix them with what the two fresh keys have in
+common, and with the hash of all three frames. RSA says <em>who</em> can read. X25519 says that it
+is over when it is over: who steals the server's key next year has the first secret, and not the
+second.</p>
+)",
+     &Illustration::hop_keys},
+    {"Welcome", "The first record", "5 and 7",
+     R"(<p>From here on everything travels in records: a length, then AES-256-GCM. The nonce is
+not sent, for both sides count: four zero bytes, and the number of the record. That this one opens
+proves that the server holds the key whose fingerprint alice saw.</p>
+<p>Under each record stands the command that opens it. <code>openssl enc</code> knows no GCM, but
+GCM encrypts as CTR does, from block 2 on: so the IV is the nonce, and then 00000002. That shows
+what is inside. Whether it is <em>true</em> is what the tag is for: the programs check it before
+they look at anything, and the test of this page does, too.</p>
+)",
+     nullptr},
+    {"RegisterAccount", "An account without a password", "6",
+     R"(<p>alice is new. Her program turns the password into something with which the server can
+check a login and not make one. The password itself never leaves her machine. Her identity goes
+with it: the RSA key that will be <em>alice</em> to everybody else.</p>
+)",
+     &Illustration::account},
+    {"Scram", "The login", "6",
+     R"(<p>SCRAM (RFC 5802) in four texts: who I am, a random number from each side, the proof,
+and the server's own proof. The proof covers the channel binding, which only the two ends of this
+channel share. So a man in the middle, who has two channels, cannot pass it on.</p>
+)",
+     &Illustration::login},
+    {"PublishCard", "alice's card", "8",
+     R"(<p>Until here there was one layer, between alice and the server. Now begins the second
+one, between alice and bob. A card says: this key, made for this login, is alice's; signed with her
+identity. The server passes cards on. It cannot make one. It answers with who is here.</p>
+)",
+     &Illustration::own_card},
+    {"GetCard", "bob's card", "8",
+     R"(<p>Before she can write to bob, her program asks for his card and checks it. Whether this
+is really bob's identity, and not one that the server has made up, a program cannot know. The two
+people can: the safety number is computed from both identities, and they compare it by
+telephone.</p>
+)",
+     &Illustration::trust},
+    {"Send", "A message for everybody", "8",
+     R"(<p>First the keys for bob, once for this pair of logins: the same construction as between
+alice and the server, with bob's identity in the place of the server's key. Then the message. It is
+sealed once, with a key of its own (and so nonce 0), however many people are in the room; each of
+them gets that key, sealed with theirs. The server answers when the message stands in everybody's
+queue.</p>
+)",
+     &Illustration::room_message},
+    {"Text", "A message for bob alone", "8",
+     R"(<p>Two layers, one in the other: what is sealed for bob is sealed again on its way to the
+server, and once more, with other keys, on its way to bob.</p>
+)",
+     &Illustration::private_message},
+    {"Delivered", "bob has read it", "8",
+     R"(<p>TCP says that a machine has the bytes. Only bob's program can say that bob has seen
+them. For his direction it makes keys of its own, with alice's identity; behind them comes the
+receipt, with the number of her message.</p>
+)",
+     &Illustration::keys_from_bob},
+    {"FileOffer", "A file", "9",
+     R"(<p>Nothing of a file moves before bob has said yes. His yes says how much he has already,
+and how many bytes may come: the credit. To the server it is one more sealed payload, on the lane
+that chat overtakes. "It is over" without a reason, from the one who receives, means: it is on the
+disk, whole.</p>
+)",
+     &Illustration::file},
+    {"Quit", "Goodbye", "7",
+     R"(<p>A connection that is cut looks to TCP like one that ends. So the end is said in words:
+everything before it was handled.</p>
+)",
+     &Illustration::the_end},
+};
+
+}  // namespace
+
+namespace {
+
+int write_illustrated(const std::string& path) {
+    std::string page = Illustration(recorded_conversation()).written();
+    if (!(std::ofstream(path, std::ios::binary) << page << std::flush))
+        throw Error(concat("Cannot write ", path, "."));
+    return 0;
+}
+
+// What stands in elements of this class, one after the other, without their tags.
+std::vector<std::string> texts_in(const std::string& page, const std::string& start,
+                                  const std::string& end) {
+    std::vector<std::string> found;
+    for (std::size_t at = 0; (at = page.find(start, at)) != page.npos;) {
+        at += start.size();
+        std::size_t stop = page.find(end, at);
+        std::string text;
+        for (bool tag = false; char c : page.substr(at, stop - at)) {
+            if (c == '<') tag = true;
+            if (!tag) text += c;
+            if (c == '>') tag = false;
+        }
+        for (auto [escape, plain] :
+             {std::pair{"&lt;", "<"}, {"&gt;", ">"}, {"&quot;", "\""}, {"&amp;", "&"}})
+            for (std::size_t i = 0; (i = text.find(escape, i)) != text.npos; ++i)
+                text.replace(i, std::strlen(escape), plain);
+        found.push_back(std::move(text));
+    }
+    return found;
+}
+
+// Runs all commands of a page in one shell, and says what went wrong: nothing, if each prints what
+// the page says. `count`: how many there are.
+std::string wrong_values(const std::string& page, std::size_t& count) {
+    std::vector<std::string> commands = texts_in(page, "<pre class=\"cmd\">", "</pre>"),
+                             outputs = texts_in(page, "<pre class=\"out\">", "</pre>");
+    count = commands.size();
+    if (outputs.size() != count) return "Some commands have no value.";
+    TempDir folder;
+    std::string script = concat("cd '", folder.path.string(), "'\n");
+    for (const std::string& setup : texts_in(page, "<pre class=\"setup\">", "</pre>"))
+        script += setup + "\n";
+    for (std::size_t i = 0; i < count; ++i)
+        script += concat("{\n", commands[i], "\n} >", i, ".txt 2>&1\n");
+    write_text(folder.path / "all.sh", script);
+    shell(concat("bash '", (folder.path / "all.sh").string(), "' 2>&1; true"));
+    std::string wrong;
+    for (std::size_t i = 0; i < count; ++i) {
+        std::string printed = read_text(folder.path / concat(i, ".txt"));
+        if (printed.ends_with('\n')) printed.pop_back();
+        if (printed != outputs[i])
+            wrong += concat("This command:\n", commands[i], "\nprints:\n", printed,
+                            "\nand the page says:\n", outputs[i], "\n");
+    }
+    return wrong;
+}
+
+// The bytes of this way, as the page shows them.
+std::string shown_bytes(const std::string& page, const std::string& way) {
+    std::string hex;
+    for (const std::string& block :
+         texts_in(page, concat("<div class=\"hex wire ", way, "\">"), "</div>"))
+        for (char c : block)
+            if (c != ' ' && c != '\n') hex += c;
+    return hex;
+}
+
+}  // namespace
+
+TEST_CASE("illustrated: every value on the page is what its command computes") {
+    if (std::system("command -v openssl bash perl base64 >/dev/null") != 0) {
+        MESSAGE("skipped: openssl, bash, perl or base64 is missing");
+        return;
+    }
+    const std::string page = Illustration(recorded_conversation()).written();
+    std::size_t count = 0;
+    CHECK(wrong_values(page, count) == "");
+    CHECK(count > 60);
+    // And it would be noticed.
+    std::string changed = page;
+    std::size_t at = changed.rfind("<pre class=\"out\">") + 17;
+    changed[at] = changed[at] == '0' ? '1' : '0';
+    CHECK(contains(wrong_values(changed, count), "and the page says:"));
+    if (std::filesystem::exists(source("docs/illustrated.html")))
+        CHECK(wrong_values(read_text(source("docs/illustrated.html")), count) == "");
+}
+
+TEST_CASE("illustrated: every byte that a wire tap sees is on the page, and each tag is right") {
+    const Recording recording = recorded_conversation();
+    const std::string page = Illustration(recording).written();
+    CHECK(shown_bytes(page, "out") == to_hex(recording.from_alice));
+    CHECK(shown_bytes(page, "in") == to_hex(recording.to_alice));
+    std::map<std::string, Bytes> keys;
+    for (const Traced& event : recording.told.at("alice")) {
+        if (event.layer == TraceEvent::Layer::secret) keys[event.name] = event.plain;
+        if (event.layer != TraceEvent::Layer::record) continue;
+        Bytes sealed(event.wire.begin() + frame_header_bytes, event.wire.end());
+        AesGcm cipher(Secret<32>(keys.at("chatsecure hop " + event.name)));
+        auto plain = cipher.open(Nonce(event.number), ByteView(event.wire).first(4), sealed);
+        CHECK((plain && to_bytes(*plain) == event.plain));
+    }
+    // The views are true: who sees the words, and who does not.
+    for (const Traced& event : recording.told.at("server"))
+        for (const char* words : {"Good morning", "old mill", "map.txt"}) {
+            CHECK_FALSE(holds(event.wire, words));
+            CHECK_FALSE(holds(event.plain, words));
+        }
+}
+
 int main(int argc, char** argv) {
 #ifndef _WIN32
     ::signal(SIGPIPE, SIG_IGN);  // a program under test may end while we write to it
     program_directory = std::filesystem::absolute(argv[0]).parent_path();
     try {
         if (argc == 2 && std::string_view(argv[1]) == "--demo") return demo();
+        if (argc == 3 && std::string_view(argv[1]) == "--illustrated")
+            return write_illustrated(argv[2]);
         if (argc == 2 && std::string_view(argv[1]) == "--bench") return bench();
         if (argc > 2 && std::string_view(argv[1]) == "--light")
             return light({argv + 2, argv + argc});
@@ -15571,6 +16477,9 @@ int main(int argc, char** argv) {
         if (argc == 2 && std::string_view(argv[1]) == "--check-gui") return check_gui();
         if (argc >= 2 && std::string_view(argv[1]) == "--sabotage")
             return sabotage(argc > 2 ? argv[2] : "");
+    } catch (const SeenEnough&) {
+        std::cout << std::endl;
+        return 0;
     } catch (const std::exception& e) {
         std::cerr << e.what() << '\n';
         return 1;
