@@ -616,7 +616,8 @@ class Wishes {
     virtual void drop_files(const std::string& text) = 0;  // addresses or paths, one a line
     virtual void send_file() = 0;
     virtual void toggle_details() = 0;
-    virtual void settle() = 0;  // the identity that Details shows was compared
+    virtual void settle() = 0;          // the identity that Details shows was compared
+    virtual void toggle_ignored() = 0;  // whom Details shows
     virtual void zoom(int by) = 0;
     virtual std::vector<MenuLine> menu() = 0;
     virtual void close() = 0;
@@ -1374,10 +1375,13 @@ class PeopleList : public Fl_Widget {
 
 // ---- The input line -----------------------------------------------------------------------------
 
+constexpr Fl_Boxtype message_box = FL_FREE_BOXTYPE;  // with more room around the text than others
+
 class MessageInput : public InputField<Fl_Multiline_Input> {
   public:
     MessageInput(const Model& model, Wishes& wishes, ConversationView& view)
         : InputField("input"), model_(model), wishes_(wishes), view_(view) {
+        box(message_box);
         wrap(1);
         maximum_size(2 * static_cast<int>(chatsecure::max_text_bytes));  // more: a sentence says so
         tab_nav(1);
@@ -1781,7 +1785,8 @@ class Details : public Fl_Scroll {
   public:
     struct Content {
         std::string title{}, story{}, number{}, prints{};
-        const char* act = nullptr;  // what a comparison allows
+        const char* act = nullptr;     // what a comparison allows
+        const char* ignore = nullptr;  // or the other way round
         friend bool operator==(const Content&, const Content&) = default;
     };
     explicit Details(Wishes& wishes) : Fl_Scroll(0, 0, 0, 0), wishes_(wishes) {
@@ -1801,7 +1806,9 @@ class Details : public Fl_Scroll {
         prints_.set(content.prints);
         show_if(compared_, content.act != nullptr);
         show_if(act_, content.act != nullptr);
-        if (content.act != nullptr) act_.copy_label(content.act);
+        show_if(ignore_, content.ignore != nullptr);
+        act_.copy_label(content.act);
+        ignore_.copy_label(content.ignore);
         ticked();
         resize(x(), y(), w(), h());
     }
@@ -1820,6 +1827,7 @@ class Details : public Fl_Scroll {
         compared_.labelsize(scaled(small_size + 1));
         column.put(compared_, scaled(22), 4);
         column.put(act_, scaled(text_size) + 16);
+        column.put(ignore_, scaled(text_size) + 16);
         redraw();
     }
 
@@ -1834,6 +1842,7 @@ class Details : public Fl_Scroll {
     Text prints_{small_size - 1, ink::text, fixed_pitch};
     Fl_Check_Button compared_{0, 0, 0, 0, "I compared the number"};
     Button act_{"", [this] { wishes_.settle(); }};
+    Button ignore_{"", [this] { wishes_.toggle_ignored(); }};
     Button close_{"\u2715", [this] { wishes_.toggle_details(); }};
 };
 
@@ -1856,8 +1865,9 @@ class MainWindow : public Fl_Double_Window {
     }
 
     void set_state(const std::string& text, Fl_Color colour) {
-        state_.set("\u25cf  " + text);
-        state_.labelcolor(colour);
+        state_ = text;
+        state_colour_ = colour;
+        redraw();
     }
     void end_input() {
         for (Fl_Widget* part : std::initializer_list<Fl_Widget*>{&input, &send_, &send_file_})
@@ -1899,6 +1909,11 @@ class MainWindow : public Fl_Double_Window {
             fl_color(model_.shown().trusted ? ink::quiet : ink::warning);
             draw_text(model_.subtitle(), left, scaled(title_size + small_size) + 13, room);
         }
+        draw_disc(16, h() - 28, 8, state_colour_);
+        use_font(small_size);
+        fl_color(state_colour_);
+        int room = menu_.x() - 32;
+        if (room > 30) draw_text(state_, 32, h() - 24 + scaled(small_size) / 3, room);
         wishes_.drawn();
     }
     int handle(int event) override {
@@ -1910,8 +1925,6 @@ class MainWindow : public Fl_Double_Window {
         side_.resize(0, 0, list_width(), h());
         list.resize(0, 0, list_width(), h() - 46);
         menu_.resize(list_width() - 38, h() - 39, 30, 30);
-        state_.labelsize(scaled(small_size));
-        state_.resize(13, h() - 31, std::max(list_width() - 54, 14), scaled(18));
         // A narrow window shows either the conversation or the details.
         bool conversation = middle() > 0;
         for (Fl_Widget* part : std::initializer_list<Fl_Widget*>{&view, &input, &send_, &send_file_,
@@ -1995,7 +2008,9 @@ class MainWindow : public Fl_Double_Window {
     Button menu_{"\u2261", [this] { pop_up(wishes_.menu(), menu_.x(), menu_.y(), true); }};
     Button send_file_{"File\u2026", [this] { wishes_.send_file(); }};
     Button details_button_{"Details", [this] { wishes_.toggle_details(); }};
-    Text banner_{small_size, ink::warning, bold, "", ink::alarm}, state_{small_size, ink::quiet};
+    Text banner_{small_size, ink::warning, bold, "", ink::alarm};
+    std::string state_;
+    Fl_Color state_colour_ = ink::quiet;
 
   public:
     Details details{wishes_};
@@ -2047,21 +2062,22 @@ Details::Content describe(const Conversation& c) {
                 "what it cannot read.\n \nChoose a person on the left to see their identity."};
     Details::Content content{c.name};
     bool known = c.knows_number();
+    content.story = known ? "Compare the safety number by telephone, or face to face."
+                    : c.online
+                        ? "Asking for the safety number \u2026"
+                        : concat(c.name, " is offline: the safety number is there when they are.");
+    if (known) content.number = chatsecure::safety_number_rows(c.number->digits);
     if (c.changed) {
-        content.story = "This is not the identity that you know. ";
+        content.story = "This is not the identity that you know. " + content.story;
         content.prints =
             concat("Known:\n", grouped(c.changed->pinned), "\nNow:\n", grouped(c.changed->seen));
         content.act = known ? "Trust the new identity" : nullptr;
     } else if (known) {
-        content.story = c.verified ? "\u2713 You have compared the number. " : "";
+        if (c.verified) content.story = "\u2713 You have compared the number.";
         content.prints = concat("Identity:\n", grouped(c.number->theirs));
         content.act = c.verified ? nullptr : "Mark as verified";
     }
-    if (known) content.number = chatsecure::safety_number_rows(c.number->digits);
-    content.story += known ? "Compare the safety number by telephone, or face to face."
-                     : c.online
-                         ? "Asking for the safety number \u2026"
-                         : concat(c.name, " is offline: the safety number is there when they are.");
+    content.ignore = c.ignored ? "Ignore no longer" : "Ignore: hide what they write";
     return content;
 }
 
@@ -2224,8 +2240,9 @@ class App final : Wishes {
         if (stopped.reason == cannot_connect || stopped.reason == server_key_unknown)
             sign_in_.show_error(SignIn::Field::server, sentence);
         else if (stopped.reason == login_refused)
-            sign_in_.show_error(registering_ ? SignIn::Field::name : SignIn::Field::password,
-                                sentence);
+            sign_in_.show_error(
+                registering_ ? SignIn::Field::name : SignIn::Field::password,
+                sentence + (registering_ ? "" : " Is this a new account? Then say so below."));
         else
             sign_in_.show_warning(sentence);
     }
@@ -2259,6 +2276,7 @@ class App final : Wishes {
     void on(const chatsecure::LoggedIn& e) {
         for (const std::string& user : e.others) model_.person(user).online = true;
         online_ = true;
+        no_connection_.clear();
         set_state(concat("online as ", e.user), ink::online);
         ask_about_people();
         if (e.again) return note("Connected again.");
@@ -2274,10 +2292,10 @@ class App final : Wishes {
     }
     void on(const chatsecure::ConnectionLost& e) {
         model_.all_offline();
-        online_ = false;
+        if (std::exchange(online_, false)) note("The connection is lost.");  // not at each attempt
+        no_connection_ = concat("There is no connection. ", visible(e.reason),
+                                " What you write is sent when it is back.");
         show_waiting();
-        note(concat("The connection is lost: ", visible(e.reason),
-                    " What you write is sent when it is back."));
     }
     void on(const chatsecure::PersonJoined& e) {
         model_.person(e.user).online = true;
@@ -2422,10 +2440,10 @@ class App final : Wishes {
             model_.all_offline();
             over_ = true;
             set_state("disconnected", ink::warning);
-            ended_ = lost_ == 0
-                         ? visible_lines(e.sentence)
-                         : concat(lost_, lost_ == 1 ? " message was" : " messages were",
-                                  " not delivered: see the marks. Close the window once more.");
+            no_connection_ =
+                lost_ == 0 ? visible_lines(e.sentence)
+                           : concat(lost_, lost_ == 1 ? " message was" : " messages were",
+                                    " not delivered: see the marks. Close the window once more.");
             main_.end_input();
         }
     }
@@ -2495,9 +2513,9 @@ class App final : Wishes {
     }
     void show_waiting() {
         std::size_t waiting = client_->waiting();
-        set_state(waiting == 0 ? std::string("reconnecting")
-                               : concat("reconnecting, ", waiting, " to send"),
-                  ink::warning);
+        set_state(
+            waiting == 0 ? std::string("reconnecting") : concat("offline, ", waiting, " to send"),
+            ink::warning);
     }
     // After some events: what depends on all of them is set and drawn once.
     void refresh() {
@@ -2507,14 +2525,19 @@ class App final : Wishes {
         if (title != title_) main_.copy_label(title.c_str());
         title_ = title;
         if (unread == 0) ask_for_attention(main_, false);
-        const Conversation& c = model_.shown();
-        std::string banner = ended_;
-        if (banner.empty() && !c.trusted)
-            banner = concat("The identity of ", c.name,
-                            " has changed. Nothing is sent to or shown from ", c.name,
-                            " until you have compared the new one: Details.");
-        main_.set_banner(banner);
+        main_.set_banner(banner());
         main_.redraw();
+    }
+
+    std::string banner() const {
+        const Conversation& c = model_.shown();
+        if (!no_connection_.empty()) return no_connection_;
+        if (!c.trusted)
+            return concat("The identity of ", c.name,
+                          " has changed. Nothing is sent to or shown from ", c.name,
+                          " until you have compared the new one: Details.");
+        return c.ignored ? concat("You ignore ", c.name, ". What they write is hidden: Details.")
+                         : "";
     }
 
     // ---- What the user does ---------------------------------------------------------------------
@@ -2680,6 +2703,10 @@ class App final : Wishes {
             offer(path);
         }
     }
+    void toggle_ignored() override {
+        post(chatsecure::Ignore{model_.current});
+        ask_about_people();
+    }
 
     // Opens or closes the details, and says what is known now.
     void toggle_details() override {
@@ -2766,11 +2793,12 @@ class App final : Wishes {
     Reports reports_{flags_.report};
     std::filesystem::path settings_file_ = flags_.options.home / "window";
     Settings settings_ = load_settings(settings_file_);
-    std::string verifying_;                         // whose safety number a line has asked for
-    bool people_asked_ = false;                     // ListPeople is on its way,
-    bool people_changed_ = false;                   // and to be sent once more
-    bool who_ = false;                              // and its answer to be shown
-    std::string reply_to_, title_, ended_;          // ended_: why the connection does not come back
+    std::string verifying_;        // whose safety number a line has asked for
+    bool people_asked_ = false;    // ListPeople is on its way,
+    bool people_changed_ = false;  // and to be sent once more
+    bool who_ = false;             // and its answer to be shown
+    std::string reply_to_, title_;
+    std::string no_connection_;                     // why; empty: there is one
     Time time_ = std::chrono::system_clock::now();  // of the event that is being handled
     bool registering_ = false, online_ = false, over_ = false, quitting_ = false, quit_ = false;
     std::size_t lost_ = 0;     // messages that failed while we were leaving,
