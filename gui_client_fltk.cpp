@@ -48,6 +48,9 @@
 #include <FL/x.H>
 #endif
 #endif
+#ifdef CHATSECURE_PANGO
+#include <pango/pangoxft.h>
+#endif
 
 namespace {
 
@@ -155,38 +158,57 @@ std::string_view take_letter(std::string_view& text) {
     return before.substr(0, before.size() - text.size());
 }
 
-// Emoji come from a font of their own: FLTK 1.3 takes all letters of a text from one font, and
-// those for letters have boxes for them. `draw` gets the pieces of a text, each with its font set.
-constexpr Fl_Font emoji_font = FL_FREE_FONT;
-bool is_emoji(char32_t point) { return point >= 0x1f000 && point <= 0x1faff; }
-template <class Draw>
-void for_each_run(std::string_view text, const Draw& draw) {
-    auto four_bytes = [](char c) { return static_cast<unsigned char>(c) >= 0xf0; };
-    if (std::none_of(text.begin(), text.end(), four_bytes)) return draw(text);
-    Fl_Font font = fl_font();
-    std::string_view left = text;
-    bool emoji = false;
-    auto put = [&](std::size_t bytes) {
-        fl_font(emoji ? emoji_font : font, fl_size());
-        if (bytes > 0) draw(text.substr(0, bytes));
-        text.remove_prefix(bytes);
-    };
-    while (!left.empty()) {
-        std::size_t before = left.size();
-        char32_t point = chatsecure::take_code_point(left);
-        bool joins = point == 0xfe0f || point == 0x200d;  // belongs to the emoji before it
-        if (is_emoji(point) != emoji && !joins) put(text.size() - before);
-        if (!joins) emoji = is_emoji(point);
+// FLTK 1.3 on X11 takes all letters of a text from one font, which has boxes for emoji, and joins no
+// Arabic. So Pango draws and measures whatever is more than ASCII, in FLTK's own widgets too. FLTK
+// 1.4 has Pango itself; other systems do the same for FLTK.
+#ifdef CHATSECURE_PANGO
+class PangoDriver final : public Fl_Xlib_Graphics_Driver {
+  public:
+    using Fl_Xlib_Graphics_Driver::draw, Fl_Xlib_Graphics_Driver::width;
+    void draw(const char* text, int size, int x, int y) override {
+        Region clip = clip_region();
+        if (is_ascii(text, size)) return Fl_Xlib_Graphics_Driver::draw(text, size, x, y);
+        if (clip != nullptr && XEmptyRegion(clip) != 0) return;
+        unsigned char r = 0, g = 0, b = 0;
+        Fl::get_color(fl_color(), r, g, b);
+        auto wide = [](unsigned char c) { return static_cast<unsigned short>(c * 257); };
+        XftColor in{fl_xpixel(fl_color()), {wide(r), wide(g), wide(b), 0xffff}};
+        XftDraw* canvas = XftDrawCreate(fl_display, fl_window, fl_visual->visual, fl_colormap);
+        XftDrawSetClip(canvas, clip);
+        pango_xft_render_layout_line(canvas, &in, line_of(text, size), x * PANGO_SCALE,
+                                     y * PANGO_SCALE);
+        XftDrawDestroy(canvas);
     }
-    put(text.size());
-    fl_font(font, fl_size());
-}
+    double width(const char* text, int size) override {
+        if (is_ascii(text, size)) return Fl_Xlib_Graphics_Driver::width(text, size);
+        PangoRectangle extent{};
+        pango_layout_line_get_extents(line_of(text, size), nullptr, &extent);
+        return pango_units_to_double(extent.width);
+    }
+
+  private:
+    static bool is_ascii(const char* text, int size) {
+        return std::all_of(text, text + size, [](char c) { return (c & 0x80) == 0; });
+    }
+    PangoLayoutLine* line_of(const char* text, int size) {
+        static PangoLayout* layout = pango_layout_new(
+            pango_font_map_create_context(pango_xft_get_font_map(fl_display, fl_screen)));
+        pango_layout_set_auto_dir(layout, FALSE);  // each line of a text begins on the same side
+        pango_context_set_base_dir(pango_layout_get_context(layout), PANGO_DIRECTION_LTR);
+        const char* name = Fl::get_font(fl_font());  // "Bsans" is the bold one of " sans"
+        PangoFontDescription* wanted = pango_font_description_from_string(name + 1);
+        pango_font_description_set_absolute_size(wanted, fl_size() * PANGO_SCALE);
+        if (*name == 'B') pango_font_description_set_weight(wanted, PANGO_WEIGHT_BOLD);
+        pango_layout_set_font_description(layout, wanted);
+        pango_font_description_free(wanted);
+        pango_layout_set_text(layout, text, size);
+        return pango_layout_get_line_readonly(layout, 0);
+    }
+};
+#endif
+
 double measure(std::string_view text) {
-    double width = 0;
-    for_each_run(text, [&](std::string_view run) {
-        width += fl_width(run.data(), static_cast<int>(run.size()));
-    });
-    return width;
+    return fl_width(text.data(), static_cast<int>(text.size()));
 }
 int width_of(std::string_view text) { return static_cast<int>(std::ceil(measure(text))); }
 
@@ -198,48 +220,9 @@ std::string fitting(std::string_view text, int width) {
     return part + "\u2026";
 }
 
-// FLTK 1.3 draws Hebrew and Arabic letters from left to right. This turns each run of them (with
-// the spaces between two such words) around, which is right for words and phrases; FLTK 1.4 with
-// Pango does the whole of Unicode's bidirectional algorithm itself.
-std::string in_drawing_order(std::string_view text) {
-#if FL_MAJOR_VERSION > 1 || FL_MINOR_VERSION >= 4
-    return std::string(text);
-#else
-    std::string out, run, spaces;  // `run` is turned around already
-    auto flush = [&] {
-        out += run + spaces;
-        run.clear();
-        spaces.clear();
-    };
-    while (!text.empty()) {
-        std::string letter(take_letter(text));
-        std::string_view left = letter;
-        char32_t point = chatsecure::take_code_point(left);
-        bool leftward = (point >= 0x590 && point <= 0x8ff) ||
-                        (point >= 0xfb1d && point <= 0xfdff) ||
-                        (point >= 0xfe70 && point <= 0xfeff);
-        if (leftward) {
-            run = letter + spaces + run;
-            spaces.clear();
-        } else if (point == U' ' && !run.empty()) {
-            spaces += letter;
-        } else {
-            flush();
-            out += letter;
-        }
-    }
-    flush();
-    return out;
-#endif
-}
-
 // Draws in the current font and colour; the second one only what fits.
 void draw_at(std::string_view text, int x, int y) {
-    double at = x;
-    for_each_run(in_drawing_order(text), [&](std::string_view run) {
-        fl_draw(run.data(), static_cast<int>(run.size()), static_cast<int>(at), y);
-        at += fl_width(run.data(), static_cast<int>(run.size()));
-    });
+    fl_draw(text.data(), static_cast<int>(text.size()), x, y);
 }
 void draw_text(std::string_view text, int x, int y, int width) {
     draw_at(fitting(text, width), x, y);
@@ -2703,10 +2686,6 @@ class App final : Wishes {
             offer(path);
         }
     }
-    void toggle_ignored() override {
-        post(chatsecure::Ignore{model_.current});
-        ask_about_people();
-    }
 
     // Opens or closes the details, and says what is known now.
     void toggle_details() override {
@@ -2726,6 +2705,10 @@ class App final : Wishes {
         const Conversation& c = model_.shown();
         if (!c.knows_number()) return;
         post(chatsecure::Verify{c.name, true, c.number->theirs});
+        ask_about_people();
+    }
+    void toggle_ignored() override {
+        post(chatsecure::Ignore{model_.current});
         ask_about_people();
     }
 
@@ -2902,10 +2885,15 @@ int main(int argc, char** argv) {
 #ifndef _WIN32
     chatsecure::make_write_errors_errors();
 #endif
-    Fl::lock();                                                  // several threads: Fl::awake works
-    Fl::set_boxtype(FL_DOWN_BOX, draw_field_box, 6, 7, 12, 13);  // of every widget of FLTK
+    Fl::lock();                                                 // several threads: Fl::awake works
+    Fl::set_boxtype(FL_DOWN_BOX, draw_field_box, 6, 3, 12, 6);  // of every widget of FLTK
     Fl::set_boxtype(FL_UP_BOX, draw_field_box, 2, 2, 4, 4);
-    Fl::set_font(emoji_font, " emoji");
+    Fl::set_boxtype(message_box, draw_field_box, 6, 7, 12, 13);
+#ifdef CHATSECURE_PANGO
+    static PangoDriver driver;
+    Fl_Display_Device::display_device()->driver(&driver);
+    Fl_Display_Device::display_device()->set_current();
+#endif
     set_icon();
     Fl::visible_focus(1);
     Fl::option(Fl::OPTION_FNFC_USES_GTK, false);  // GTK's chooser stops our events while it is open
