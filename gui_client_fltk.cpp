@@ -658,7 +658,7 @@ class ConversationView : public Fl_Widget {
         conversation_ = conversation;
         dropped_ = conversation->dropped;
         jump_to_end();
-        selecting_ = false;
+        drag_ = Drag::none;
         selection_.reset();
         focused_.reset();
         rows_.clear();
@@ -689,6 +689,7 @@ class ConversationView : public Fl_Widget {
         for (const Place& place : places_)
             all.emplace_back(concat(label_of(place.target.action), "-", place.target.number),
                              place);
+        if (shown_ < count()) all.emplace_back("bar", handle_of_bar());
         for (const Row& row : rows_)
             if (row.begin == 0 && row.entry >= conversation_->dropped)
                 all.emplace_back("text " + chatsecure::visible(entry_of(row.entry).text),
@@ -714,7 +715,8 @@ class ConversationView : public Fl_Widget {
         if (!at_end_) draw_jump();
         fl_pop_clip();
         if (at_end_ != was_at_end) return draw();  // read to the end: now from the other anchor
-        if (shown_ < count()) draw_bar();
+        if (Place bar = handle_of_bar(); shown_ < count())
+            draw_round(bar.x, bar.y, bar.w, bar.h, 2, drag_ == Drag::bar ? ink::quiet : ink::line);
     }
 
     int handle(int event) override {
@@ -728,15 +730,14 @@ class ConversationView : public Fl_Widget {
                 take_focus();
                 return push();
             case FL_DRAG:
-                if (!selecting_) break;
-                if (Fl::event_is_click() == 0)
+                if (drag_ == Drag::bar) drag_bar(Fl::event_y());
+                if (drag_ == Drag::selection && Fl::event_is_click() == 0)
                     selection_->second = point_at(Fl::event_x(), Fl::event_y());
                 redraw();
                 return 1;
             case FL_RELEASE:
-                if (!selecting_) break;
-                selecting_ = false;
-                return release();
+                redraw();
+                return std::exchange(drag_, Drag::none) == Drag::selection ? release() : 1;
             case FL_MOUSEWHEEL:
                 scroll_by(Fl::event_dy() * 3 * line_height());
                 return 1;
@@ -1051,11 +1052,23 @@ class ConversationView : public Fl_Widget {
     // ---- Scrolling ------------------------------------------------------------------------------
 
     // Where in all of it we are.
-    void draw_bar() {
-        double one = static_cast<double>(h()) / static_cast<double>(count());
-        int high = std::max(static_cast<int>(static_cast<double>(shown_) * one), 20);
-        int top = static_cast<int>(static_cast<double>(top_) * one);
-        draw_round(x() + w() - 7, y() + std::min(top, h() - high), 5, high, 2, ink::line);
+    Place handle_of_bar() const {
+        auto all = static_cast<int>(std::max<std::size_t>(count(), 1));
+        int high = std::max(h() * static_cast<int>(shown_) / all, 24);
+        auto hidden = static_cast<double>(std::max<std::size_t>(count() - shown_, 1));
+        double share = std::min(static_cast<double>(top_) / hidden, 1.0);
+        int top = at_end_ ? h() - high : static_cast<int>(share * (h() - high));
+        return {{}, x() + w() - 7, y() + top, 5, high};
+    }
+    void drag_bar(int my) {
+        double share = static_cast<double>(my - grip_ - y()) / (h() - handle_of_bar().h);
+        if (share >= 1) return jump_to_end();
+        double wanted = std::max(share, 0.0) * static_cast<double>(count() - shown_);
+        at_end_ = false;
+        top_ = static_cast<std::size_t>(wanted);
+        double rest = wanted - static_cast<double>(top_);
+        above_ = static_cast<int>(rest * height_of(conversation_->entries[top_]));
+        redraw();
     }
     void scroll_by(int pixels) {
         if (count() == 0) return;
@@ -1081,13 +1094,19 @@ class ConversationView : public Fl_Widget {
         int mx = Fl::event_x(), my = Fl::event_y();
         if (Fl::event_button() == FL_RIGHT_MOUSE) return show_menu(entry_at(my), mx, my), 1;
         if (!at_end_ && jump_.holds(mx, my)) return jump_to_end(), 1;
+        if (mx >= x() + w() - 2 * gap && shown_ < count()) {
+            Place bar = handle_of_bar();
+            grip_ = my >= bar.y && my < bar.y + bar.h ? my - bar.y : bar.h / 2;
+            drag_ = Drag::bar;
+            return drag_bar(my), 1;
+        }
         const Place* place = place_at(mx, my);
         if (place != nullptr && place->target.action != Action::open_link)
             return press(place->target), 1;
         Point point = point_at(mx, my);
         selection_ = {point, point};
         if (Fl::event_clicks() > 0) select_word(point);
-        selecting_ = true;
+        drag_ = Drag::selection;
         redraw();
         return 1;
     }
@@ -1245,7 +1264,8 @@ class ConversationView : public Fl_Widget {
     Place jump_{};
     std::optional<Target> focused_;
     std::optional<std::pair<Point, Point>> selection_;
-    bool selecting_ = false;
+    enum class Drag { none, selection, bar } drag_ = Drag::none;  // what the mouse holds
+    int grip_ = 0;  // and where, below the upper end of the bar
 };
 
 // ---- The list on the left -----------------------------------------------------------------------

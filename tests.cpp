@@ -12147,18 +12147,17 @@ class Window {
 
     // Clicks in the middle of something, wherever it is now.
     void click(const std::string& name, const std::string& clicks = "1") {
-        std::string place = concat("place ", name, " ");
-        if (gui_->output().find(place) == std::string::npos) gui_->wait_for(place);
-        std::string line = line_with(gui_->output(), place);
-        xdotool(concat(
-            "mousemove --window $(xdotool search --onlyvisible --name ChatSecure | tail -1) ",
-            line.substr(place.size()), " click ", clicks));
+        xdotool(concat(go_to(name), " click ", clicks));
+    }
+    // Takes it, moves it up (or down, if less than 0) and lets go.
+    void drag(const std::string& name, int up) {
+        std::string half = concat(" mousemove_relative -- 0 ", -up / 2);
+        xdotool(concat(go_to(name), " mousedown 1", half, half, " mouseup 1"));
     }
     void type(const std::string& text) { xdotool(concat("type --delay 2 -- '", text, "'")); }
     void key(const std::string& name) { xdotool("key " + name); }
     void resize(int width, int height) {
-        xdotool(concat("windowsize $(xdotool search --onlyvisible --name ChatSecure | tail -1) ",
-                       width, " ", height));
+        xdotool(concat("windowsize ", window, " ", width, " ", height));
     }
     // How late the window's own timer has been, at worst.
     std::string slowest() { return line_with(gui_->output(), "slowest ").substr(8); }
@@ -12169,12 +12168,26 @@ class Window {
         type(text);
     }
 
+    // What the window tells the desktop about itself.
+    std::string property(const std::string& name) {
+        return shell(
+            concat("export DISPLAY=", number_, "; ", program("xprop"), " -id ", window, " ", name));
+    }
+
   private:
+    static constexpr const char* window =
+        "$(xdotool search --onlyvisible --name ChatSecure | tail -1)";
     static std::string program(const std::string& name) {
         std::string path = shell("command -v " + name + " || true");
         if (path.empty())
             throw Error(concat(name, " is missing: 'make deps check-gui' installs it."));
         return path.substr(0, path.find('\n'));
+    }
+    std::string go_to(const std::string& name) {
+        std::string place = concat("place ", name, " ");
+        if (gui_->output().find(place) == std::string::npos) gui_->wait_for(place);
+        std::string line = line_with(gui_->output(), place);
+        return concat("mousemove --window ", window, " ", line.substr(place.size()));
     }
     void xdotool(const std::string& what) {
         program("xdotool");
@@ -12409,6 +12422,14 @@ int check_gui() {
     for (int i = 0; i < 5000; ++i) burst += concat("message ", i, "\n");
     bob->write(burst);
     (*window)->wait_for("shown Everyone | bob: message 4999\n", std::chrono::minutes(1));
+
+    step("the scroll bar is dragged to the first message, and to the last");
+    window->click("row-Everyone");
+    (*window)->wait_for("place bar ");
+    window->drag("bar", 700);
+    (*window)->wait_for("place text Hello from the window ");
+    window->drag("bar", -700);
+    (*window)->wait_for("place text message 4999 ");
 
     step("the menu: the dark theme is chosen, and remembered");
     window->click("\u2261");
