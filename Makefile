@@ -17,11 +17,11 @@ APK    := g++ make pkgconf openssl-dev openssl cxxopts-dev doctest-dev libedit-d
 BREW   := pkg-config openssl@3 cxxopts doctest fltk
 # And for checks of the window: a display that nobody sees, a mouse that nobody holds, a font.
 ifneq ($(filter %-gui,$(filter-out run-gui,$(MAKECMDGOALS))),)
-APT    += xvfb xdotool fonts-dejavu-core
-DNF    += xorg-x11-server-Xvfb xdotool dejavu-sans-fonts
-PACMAN += xorg-server-xvfb xdotool ttf-dejavu
-APK    += xvfb xdotool font-dejavu
-PROGRAMS := Xvfb xdotool
+APT    += xvfb xdotool x11-utils fonts-dejavu-core
+DNF    += xorg-x11-server-Xvfb xdotool xprop dejavu-sans-fonts
+PACMAN += xorg-server-xvfb xdotool xorg-xprop ttf-dejavu
+APK    += xvfb xdotool xprop font-dejavu
+PROGRAMS := Xvfb xdotool xprop
 endif
 
 # Which of the libraries are missing. Tried with the compiler itself, wherever they come from.

@@ -12198,6 +12198,19 @@ class Window {
     std::optional<Process> gui_;  // ends before its display does
 };
 
+// How well letters can be read on a ground: WCAG 2.2, "contrast ratio" and "relative luminance".
+double contrast(unsigned letters, unsigned ground) {
+    auto luminance = [](unsigned rgb) {
+        auto linear = [&](int shift) {
+            double share = ((rgb >> shift) & 0xff) / 255.0;
+            return share <= 0.04045 ? share / 12.92 : std::pow((share + 0.055) / 1.055, 2.4);
+        };
+        return 0.2126 * linear(16) + 0.7152 * linear(8) + 0.0722 * linear(0);
+    };
+    auto [dark, light] = std::minmax({luminance(letters), luminance(ground)});
+    return (light + 0.05) / (dark + 0.05);
+}
+
 // Each step is proved by what the other side received, or by what the window says that it shows.
 int check_gui() {
     raise_descriptor_limit();
@@ -12205,8 +12218,12 @@ int check_gui() {
     auto step = [&](std::string_view what) { show(concat("  ", ++steps, ". ", what, "\n")); };
     Installation here({"bob"});
     std::filesystem::path downloads = here.homes.path / "downloads";
-    std::vector<std::string> flags{"127.0.0.1:" + here.port, "--home",
-                                   (here.homes.path / "window").string(), "--downloads",
+    // Settings as an older version wrote them, and with something of a newer one.
+    std::filesystem::path settings = here.homes.path / "window" / "window";
+    make_private_directory(settings.parent_path());
+    write_text(settings,
+               concat("server=127.0.0.1:", here.port, "\nsound=1\nfuture=7\nother things\n"));
+    std::vector<std::string> flags{"--home", settings.parent_path().string(), "--downloads",
                                    downloads.string()};
     auto window = std::make_unique<Window>(flags, std::vector<std::string>{});
     auto start_bob = [&] {
@@ -12216,6 +12233,20 @@ int check_gui() {
     };
     auto bob = start_bob();
     bob->wait_for(" online");
+
+    step("all that is written can be read on its ground, in both themes: 4.5 : 1");
+    window->click("name");
+    std::istringstream reported((*window)->output());
+    int writings = 0;
+    for (std::string line; std::getline(reported, line);) {
+        if (!line.starts_with("writing ")) continue;
+        std::vector<std::string> words = split_words(line);
+        double ratio = contrast(*parse_number<std::uint32_t>(words[1]),
+                                *parse_number<std::uint32_t>(words[3]));
+        if (ratio < 4.5) throw Error(concat(line, ": ", ratio));
+        ++writings;
+    }
+    if (writings != 2 * (5 * 6 + 5 + 2 * 12)) throw Error("Some colours were not reported.");
 
     step("a weak password, and one typed in two ways, are refused before any server is asked");
     window->click("name");
@@ -12274,6 +12305,19 @@ int check_gui() {
     window->key("Tab Return");  // Open
     (*window)->wait_for("opens https://example.org/plan\n");
 
+    step("what is said begins with its date, once a day");
+    auto day = std::chrono::system_clock::to_time_t(std::chrono::system_clock::now());
+    std::array<char, 64> date{};
+    std::strftime(date.data(), date.size(), "day Everyone | %A, %e %B %Y\n", std::localtime(&day));
+    std::string after = (*window)->output();
+    std::size_t first = after.find(date.data());
+    if (first == after.npos) throw Error("There is no date.");
+    if (after.find(date.data(), first + 1) != after.npos) throw Error("There are two dates.");
+
+    step("the window can be as small as 480 x 360, and says so");
+    if (!contains(window->property("WM_NORMAL_HINTS"), "minimum size: 480 by 360"))
+        throw Error("It says something else.");
+
     step("larger letters, and the usual ones again");
     window->key("ctrl+plus");
     (*window)->wait_for("zoom 110");
@@ -12293,10 +12337,13 @@ int check_gui() {
     step("a private message asks for attention");
     bob->write("/msg alice look here\n");
     (*window)->wait_for("attention bob");
+    auto is_urgent = [&] { return contains(window->property("WM_HINTS"), "urgency hint"); };
+    if (!is_urgent()) throw Error("The taskbar does not hear of it.");
 
     step("private messages, both ways, and the sender sees that hers has arrived");
     window->click("row-bob");
     (*window)->wait_for("chosen bob");
+    if (is_urgent()) throw Error("It was read, and still asks for attention.");
     window->click("input");
     window->type("for you alone");
     window->key("Return");
@@ -12435,6 +12482,10 @@ int check_gui() {
     window->click("\u2261");
     window->key("Down Return");
     (*window)->wait_for("dark 1");
+    (*window)->wait_for("settings saved");
+    std::string saved = concat("dark 1\nfuture 7\nother things\nserver 127.0.0.1:", here.port,
+                               "\nsound 1\nuser alice\nzoom 100\n");
+    if (read_text(settings) != saved) throw Error("The settings were not written, or not all.");
 
     step("leaving while a file is on its way asks first");
     write_text(here.homes.path / "large.bin", "");
@@ -12459,8 +12510,6 @@ int check_gui() {
     bob->signal(SIGCONT);
     bob->wait_for("alice left");
     if ((*window)->await_end() != 0) throw Error("The window did not end well.");
-    if (!contains(read_text(here.homes.path / "window/window"), "dark 1\n"))
-        throw Error("The window does not remember its theme.");
     show(concat("     the window's timer was late by at most ", window->slowest(), "\n"));
 
     step("a server with another key gets no login, and the window says why");
