@@ -96,7 +96,7 @@ struct Style {
 
 constexpr int text_size = 15, small_size = 12, title_size = 18, gap = 8;
 constexpr int margin = 2 * gap;  // between the side of a column and all that stands in it
-constexpr int check_inset = 3;   // so far inside FLTK draws a check mark's box
+constexpr int check_inset = 2;   // so far inside FLTK draws a check mark's box
 constexpr int number_size = 17, details_width = 300;
 constexpr Fl_Font plain = FL_HELVETICA, bold = FL_HELVETICA_BOLD, fixed_pitch = FL_COURIER;
 
@@ -167,7 +167,7 @@ std::string_view take_letter(std::string_view& text) {
     return before.substr(0, before.size() - text.size());
 }
 
-// FLTK 1.3 on X11 takes all letters of a text from one font, which has boxes for emoji, and joins no
+// FLTK 1.3 on X11 takes all letters of a text from one font, with boxes for emoji, and joins no
 // Arabic. So Pango draws and measures whatever is more than ASCII, in FLTK's own widgets too. FLTK
 // 1.4 has Pango itself; other systems do the same for FLTK.
 #ifdef CHATSECURE_PANGO
@@ -1753,6 +1753,7 @@ class Details : public Fl_Scroll {
         type(Fl_Scroll::VERTICAL);
         box(FL_FLAT_BOX);
         color(ink::panel);
+        scrollbar.color(ink::window);
         compared_.callback(call<Details, &Details::ticked>, this);
     }
     // Whoever has ticked "I compared" has compared what was shown then: anything else takes the
@@ -2009,8 +2010,8 @@ void save_settings(const std::filesystem::path& file, const Settings& settings) 
 Details::Content describe(const Conversation& c) {
     if (c.name.empty())
         return {"Everyone",
-                "Each message is sealed for each of those who are online. The server passes on "
-                "what it cannot read.\n \nChoose a person on the left to see their identity."};
+                "Messages are sealed for those who are online; the server cannot read them.\n \n"
+                "Choose a person on the left to see their identity."};
     Details::Content content{c.name};
     bool known = c.knows_number();
     content.story = known ? "Compare the safety number by telephone, or face to face."
@@ -2028,7 +2029,7 @@ Details::Content describe(const Conversation& c) {
         content.prints = concat("Identity:\n", grouped(c.number->theirs));
         content.act = c.verified ? nullptr : "Mark as verified";
     }
-    content.ignore = c.ignored ? "Ignore no longer" : "Ignore: hide what they write";
+    if (!c.changed) content.ignore = c.ignored ? "Ignore no longer" : "Ignore them";
     return content;
 }
 

@@ -12393,6 +12393,21 @@ int check_gui() {
     window->click("Mark as verified");
     (*window)->wait_for("verified bob");
 
+    step("a button of the details ignores bob, a banner says so, and what he writes is hidden");
+    window->click("Ignore them");
+    (*window)->wait_for("place You ignore bob.");
+    bob->write("/msg alice nobody hears me\n");
+    bob->wait_for("you -> alice: nobody hears me\n");
+    window->click("input");  // his answer comes behind it
+    window->type("do you hear me?");
+    window->key("Return");
+    (*window)->wait_for("mark \u2713\u2713 do you hear me?\n");
+    window->click("Ignore no longer");
+    (*window)->wait_for("place Ignore them ");
+    bob->write("/msg alice and now?\n");
+    (*window)->wait_for("shown bob | bob: and now?\n");
+    if (contains((*window)->output(), "nobody hears me")) throw Error("It was shown.");
+
     step("the cross closes the details, and /help knows that this is private, and the keys");
     window->click("\u2715");
     (*window)->wait_for("details 0");
