@@ -9,7 +9,7 @@ FLTK_CONFIG ?= fltk-config
 
 # What `make deps` installs, by package manager. All of them are the distribution's own packages.
 APT    := g++ make pkg-config libssl-dev openssl libcxxopts-dev doctest-dev libedit-dev \
-          libfltk1.3-dev
+          libfltk1.3-dev libpango1.0-dev
 DNF    := gcc-c++ make pkgconf-pkg-config openssl-devel openssl cxxopts-devel doctest-devel \
           libedit-devel fltk-devel
 PACMAN := gcc make pkgconf openssl cxxopts doctest libedit fltk
@@ -17,11 +17,11 @@ APK    := g++ make pkgconf openssl-dev openssl cxxopts-dev doctest-dev libedit-d
 BREW   := pkg-config openssl@3 cxxopts doctest fltk
 # And for checks of the window: a display that nobody sees, a mouse that nobody holds, a font.
 ifneq ($(filter %-gui,$(filter-out run-gui,$(MAKECMDGOALS))),)
-APT    += xvfb xdotool fonts-dejavu-core
-DNF    += xorg-x11-server-Xvfb xdotool dejavu-sans-fonts
-PACMAN += xorg-server-xvfb xdotool ttf-dejavu
-APK    += xvfb xdotool font-dejavu
-PROGRAMS := Xvfb xdotool
+APT    += xvfb xdotool x11-utils fonts-dejavu-core
+DNF    += xorg-x11-server-Xvfb xdotool xprop dejavu-sans-fonts
+PACMAN += xorg-server-xvfb xdotool xorg-xprop ttf-dejavu
+APK    += xvfb xdotool xprop font-dejavu
+PROGRAMS := Xvfb xdotool xprop
 endif
 
 # Which of the libraries are missing. Tried with the compiler itself, wherever they come from.
@@ -78,6 +78,13 @@ all: $(O)/server $(O)/client
 # The window client, where FLTK is.
 FLTK_CFLAGS = $(shell $(FLTK_CONFIG) --cxxflags 2>/dev/null)
 FLTK_LIBS   = $(shell $(FLTK_CONFIG) --ldflags 2>/dev/null)
+# FLTK 1.3 joins no Arabic and has boxes for emoji, unless Pango is there to draw them on X11.
+ifneq ($(filter 1.3.%,$(shell $(FLTK_CONFIG) --version 2>/dev/null)),)
+ifeq ($(shell $(PKG_CONFIG) --exists pangoxft && echo yes),yes)
+FLTK_CFLAGS += -DCHATSECURE_PANGO $(shell $(PKG_CONFIG) --cflags pangoxft)
+FLTK_LIBS   += $(shell $(PKG_CONFIG) --libs pangoxft)
+endif
+endif
 ifeq ($(shell command -v $(FLTK_CONFIG)),)
 all: no-window
 no-window:

@@ -13287,18 +13287,17 @@ class Window {
 
     // Clicks in the middle of something, wherever it is now.
     void click(const std::string& name, const std::string& clicks = "1") {
-        std::string place = concat("place ", name, " ");
-        if (gui_->output().find(place) == std::string::npos) gui_->wait_for(place);
-        std::string line = line_with(gui_->output(), place);
-        xdotool(concat(
-            "mousemove --window $(xdotool search --onlyvisible --name ChatSecure | tail -1) ",
-            line.substr(place.size()), " click ", clicks));
+        xdotool(concat(go_to(name), " click ", clicks));
+    }
+    // Takes it, moves it up (or down, if less than 0) and lets go.
+    void drag(const std::string& name, int up) {
+        std::string half = concat(" mousemove_relative -- 0 ", -up / 2);
+        xdotool(concat(go_to(name), " mousedown 1", half, half, " mouseup 1"));
     }
     void type(const std::string& text) { xdotool(concat("type --delay 2 -- '", text, "'")); }
     void key(const std::string& name) { xdotool("key " + name); }
     void resize(int width, int height) {
-        xdotool(concat("windowsize $(xdotool search --onlyvisible --name ChatSecure | tail -1) ",
-                       width, " ", height));
+        xdotool(concat("windowsize ", window, " ", width, " ", height));
     }
     // How late the window's own timer has been, at worst.
     std::string slowest() { return line_with(gui_->output(), "slowest ").substr(8); }
@@ -13309,12 +13308,26 @@ class Window {
         type(text);
     }
 
+    // What the window tells the desktop about itself.
+    std::string property(const std::string& name) {
+        return shell(
+            concat("export DISPLAY=", number_, "; ", program("xprop"), " -id ", window, " ", name));
+    }
+
   private:
+    static constexpr const char* window =
+        "$(xdotool search --onlyvisible --name ChatSecure | tail -1)";
     static std::string program(const std::string& name) {
         std::string path = shell("command -v " + name + " || true");
         if (path.empty())
             throw Error(concat(name, " is missing: 'make deps check-gui' installs it."));
         return path.substr(0, path.find('\n'));
+    }
+    std::string go_to(const std::string& name) {
+        std::string place = concat("place ", name, " ");
+        if (gui_->output().find(place) == std::string::npos) gui_->wait_for(place);
+        std::string line = line_with(gui_->output(), place);
+        return concat("mousemove --window ", window, " ", line.substr(place.size()));
     }
     void xdotool(const std::string& what) {
         program("xdotool");
@@ -13325,6 +13338,19 @@ class Window {
     std::optional<Process> gui_;  // ends before its display does
 };
 
+// How well letters can be read on a ground: WCAG 2.2, "contrast ratio" and "relative luminance".
+double contrast(unsigned letters, unsigned ground) {
+    auto luminance = [](unsigned rgb) {
+        auto linear = [&](int shift) {
+            double share = ((rgb >> shift) & 0xff) / 255.0;
+            return share <= 0.04045 ? share / 12.92 : std::pow((share + 0.055) / 1.055, 2.4);
+        };
+        return 0.2126 * linear(16) + 0.7152 * linear(8) + 0.0722 * linear(0);
+    };
+    auto [dark, light] = std::minmax({luminance(letters), luminance(ground)});
+    return (light + 0.05) / (dark + 0.05);
+}
+
 // Each step is proved by what the other side received, or by what the window says that it shows.
 int check_gui() {
     raise_descriptor_limit();
@@ -13332,8 +13358,12 @@ int check_gui() {
     auto step = [&](std::string_view what) { show(concat("  ", ++steps, ". ", what, "\n")); };
     Installation here({"bob"});
     std::filesystem::path downloads = here.homes.path / "downloads";
-    std::vector<std::string> flags{"127.0.0.1:" + here.port, "--home",
-                                   (here.homes.path / "window").string(), "--downloads",
+    // Settings as an older version wrote them, and with something of a newer one.
+    std::filesystem::path settings = here.homes.path / "window" / "window";
+    make_private_directory(settings.parent_path());
+    write_text(settings,
+               concat("server=127.0.0.1:", here.port, "\nsound=1\nfuture=7\nother things\n"));
+    std::vector<std::string> flags{"--home", settings.parent_path().string(), "--downloads",
                                    downloads.string()};
     auto window = std::make_unique<Window>(flags, std::vector<std::string>{});
     auto start_bob = [&] {
@@ -13343,6 +13373,20 @@ int check_gui() {
     };
     auto bob = start_bob();
     bob->wait_for(" online");
+
+    step("all that is written can be read on its ground, in both themes: 4.5 : 1");
+    window->click("name");
+    std::istringstream reported((*window)->output());
+    int writings = 0;
+    for (std::string line; std::getline(reported, line);) {
+        if (!line.starts_with("writing ")) continue;
+        std::vector<std::string> words = split_words(line);
+        double ratio = contrast(*parse_number<std::uint32_t>(words[1]),
+                                *parse_number<std::uint32_t>(words[3]));
+        if (ratio < 4.5) throw Error(concat(line, ": ", ratio));
+        ++writings;
+    }
+    if (writings != 2 * (5 * 6 + 5 + 2 * 12)) throw Error("Some colours were not reported.");
 
     step("a weak password, and one typed in two ways, are refused before any server is asked");
     window->click("name");
@@ -13401,6 +13445,19 @@ int check_gui() {
     window->key("Tab Return");  // Open
     (*window)->wait_for("opens https://example.org/plan\n");
 
+    step("what is said begins with its date, once a day");
+    auto day = std::chrono::system_clock::to_time_t(std::chrono::system_clock::now());
+    std::array<char, 64> date{};
+    std::strftime(date.data(), date.size(), "day Everyone | %A, %e %B %Y\n", std::localtime(&day));
+    std::string after = (*window)->output();
+    std::size_t first = after.find(date.data());
+    if (first == after.npos) throw Error("There is no date.");
+    if (after.find(date.data(), first + 1) != after.npos) throw Error("There are two dates.");
+
+    step("the window can be as small as 480 x 360, and says so");
+    if (!contains(window->property("WM_NORMAL_HINTS"), "minimum size: 480 by 360"))
+        throw Error("It says something else.");
+
     step("larger letters, and the usual ones again");
     window->key("ctrl+plus");
     (*window)->wait_for("zoom 110");
@@ -13420,10 +13477,13 @@ int check_gui() {
     step("a private message asks for attention");
     bob->write("/msg alice look here\n");
     (*window)->wait_for("attention bob");
+    auto is_urgent = [&] { return contains(window->property("WM_HINTS"), "urgency hint"); };
+    if (!is_urgent()) throw Error("The taskbar does not hear of it.");
 
     step("private messages, both ways, and the sender sees that hers has arrived");
     window->click("row-bob");
     (*window)->wait_for("chosen bob");
+    if (is_urgent()) throw Error("It was read, and still asks for attention.");
     window->click("input");
     window->type("for you alone");
     window->key("Return");
@@ -13472,6 +13532,21 @@ int check_gui() {
     window->click("I compared the number");
     window->click("Mark as verified");
     (*window)->wait_for("verified bob");
+
+    step("a button of the details ignores bob, a banner says so, and what he writes is hidden");
+    window->click("Ignore them");
+    (*window)->wait_for("place You ignore bob.");
+    bob->write("/msg alice nobody hears me\n");
+    bob->wait_for("you -> alice: nobody hears me\n");
+    window->click("input");  // his answer comes behind it
+    window->type("do you hear me?");
+    window->key("Return");
+    (*window)->wait_for("mark \u2713\u2713 do you hear me?\n");
+    window->click("Ignore no longer");
+    (*window)->wait_for("place Ignore them ");
+    bob->write("/msg alice and now?\n");
+    (*window)->wait_for("shown bob | bob: and now?\n");
+    if (contains((*window)->output(), "nobody hears me")) throw Error("It was shown.");
 
     step("the cross closes the details, and /help knows that this is private, and the keys");
     window->click("\u2715");
@@ -13550,10 +13625,22 @@ int check_gui() {
     bob->write(burst);
     (*window)->wait_for("shown Everyone | bob: message 4999\n", std::chrono::minutes(1));
 
+    step("the scroll bar is dragged to the first message, and to the last");
+    window->click("row-Everyone");
+    (*window)->wait_for("place bar ");
+    window->drag("bar", 700);
+    (*window)->wait_for("place text Hello from the window ");
+    window->drag("bar", -700);
+    (*window)->wait_for("place text message 4999 ");
+
     step("the menu: the dark theme is chosen, and remembered");
     window->click("\u2261");
     window->key("Down Return");
     (*window)->wait_for("dark 1");
+    (*window)->wait_for("settings saved");
+    std::string saved = concat("dark 1\nfuture 7\nother things\nserver 127.0.0.1:", here.port,
+                               "\nsound 1\nuser alice\nzoom 100\n");
+    if (read_text(settings) != saved) throw Error("The settings were not written, or not all.");
 
     step("leaving while a file is on its way asks first");
     write_text(here.homes.path / "large.bin", "");
@@ -13578,8 +13665,6 @@ int check_gui() {
     bob->signal(SIGCONT);
     bob->wait_for("alice left");
     if ((*window)->await_end() != 0) throw Error("The window did not end well.");
-    if (!contains(read_text(here.homes.path / "window/window"), "dark 1\n"))
-        throw Error("The window does not remember its theme.");
     show(concat("     the window's timer was late by at most ", window->slowest(), "\n"));
 
     step("a server with another key gets no login, and the window says why");
