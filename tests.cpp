@@ -16046,10 +16046,11 @@ class Illustration {
             if (!piece.bytes.empty())
                 hex += concat("<span class=\"", note.colour, "\" title=\"", escaped(piece.name),
                               "\">", spaced(piece.bytes), "</span>\n");
-            std::string value =
-                piece.value.empty() ? concat(piece.bytes.size(), " bytes") : escaped(piece.value);
+            std::string value = concat(piece.bytes.size(), " bytes");
+            if (note.colour == "text") value = detail::PieceReader::quoted(as_text(piece.bytes));
+            if (!piece.value.empty()) value = piece.value;
             list += concat("<li><b class=\"", note.colour, "\">", escaped(piece.name), "</b> ",
-                           value, " <i>", escaped(note.meaning), "</i></li>\n");
+                           escaped(value), " <i>", escaped(note.meaning), "</i></li>\n");
         }
         bool folded = record && size > 150;  // a large ciphertext tells little
         if (folded) add("<details><summary>the ", size, " bytes as they travel</summary>\n");
