@@ -9,7 +9,7 @@ FLTK_CONFIG ?= fltk-config
 
 # What `make deps` installs, by package manager. All of them are the distribution's own packages.
 APT    := g++ make pkg-config libssl-dev openssl libcxxopts-dev doctest-dev libedit-dev \
-          libfltk1.3-dev
+          libfltk1.3-dev libpango1.0-dev
 DNF    := gcc-c++ make pkgconf-pkg-config openssl-devel openssl cxxopts-devel doctest-devel \
           libedit-devel fltk-devel
 PACMAN := gcc make pkgconf openssl cxxopts doctest libedit fltk
@@ -17,11 +17,11 @@ APK    := g++ make pkgconf openssl-dev openssl cxxopts-dev doctest-dev libedit-d
 BREW   := pkg-config openssl@3 cxxopts doctest fltk
 # And for checks of the window: a display that nobody sees, a mouse that nobody holds, a font.
 ifneq ($(filter %-gui,$(filter-out run-gui,$(MAKECMDGOALS))),)
-APT    += xvfb xdotool fonts-dejavu-core
-DNF    += xorg-x11-server-Xvfb xdotool dejavu-sans-fonts
-PACMAN += xorg-server-xvfb xdotool ttf-dejavu
-APK    += xvfb xdotool font-dejavu
-PROGRAMS := Xvfb xdotool
+APT    += xvfb xdotool x11-utils fonts-dejavu-core
+DNF    += xorg-x11-server-Xvfb xdotool xprop dejavu-sans-fonts
+PACMAN += xorg-server-xvfb xdotool xorg-xprop ttf-dejavu
+APK    += xvfb xdotool xprop font-dejavu
+PROGRAMS := Xvfb xdotool xprop
 endif
 
 # Which of the libraries are missing. Tried with the compiler itself, wherever they come from.
@@ -71,13 +71,20 @@ else
 
 # ---- Everything else ----------------------------------------------------------------------------
 
-.PHONY: all test demo fuzz endure bench bench-hostile bench-gui check-gui check-portable run-gui
-.PHONY: sabotage clean install help no-window
+.PHONY: all test demo illustrated fuzz endure bench bench-hostile bench-gui check-gui
+.PHONY: check-portable run-gui sabotage clean install help no-window
 all: $(O)/server $(O)/client
 
 # The window client, where FLTK is.
 FLTK_CFLAGS = $(shell $(FLTK_CONFIG) --cxxflags 2>/dev/null)
 FLTK_LIBS   = $(shell $(FLTK_CONFIG) --ldflags 2>/dev/null)
+# FLTK 1.3 joins no Arabic and has boxes for emoji, unless Pango is there to draw them on X11.
+ifneq ($(filter 1.3.%,$(shell $(FLTK_CONFIG) --version 2>/dev/null)),)
+ifeq ($(shell $(PKG_CONFIG) --exists pangoxft && echo yes),yes)
+FLTK_CFLAGS += -DCHATSECURE_PANGO $(shell $(PKG_CONFIG) --cflags pangoxft)
+FLTK_LIBS   += $(shell $(PKG_CONFIG) --libs pangoxft)
+endif
+endif
 ifeq ($(shell command -v $(FLTK_CONFIG)),)
 all: no-window
 no-window:
@@ -131,8 +138,15 @@ $(O)/tests: tests.cpp chatsecure.hpp Makefile
 test: $(O)/tests $(O)/server $(O)/client
 	$(O)/tests
 
+# DEMO=slow: step by step, with Enter.
 demo: $(O)/tests $(O)/server $(O)/client
-	@$(O)/tests --demo
+	@DEMO=$(DEMO) $(O)/tests --demo
+
+# A whole conversation on one page: each byte, and a command for each value. docs/illustrated.html
+# is such a page, put there by hand: make illustrated && cp illustrated.html docs/
+illustrated: $(O)/tests
+	@$(O)/tests --illustrated $(O)/illustrated.html
+	@echo "$(O)/illustrated.html: open it with a browser"
 
 bench: $(O)/tests $(O)/server $(O)/client
 	@$(O)/tests --bench
@@ -172,7 +186,7 @@ bench-gui: $(O)/tests $(O)/server $(O)/client $(O)/gui_client_fltk
 check-gui: $(O)/tests $(O)/server $(O)/client $(O)/gui_client_fltk
 	$(O)/tests --check-gui
 
-# Other processors, on this one: 32 bits, and the bytes of numbers the other way round.
+# Other processors, on this one: 32 bits, and the bytes of numbers the other way round; Windows.
 check-portable:
 	.ci/portable $(ONLY)
 
@@ -198,7 +212,7 @@ run-gui: $(O)/server $(O)/gui_client_fltk
 define MAN_PAGE
 BEGIN { print ".TH " toupper(name) " 1" }
 { gsub(/\\/, "\\\\"); gsub(/-/, "\\-") }
-NR == 1 { print ".SH NAME"; print name " \\- " $$0; next }
+NR == 1 { sub(/[.]$$/, ""); print ".SH NAME"; print name " \\- " $$0; next }
 /^[A-Z].*:$$/ { sub(/:$$/, ""); usage = /Usage/; verbatim = /Example/
                print ".SH " (usage ? "SYNOPSIS" : toupper($$0))
                print verbatim ? ".nf" : ".P"; next }
@@ -313,13 +327,15 @@ ifneq ($(wildcard $(O)/gui_client_fltk),)
 endif
 
 clean:
-	rm -rf server client gui_client_fltk tests build
+	rm -rf server client gui_client_fltk tests build illustrated.html
 
 help:
 	@echo "make           builds ./server, ./client and ./gui_client_fltk (installs nothing)"
 	@echo "make deps      installs what is missing, with the system's package manager;"
 	@echo "               'make deps demo' and 'make deps test' work on a fresh machine"
-	@echo "make demo      shows a real conversation, and what a wire tap sees of it"
+	@echo "make demo      shows a real conversation, and what a wire tap sees of it;"
+	@echo "               DEMO=slow: step by step, for a projector"
+	@echo "make illustrated writes illustrated.html: each byte of a conversation, explained"
 	@echo "make test      builds and runs the tests"
 	@echo "make fuzz      feeds random bytes to all that takes bytes, FUZZ_SECONDS (10) each"
 	@echo "make endure    twenty people, all that can happen to them, for MINUTES (5); SEED"
@@ -328,7 +344,7 @@ help:
 	@echo "make run-gui   starts a server, if none runs, and opens a window"
 	@echo "make check-gui drives that window, in a display that nobody sees"
 	@echo "make bench-gui measures it under a flood of messages"
-	@echo "make check-portable builds, tests and talks with i386, arm64 and s390x (Debian, root)"
+	@echo "make check-portable builds, tests and talks with i386, arm64, s390x, Windows (Debian, root)"
 	@echo "make sabotage  breaks the header in many small ways: the tests must notice each"
 	@echo "make install   into PREFIX ($(PREFIX)), below DESTDIR: programs, header, man pages,"
 	@echo "               completion for bash, a service for systemd, the window's menu entry"

@@ -1,6 +1,6 @@
 // client: ChatSecure on a terminal. All of the work is in chatsecure.hpp, chapter 12; this program
 // puts a front end on it. It has two: one for a person at a terminal, and one for scripts, when
-// standard input is a pipe or a file.
+// standard input or output is a pipe or a file.
 //
 //      chatsecure::Client  -- events -->  describe()  -- lines -->  Terminal or Script
 //                          <-- commands --  parse_command()  <-- what was typed
@@ -16,8 +16,6 @@
 #ifdef CHATSECURE_LIBEDIT
 #include <histedit.h>
 #endif
-#include <poll.h>
-#include <sys/ioctl.h>
 
 namespace {
 
@@ -60,13 +58,16 @@ int exit_code(StopReason reason) {
 
 // ---- Events as lines of text --------------------------------------------------------------------
 
+// What a line is to its reader, and how each looks (ECMA-48, "select graphic rendition").
 enum class Tone { quiet, room, mention, good, personal, warning };
+constexpr std::array<const char*, 6> renditions{"2", "", "1", "36", "35", "1;31"};
 
 struct Line {
     Tone tone = Tone::quiet;
     std::string text;
     std::string speaker{};  // who has said it; then `text` begins with a name,
     std::size_t name = 0;   // which has so many bytes
+    std::uint64_t own = 0;  // the number of a message of our own
 };
 
 // One line for each event (none for some), without colour and time. What other people wrote is made
@@ -118,11 +119,12 @@ struct Describe {
     Lines operator()(const RoomMessage& e) const {
         bool mine = !e.own && chatsecure::mentions(e.text, me);
         return {{mine ? Tone::mention : Tone::room, concat(e.from, ": ", body(e.text)), e.from,
-                 e.from.size()}};
+                 e.from.size(), e.own ? e.id : 0}};
     }
     Lines operator()(const PrivateMessage& e) const {
         std::string direction = e.own ? concat("you -> ", e.peer) : concat(e.peer, " -> you");
-        return {{Tone::personal, concat(direction, ": ", body(e.text)), e.peer, direction.size()}};
+        return {{Tone::personal, concat(direction, ": ", body(e.text)), e.peer, direction.size(),
+                 e.own ? e.id : 0}};
     }
     Lines operator()(const chatsecure::MessagesLost& e) const {
         return {
@@ -238,7 +240,7 @@ struct Describe {
     Lines operator()(const chatsecure::Problem& e) const {
         return {{Tone::warning, concat("* ", visible(e.text))}};
     }
-    Lines operator()(const Stopped&) const { return {}; }  // see say_why
+    Lines operator()(const Stopped&) const { return {}; }  // see last_words
 
     std::string body(std::string_view text) const {
         return for_person ? chatsecure::visible_lines(text) : visible(text);
@@ -265,10 +267,24 @@ struct Describe {
     }
 };
 
-// The last words, if they are bad news. The sentence may have several lines of our own making.
-void say_why(const Stopped& stopped) {
-    if (stopped.reason == StopReason::left) return;
-    std::cerr << concat("client: ", chatsecure::visible_lines(stopped.sentence), "\n");
+chatsecure::TerminalSize window() { return chatsecure::terminal_size(); }
+
+// `line` in rows that fit the window; what is said does not go below the time, nor what a command
+// means below the command.
+std::string in_rows(std::string_view line) {
+    return chatsecure::in_rows(line, window().ws_col - 1u, line.starts_with("  ") ? 22 : 6);
+}
+
+// Says something beside the conversation, in rows if somebody reads it on a terminal.
+void tell(const std::string& text) {
+    std::cerr << concat(chatsecure::is_terminal(2) ? in_rows(text) : text, "\n");
+}
+
+// Says why it has ended, if that is bad news, in one or several lines of our own making.
+int last_words(const Stopped& stopped) {
+    if (stopped.reason != StopReason::left)
+        tell(concat("client: ", chatsecure::visible_lines(stopped.sentence)));
+    return exit_code(stopped.reason);
 }
 
 // Whether something that our user asked for was not done: it decides the exit code of a script.
@@ -288,41 +304,42 @@ bool is_failure(const Event& event, bool auto_accept) {
 // touch is atomic (and lock-free, which is what a handler may use). The textbook's
 // volatile sig_atomic_t is enough only where there is a single thread.
 std::atomic<chatsecure::Waker*> main_waker = nullptr;  // while run() runs, longer than any thread
-std::atomic<bool> asked_to_leave = false, asked_to_suspend = false, window_changed = false;
-std::atomic<bool> half_typed = false,
-                  asked_to_clear = false;  // Ctrl-C clears a line that has begun
+std::atomic<bool> asked_to_leave = false;
+std::atomic<bool> half_typed = false, asked_to_clear = false;  // Ctrl-C clears a begun line
 static_assert(std::atomic<chatsecure::Waker*>::is_always_lock_free);
 static_assert(std::atomic<bool>::is_always_lock_free);
 
 extern "C" void on_signal(int signal) {
-    if (signal == SIGTSTP)
-        asked_to_suspend = true;
-    else if (signal == SIGWINCH)
-        window_changed = true;
-    else if (signal == SIGINT && half_typed.exchange(false))
+    if (signal == SIGINT && half_typed.exchange(false))
         asked_to_clear = true;
     else
         asked_to_leave = true;
     if (chatsecure::Waker* waker = main_waker) waker->wake();
 }
 
+#ifdef CHATSECURE_LIBEDIT
+// What only the line editor has to know: Ctrl-Z, and another size of the window.
+std::atomic<bool> asked_to_suspend = false, window_changed = false;
+extern "C" void on_terminal_signal(int signal) {
+    (signal == SIGTSTP ? asked_to_suspend : window_changed) = true;
+    if (chatsecure::Waker* waker = main_waker) waker->wake();
+}
+
 void catch_signal(int signal) {
     struct sigaction action {};
-    action.sa_handler = on_signal;
+    action.sa_handler = on_terminal_signal;
     sigaction(signal, &action, nullptr);
 }
+#endif
 
 // Waits until standard input or the waker has something, or the time is over (-1: never).
 // Returns whether standard input has something. Nobody reading the output any more is a reason to
 // leave, and is noticed without writing.
 bool wait_for_input(bool want_input, int timeout_ms) {
-    std::array<pollfd, 3> entries{{{main_waker.load()->handle(), POLLIN, 0},
-                                   {want_input ? STDIN_FILENO : -1, POLLIN, 0},
-                                   {STDOUT_FILENO, 0, 0}}};
-    if (poll(entries.data(), entries.size(), timeout_ms) <= 0) return false;
-    if (entries[0].revents != 0) main_waker.load()->drain();
-    if ((entries[2].revents & (POLLERR | POLLHUP)) != 0) asked_to_leave = true;
-    return entries[1].revents != 0;
+    chatsecure::Readiness ready =
+        chatsecure::wait_for_input(*main_waker.load(), want_input, timeout_ms);
+    if (ready.output_gone) asked_to_leave = true;
+    return ready.input;
 }
 
 // ---- The front end for scripts ------------------------------------------------------------------
@@ -437,8 +454,7 @@ class Script {
 
     int finish(const Stopped& stopped) const {
         std::cout << std::flush;
-        say_why(stopped);
-        int code = exit_code(stopped.reason);
+        int code = last_words(stopped);
         return code == fine && (failed_ || waiting_for_) ? not_all_done : code;
     }
 
@@ -459,17 +475,6 @@ class Script {
 
 // ---- The front end for a person -----------------------------------------------------------------
 
-winsize window() {
-    winsize size{};
-    bool known = ioctl(STDOUT_FILENO, TIOCGWINSZ, &size) == 0 && size.ws_col > 0;
-    return known ? size : winsize{24, 80, 0, 0};
-}
-
-// `line` in rows that fit the window; what is said does not go below the time.
-std::string in_rows(std::string_view line) {
-    return chatsecure::in_rows(line, window().ws_col - 1u, 6);
-}
-
 // Lines with local time and colour.
 class Printer {
   public:
@@ -479,18 +484,15 @@ class Printer {
     std::string format(const Line& line, std::chrono::system_clock::time_point time,
                        const std::string& mark = "") const {
         std::time_t seconds = std::chrono::system_clock::to_time_t(time);
-        std::tm local{};
-        localtime_r(&seconds, &local);
+        std::tm local = chatsecure::local_time(seconds);
         std::array<char, 16> clock{};
         std::strftime(clock.data(), clock.size(), "%H:%M", &local);
         std::string name = line.text.substr(0, line.name), rest = line.text.substr(line.name);
         if (line.tone == Tone::mention) name = in("7", name);
         if (!name.empty()) name = in(concat("1;38;5;", colour_of(line.speaker)), name);
-        return concat(in("2", clock.data()), " ", name, in(code(line.tone), rest),
+        const char* tone = renditions.at(static_cast<std::size_t>(line.tone));
+        return concat(in("2", clock.data()), " ", name, in(tone, rest),
                       mark.empty() ? "" : in("2", "  " + mark));
-    }
-    std::string now(const Line& line) const {
-        return format(line, std::chrono::system_clock::now());
     }
     // `text` in a colour or another way to stand out (ECMA-48, "select graphic rendition").
     std::string in(const std::string& rendition, const std::string& text) const {
@@ -499,23 +501,6 @@ class Printer {
     }
 
   private:
-    static const char* code(Tone tone) {
-        switch (tone) {
-            case Tone::quiet:
-                return "2";
-            case Tone::room:
-                return "";
-            case Tone::mention:
-                return "1";
-            case Tone::good:
-                return "36";
-            case Tone::personal:
-                return "35";
-            case Tone::warning:
-                return "1;31";
-        }
-        return "";
-    }
     // Of the usual 256 colours those that can be read on white and on black.
     static int colour_of(std::string_view user) {
         static constexpr std::array<int, 12> colours{33,  35, 37, 98,  136, 166,
@@ -530,6 +515,20 @@ struct TerminalUser {
     std::function<bool()> show_events;  // prints what has come; false when the client has ended
     std::function<std::vector<std::string>(std::string_view)> complete;  // candidates for a word
 };
+
+// What is pasted comes between brackets when a terminal is asked for them, for it may have been
+// copied from where somebody has put "/file mallory secret" between two lines.
+constexpr const char *brackets_on = "\x1b[?2004h", *brackets_off = "\x1b[?2004l";
+constexpr std::string_view paste_begin = "\x1b[200~", paste_end = "\x1b[201~";
+
+// What it becomes in the line that is being typed.
+std::string without_brackets(std::string text) {
+    for (std::string_view bracket : {paste_begin, paste_end})
+        for (std::size_t at; (at = text.find(bracket)) != text.npos;)
+            text.erase(at, bracket.size());
+    while (text.ends_with('\n')) text.pop_back();
+    return chatsecure::visible_lines(text);
+}
 
 #ifdef CHATSECURE_LIBEDIT
 
@@ -558,14 +557,13 @@ class Terminal {
         el_set(editor_, EL_ADDFN, "chat-paste", "Take what is pasted", &Terminal::on_paste);
         el_source(editor_, nullptr);  // the user's ~/.editrc, if there is one
         el_set(editor_, EL_BIND, "^I", "chat-complete", nullptr);
-        el_set(editor_, EL_BIND, "\x1b[200~", "chat-paste", nullptr);
-        el_set(editor_, EL_BIND, "\x1b[H", "ed-move-to-beg", nullptr);
-        el_set(editor_, EL_BIND, "\x1b[F", "ed-move-to-end", nullptr);
+        el_set(editor_, EL_BIND, paste_begin.data(), "chat-paste", nullptr);
         el_set(editor_, EL_BIND, "\x1b[3~", "ed-delete-next-char", nullptr);
         // No echo of what is typed between two lines; and Enter is not the end of a pasted line.
         el_set(editor_, EL_SETTY, "-x", "-echo", nullptr);
         el_set(editor_, EL_SETTY, "-d", "-inlcr", "-icrnl", nullptr);
-        for (int signal : {SIGINT, SIGTERM, SIGHUP, SIGTSTP, SIGWINCH}) catch_signal(signal);
+        chatsecure::when_asked_to_end(on_signal);
+        for (int signal : {SIGTSTP, SIGWINCH}) catch_signal(signal);
         std::cout << brackets_on;
     }
     Terminal(const Terminal&) = delete;
@@ -596,21 +594,27 @@ class Terminal {
         return line;
     }
 
-    // Prints above the line that is being typed, and above the status.
-    void print(const std::string& line) {
+    // Prints above the line that is being typed, and above the status. Returns the line's number.
+    std::size_t print(const std::string& line) {
         std::size_t up = rows_below();
         lines_.push_back(line);
         if (lines_.size() > most_lines) lines_.pop_front();
         draw_from(up, in_rows(line) + "\n");
+        return ++printed_;
     }
-    // Prints `line` in place of `old`, if that was printed last and can still be reached: what has
-    // left the screen above cannot.
-    bool print_again(const std::string& old, const std::string& line) {
-        if (lines_.empty() || lines_.back() != old) return false;
-        std::size_t up = rows_below() + rows_taken(old);
+    // Prints `line` in place of the one of that number, if it can still be reached: what has left
+    // the screen above cannot.
+    bool print_again(std::size_t number, const std::string& line) {
+        std::size_t lines_below = printed_ - number;
+        if (lines_below >= lines_.size()) return false;
+        const auto at = lines_.end() - static_cast<std::ptrdiff_t>(lines_below) - 1;
+        std::size_t up = rows_below();
+        for (auto it = at; it != lines_.end(); ++it) up += rows_taken(*it);
         if (up >= window().ws_row) return false;
-        lines_.back() = line;
-        draw_from(up, in_rows(line) + "\n");
+        *at = line;
+        std::string rows;
+        for (auto it = at; it != lines_.end(); ++it) rows += in_rows(*it) + "\n";
+        draw_from(up, rows);
         return true;
     }
     // The row between the lines above and the line that is being typed.
@@ -619,8 +623,6 @@ class Terminal {
     }
 
   private:
-    // What is pasted shall come between brackets: see on_paste.
-    static constexpr const char *brackets_on = "\x1b[?2004h", *brackets_off = "\x1b[?2004l";
     static constexpr std::size_t most_lines = 500;  // more stand on no screen
     static constexpr const char* prompt_text = "> ";
     static char* prompt(EditLine*) {
@@ -697,13 +699,11 @@ class Terminal {
             ssize_t got = read(STDIN_FILENO, &byte, 1);
             if (got < 0 && errno == EINTR) continue;
             if (got <= 0) return 0;
+            if (byte == '\f') window_changed = true;  // Ctrl-L: libedit would wipe the status, too
             std::size_t used = std::mbrtowc(key, &byte, 1, &state);
-            if (used == static_cast<std::size_t>(-2)) continue;  // a letter of several bytes
-            if (used == static_cast<std::size_t>(-1)) {
-                state = {};
-                continue;
-            }
-            return 1;
+            if (used == static_cast<std::size_t>(-1)) state = {};
+            if (used <= 1 && byte != '\f')
+                return 1;  // else it is no letter, or not yet a whole one
         }
     }
 
@@ -731,21 +731,17 @@ class Terminal {
         draw_from(up, "");
     }
 
-    // What is pasted comes between ESC [200~ and ESC [201~, for it may have been copied from where
-    // somebody has put "/file mallory secret" between two lines. So all of it becomes part of the
-    // line that is being typed, where one sees it, and nothing happens before Enter.
+    // All that is pasted becomes part of the line that is being typed, where one sees it, and
+    // nothing happens before Enter.
     static unsigned char on_paste(EditLine* editor, int) {
-        static constexpr std::string_view end = "\x1b[201~";
         std::string text;
-        for (char byte = 0; !asked_to_leave && !text.ends_with(end);) {
+        for (char byte = 0; !asked_to_leave && !text.ends_with(paste_end);) {
             if (!wait_for_input(true, -1)) continue;
             char before = byte;
             if (read(STDIN_FILENO, &byte, 1) <= 0) break;
             if (byte != '\n' || before != '\r') text += byte == '\r' ? '\n' : byte;
         }
-        if (text.ends_with(end)) text.resize(text.size() - end.size());
-        while (text.ends_with('\n')) text.pop_back();
-        el_insertstr(editor, chatsecure::visible_lines(text).c_str());
+        el_insertstr(editor, without_brackets(text).c_str());
         return CC_REFRESH;
     }
 
@@ -774,7 +770,8 @@ class Terminal {
     EditLine* editor_ = nullptr;  // given back in the destructor
     History* history_ = nullptr;
     bool editing_ = false;
-    std::deque<std::string> lines_;  // the last that were printed
+    std::size_t printed_ = 0;        // lines so far
+    std::deque<std::string> lines_;  // the last of them
     std::string status_;
     std::size_t status_shown_ = 0;  // rows of it that are on the screen
 };
@@ -788,23 +785,37 @@ class Terminal {
     static constexpr bool redraws = false;
 
     explicit Terminal(TerminalUser user) : user_(std::move(user)) {
-        for (int signal : {SIGINT, SIGTERM, SIGHUP}) catch_signal(signal);
+        chatsecure::when_asked_to_end(on_signal);
+        if (knows_brackets_) std::cout << brackets_on << std::flush;
     }
+    ~Terminal() { std::cout << (knows_brackets_ ? brackets_off : "") << std::flush; }
+
+    // A line that is pasted sends nothing: all of it goes with what the last Enter sends.
     std::optional<std::string> read_line() {
-        for (;;) {
+        for (std::string text;;) {
             if (asked_to_leave || !user_.show_events()) return std::nullopt;
-            if (std::optional<std::string> line = input_.next()) return line;
+            while (std::optional<std::string> line = input_.next()) {
+                text += *line;
+                std::size_t begun = text.rfind(paste_begin), ended = text.rfind(paste_end);
+                if (begun == text.npos) return text;
+                if (ended != text.npos && ended > begun) return without_brackets(text);
+                text += '\n';
+            }
             if (input_.ended()) return std::nullopt;
             if (wait_for_input(true, -1)) input_.read_more();
         }
     }
-    void print(const std::string& line) { std::cout << in_rows(line) << '\n' << std::flush; }
-    bool print_again(const std::string&, const std::string&) { return false; }
+    std::size_t print(const std::string& line) {
+        std::cout << in_rows(line) << '\n' << std::flush;
+        return 0;
+    }
+    bool print_again(std::size_t, const std::string&) { return false; }
     void set_status(const std::string&) {}
 
   private:
     TerminalUser user_;
     chatsecure::LineReader input_;
+    bool knows_brackets_ = std::getenv("TERM") != nullptr;  // a Windows console would show them
 };
 
 #endif
@@ -855,25 +866,21 @@ class Conversation {
 
     void show(const Event& event) {
         note(event);
-        std::string text;
         if (needs_lines(event))
-            for (const Line& line : std::visit(Describe{true, me_}, event.what))
-                terminal_.print(text = printer_.format(line, event.time));
-        if (own_.id != 0 && own_.shown.empty()) own_.shown = text;
+            for (const Line& line : std::visit(Describe{true, me_}, event.what)) {
+                std::size_t number = terminal_.print(printer_.format(line, event.time));
+                if (line.own != 0) own_[line.own] = {line, event.time, number};
+            }
+        if (own_.size() > 100) own_.erase(own_.begin());  // it has left the screen
         if (rings(event)) std::cout << '\a' << std::flush;
         show_status();
     }
     // What is remembered of an event.
     void note(const Event& event) {
         if (const auto* e = std::get_if<FileEvent>(&event.what)) follow_file(*e);
-        if (const auto* e = std::get_if<RoomMessage>(&event.what))
-            if (e->own) own_ = {e->id, event, ""};
         if (const auto* e = std::get_if<PrivateMessage>(&event.what)) {
             reply_to_ = e->peer;
-            if (e->own)
-                own_ = {e->id, event, ""};
-            else
-                unread_.insert(e->peer);
+            if (!e->own) unread_.insert(e->peer);
         }
         if (const auto* e = std::get_if<chatsecure::PersonJoined>(&event.what))
             others_.insert(e->user);
@@ -903,29 +910,24 @@ class Conversation {
         return bell_ && e != nullptr && !e->own;
     }
 
-    // Whether it needs a line of its own. Mostly a mark behind the message says all; but when other
-    // lines have come since, what was late and what failed must not go unnoticed.
+    // Whether it needs a line of its own. Mostly a mark behind the message says all; but what has
+    // failed must not go unnoticed, nor what was late when its message has left the screen.
     bool is_news(const DeliveryChanged& e) {
         using enum chatsecure::Delivery;
-        bool late = late_.note(e), marked = e.id != 0 && e.id == own_.id && mark_own(e);
+        bool late = late_.note(e), marked = mark_own(e);
         if (e.state == failed) return true;
         if (e.state == waiting) return !Terminal::redraws;
         bool done = e.state == delivered || e.to.empty();
         return done && late && !marked;
     }
-    // Prints the last message of our own again, with what has become of it. False if that cannot be
-    // done.
+    // Prints a message of our own again, with what has become of it. False if that cannot be done.
     bool mark_own(const DeliveryChanged& e) {
-        Line line = std::visit(Describe{true, me_}, own_.event.what).at(0);
-        std::string text = printer_.format(line, own_.event.time, mark_of(e));
-        if (!terminal_.print_again(own_.shown, text)) return false;
-        own_.shown = text;
-        return true;
-    }
-    static std::string mark_of(const DeliveryChanged& e) {
+        auto own = own_.find(e.id);
+        if (own == own_.end()) return false;
+        const auto& [line, time, number] = own->second;
         std::string mark = chatsecure::delivery_mark(e.state);
-        return e.state == chatsecure::Delivery::waiting ? concat(mark, " ", visible(e.reason))
-                                                        : mark;
+        if (e.state == chatsecure::Delivery::waiting) mark += concat(" ", visible(e.reason));
+        return terminal_.print_again(number, printer_.format(line, time, mark));
     }
 
     void take(const std::string& line) {
@@ -940,7 +942,9 @@ class Conversation {
             warn(concat("* ", visible(e.what())));
         }
     }
-    void warn(const std::string& text) { terminal_.print(printer_.now({Tone::warning, text})); }
+    void warn(const std::string& text) {
+        terminal_.print(printer_.format({Tone::warning, text}, std::chrono::system_clock::now()));
+    }
 
     void follow_file(const FileEvent& e) {
         using enum FileEvent::Phase;
@@ -1031,13 +1035,11 @@ class Conversation {
             client_.post(chatsecure::Leave{});
         else
             client_.stop();
-        while (!stopped_) {
-            if (!show_events()) break;
+        while (show_events()) {
             if (asked_to_leave) client_.stop();
             wait_for_input(false, -1);
         }
-        say_why(*stopped_);
-        return exit_code(stopped_->reason);
+        return last_words(*stopped_);
     }
 
     Client& client_;
@@ -1050,11 +1052,8 @@ class Conversation {
     std::map<unsigned, FileEvent> moving_;
     chatsecure::NowAndThen now_and_then_;
     chatsecure::LateMessages late_;
-    struct {  // the last message of our own
-        std::uint64_t id = 0;
-        Event event;
-        std::string shown;  // as it was printed
-    } own_;
+    // The last messages of our own: each with its time and the number of its line.
+    std::map<std::uint64_t, std::tuple<Line, decltype(Event::time), std::size_t>> own_;
     bool warned_ = false;   // that something would be lost
     std::size_t lost_ = 0;  // the connection, and tries to have it back that have failed
     std::optional<Stopped> stopped_;
@@ -1082,7 +1081,7 @@ std::string ask_name() {
         try {
             return chatsecure::fold_name(name);
         } catch (const Error& e) {
-            std::cerr << e.what() << '\n';
+            tell(e.what());
         }
     }
 }
@@ -1094,7 +1093,7 @@ chatsecure::SecretBytes ask_new_password(const std::string& user) {
         try {
             chatsecure::check_new_password(password);
         } catch (const Error& e) {
-            std::cerr << e.what() << '\n';
+            tell(e.what());
             continue;
         }
         if (password == chatsecure::ask_password("The same again: ")) return password;
@@ -1135,8 +1134,7 @@ Event wait_for_login(Client& client) {
             client.post(
                 chatsecure::AcceptServerKey{answer.starts_with('y') || answer.starts_with('Y')});
         } else {
-            for (const Line& line : std::visit(Describe{true}, event->what))
-                std::cerr << line.text << '\n';
+            for (const Line& line : std::visit(Describe{true}, event->what)) tell(line.text);
         }
     }
     throw Error("The client ended without a reason.");
@@ -1144,7 +1142,7 @@ Event wait_for_login(Client& client) {
 
 bool wants_colour(bool no_colour_flag) {
     const char* terminal = std::getenv("TERM");
-    return !no_colour_flag && std::getenv("NO_COLOR") == nullptr && isatty(STDOUT_FILENO) == 1 &&
+    return !no_colour_flag && std::getenv("NO_COLOR") == nullptr && chatsecure::is_terminal(1) &&
            terminal != nullptr && std::string_view(terminal) != "dumb";
 }
 
@@ -1171,6 +1169,9 @@ cxxopts::Options make_options() {
     add("verified-room", "what you write to everybody goes to people you have verified only");
     add("wait-limit", "in scripts: how long /wait waits, and leaving for anything to move",
         text()->default_value("30"), "SECONDS");
+    add("trace", "write what the program does, layer by layer, into a file (trace.txt)",
+        text()->implicit_value("trace.txt"), "FILE");
+    add("trace-secrets", "and the keys of this run: to look at it, not to talk in it");
     add("no-color", "no colour, also if the terminal has some");
     add("no-bell", "no bell when somebody writes to you alone, or your name");
     add("version", "print the version and exit");
@@ -1213,8 +1214,10 @@ std::chrono::seconds wait_limit_from(const cxxopts::ParseResult& flags) {
 }
 
 // One attempt. Nothing if the login was refused and a person may try again.
-std::optional<int> chat(const cxxopts::ParseResult& flags, SignIn& sign_in) {
+std::optional<int> chat(const cxxopts::ParseResult& flags, SignIn sign_in) {
     chatsecure::ClientOptions options = options_from(flags);
+    options.trace = chatsecure::tracer_from(text_of(flags, "trace"),
+                                            flags.count("trace-secrets") > 0)(sign_in.user);
     options.ask_about_server = sign_in.interactive;
     if (flags.count("server-key") > 0)
         options.server_key = chatsecure::fingerprint_from(flags["server-key"].as<std::string>());
@@ -1229,9 +1232,8 @@ std::optional<int> chat(const cxxopts::ParseResult& flags, SignIn& sign_in) {
         return Script(client, wait_limit_from(flags), flags.count("auto-accept") > 0).run();
     Event first = wait_for_login(client);
     if (const auto* stopped = std::get_if<Stopped>(&first.what)) {
-        say_why(*stopped);
-        if (stopped->reason == StopReason::login_refused) return std::nullopt;
-        return exit_code(stopped->reason);
+        int code = last_words(*stopped);
+        return code == login_refused ? std::nullopt : std::optional(code);
     }
     return Conversation(client, wants_colour(flags.count("no-color") > 0),
                         flags.count("no-bell") == 0)
@@ -1243,15 +1245,17 @@ int run(const cxxopts::ParseResult& flags) {
     main_waker = &waker;
     chatsecure::detail::AtExit forget_waker([] { main_waker = nullptr; });
     chatsecure::make_write_errors_errors();
-    SignIn sign_in{text_of(flags, "user"), flags.count("register") > 0,
-                   text_of(flags, "password-file"), isatty(STDIN_FILENO) == 1};
-    bool asks = sign_in.interactive && sign_in.password_file.empty() &&
+    const SignIn given{text_of(flags, "user"), flags.count("register") > 0,
+                       text_of(flags, "password-file"),
+                       chatsecure::is_terminal(0) && chatsecure::is_terminal(1)};
+    bool asks = given.interactive && given.password_file.empty() &&
                 std::getenv("CHATSECURE_PASSWORD") == nullptr;
     for (int tries = 1;; ++tries) {
-        std::optional<int> code = chat(flags, sign_in);
+        std::optional<int> code = chat(flags, given);
         if (code) return *code;
         if (!asks || tries == 3) return login_refused;
-        sign_in.user = text_of(flags, "user");
+        if (!given.user.empty() && !given.register_account)
+            tell("If you are new here, --register makes an account.");
     }
 }
 
@@ -1259,8 +1263,10 @@ int run(const cxxopts::ParseResult& flags) {
 
 int main(int argc, char** argv) {
     chatsecure::open_standard_descriptors();
+    argv = chatsecure::arguments_in_utf8(argc, argv);
     std::setlocale(LC_ALL, "");
-    if (MB_CUR_MAX == 1) std::setlocale(LC_CTYPE, "C.UTF-8");  // chat is UTF-8
+    if (MB_CUR_MAX == 1 && std::setlocale(LC_CTYPE, "C.UTF-8") == nullptr)  // chat is UTF-8
+        std::setlocale(LC_CTYPE, "UTF-8");  // as macOS and the BSDs call it
     cxxopts::Options options = make_options();
     int wrong = usage;  // whose trouble it is
     try {
@@ -1281,7 +1287,7 @@ int main(int argc, char** argv) {
         wait_limit_from(flags);
         if (std::string user = text_of(flags, "user"); !user.empty())
             chatsecure::fold_name(user);
-        else if (isatty(STDIN_FILENO) != 1)
+        else if (!chatsecure::is_terminal(0))
             throw Error("Who are you? Give your user name with -u NAME.");
         wrong = trouble;
         return run(flags);

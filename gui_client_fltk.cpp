@@ -24,6 +24,7 @@
 #include <ctime>
 #include <cxxopts.hpp>
 #include <fstream>
+#include <future>
 #include <iostream>
 
 #include <FL/Fl.H>
@@ -48,6 +49,9 @@
 #include <FL/x.H>
 #endif
 #endif
+#ifdef CHATSECURE_PANGO
+#include <pango/pangoxft.h>
+#endif
 
 namespace {
 
@@ -63,14 +67,20 @@ namespace ink {
 constexpr Fl_Color window = 16, panel = 17, field = 18, text = 19, quiet = 20, line = 21,
                    accent = 22, on_accent = 23, own = 24, other = 25, warning = 26, alarm = 27,
                    online = 28, selected = 29;  // FLTK leaves us 16 to 31
-}
+// What is written in, and on what: each on each can be read (4.5 : 1), and so can the other pairs.
+// Tests compute it.
+constexpr std::array letters{text, quiet, accent, warning, online};
+constexpr std::array grounds{window, panel, field, own, other, selected};
+constexpr std::array<std::array<Fl_Color, 2>, 5> other_pairs{
+    {{on_accent, accent}, {on_accent, text}, {warning, alarm}, {text, line}, {panel, quiet}}};
+}  // namespace ink
 template <std::size_t count>
 using Shades = std::array<std::array<unsigned, count>, 2>;  // light, dark
 constexpr Shades<14> theme{
     {{0xffffff, 0xf3f4f6, 0xffffff, 0x181c22, 0x5c6370, 0xd8dbe0, 0x155cc0, 0xffffff, 0xd6e7ff,
-      0xeff0f3, 0xba1a1a, 0xfdeceb, 0x146c2e, 0xa8c7fa},
+      0xeff0f3, 0xba1a1a, 0xfdeceb, 0x146c2e, 0xffe599},
      {0x181a1f, 0x21242a, 0x2b2f36, 0xe8eaed, 0xa4aab6, 0x40454e, 0x8ab4f8, 0x101828, 0x203a62,
-      0x2f333b, 0xff897d, 0x432623, 0x81c995, 0x46608c}}};
+      0x2f333b, 0xff897d, 0x432623, 0x81c995, 0x4a3c00}}};
 // Those of people: each can be read on the window, and the window's own colour on each.
 constexpr Shades<12> colours_of_people{
     {{0xb3261e, 0x9c4a08, 0x7a5c00, 0x4d6b00, 0x1b7a34, 0x00766c, 0x00708f, 0x1967d2, 0x4a52c8,
@@ -85,6 +95,8 @@ struct Style {
 } style;
 
 constexpr int text_size = 15, small_size = 12, title_size = 18, gap = 8;
+constexpr int margin = 2 * gap;  // between the side of a column and all that stands in it
+constexpr int check_inset = 2;   // so far inside FLTK draws a check mark's box
 constexpr int number_size = 17, details_width = 300;
 constexpr Fl_Font plain = FL_HELVETICA, bold = FL_HELVETICA_BOLD, fixed_pitch = FL_COURIER;
 
@@ -125,8 +137,8 @@ Fl_Image& disc(int diameter, Fl_Color colour) {
     double radius = diameter / 2.0;
     for (int y = 0; y < diameter; ++y)
         for (int x = 0; x < diameter; ++x) {
-            double far = std::hypot(x + 0.5 - radius, y + 0.5 - radius);
-            double cover = std::clamp(radius - far + 0.5, 0.0, 1.0);
+            double distance = std::hypot(x + 0.5 - radius, y + 0.5 - radius);
+            double cover = std::clamp(radius - distance + 0.5, 0.0, 1.0);
             pixels.insert(pixels.end(), {r, g, b, static_cast<unsigned char>(cover * 255)});
         }
     image.reset(Fl_RGB_Image(pixels.data(), diameter, diameter, 4).copy());
@@ -155,38 +167,57 @@ std::string_view take_letter(std::string_view& text) {
     return before.substr(0, before.size() - text.size());
 }
 
-// Emoji come from a font of their own: FLTK 1.3 takes all letters of a text from one font, and
-// those for letters have boxes for them. `draw` gets the pieces of a text, each with its font set.
-constexpr Fl_Font emoji_font = FL_FREE_FONT;
-bool is_emoji(char32_t point) { return point >= 0x1f000 && point <= 0x1faff; }
-template <class Draw>
-void for_each_run(std::string_view text, const Draw& draw) {
-    auto four_bytes = [](char c) { return static_cast<unsigned char>(c) >= 0xf0; };
-    if (std::none_of(text.begin(), text.end(), four_bytes)) return draw(text);
-    Fl_Font font = fl_font();
-    std::string_view left = text;
-    bool emoji = false;
-    auto put = [&](std::size_t bytes) {
-        fl_font(emoji ? emoji_font : font, fl_size());
-        if (bytes > 0) draw(text.substr(0, bytes));
-        text.remove_prefix(bytes);
-    };
-    while (!left.empty()) {
-        std::size_t before = left.size();
-        char32_t point = chatsecure::take_code_point(left);
-        bool joins = point == 0xfe0f || point == 0x200d;  // belongs to the emoji before it
-        if (is_emoji(point) != emoji && !joins) put(text.size() - before);
-        if (!joins) emoji = is_emoji(point);
+// FLTK 1.3 on X11 takes all letters of a text from one font, with boxes for emoji, and joins no
+// Arabic. So Pango draws and measures whatever is more than ASCII, in FLTK's own widgets too. FLTK
+// 1.4 has Pango itself; other systems do the same for FLTK.
+#ifdef CHATSECURE_PANGO
+class PangoDriver final : public Fl_Xlib_Graphics_Driver {
+  public:
+    using Fl_Xlib_Graphics_Driver::draw, Fl_Xlib_Graphics_Driver::width;
+    void draw(const char* text, int size, int x, int y) override {
+        Region clip = clip_region();
+        if (is_ascii(text, size)) return Fl_Xlib_Graphics_Driver::draw(text, size, x, y);
+        if (clip != nullptr && XEmptyRegion(clip) != 0) return;
+        unsigned char r = 0, g = 0, b = 0;
+        Fl::get_color(fl_color(), r, g, b);
+        auto wide = [](unsigned char c) { return static_cast<unsigned short>(c * 257); };
+        XftColor in{fl_xpixel(fl_color()), {wide(r), wide(g), wide(b), 0xffff}};
+        XftDraw* canvas = XftDrawCreate(fl_display, fl_window, fl_visual->visual, fl_colormap);
+        XftDrawSetClip(canvas, clip);
+        pango_xft_render_layout_line(canvas, &in, line_of(text, size), x * PANGO_SCALE,
+                                     y * PANGO_SCALE);
+        XftDrawDestroy(canvas);
     }
-    put(text.size());
-    fl_font(font, fl_size());
-}
+    double width(const char* text, int size) override {
+        if (is_ascii(text, size)) return Fl_Xlib_Graphics_Driver::width(text, size);
+        PangoRectangle extent{};
+        pango_layout_line_get_extents(line_of(text, size), nullptr, &extent);
+        return pango_units_to_double(extent.width);
+    }
+
+  private:
+    static bool is_ascii(const char* text, int size) {
+        return std::all_of(text, text + size, [](char c) { return (c & 0x80) == 0; });
+    }
+    PangoLayoutLine* line_of(const char* text, int size) {
+        static PangoLayout* layout = pango_layout_new(
+            pango_font_map_create_context(pango_xft_get_font_map(fl_display, fl_screen)));
+        pango_layout_set_auto_dir(layout, FALSE);  // each line of a text begins on the same side
+        pango_context_set_base_dir(pango_layout_get_context(layout), PANGO_DIRECTION_LTR);
+        const char* name = Fl::get_font(fl_font());  // "Bsans" is the bold one of " sans"
+        PangoFontDescription* wanted = pango_font_description_from_string(name + 1);
+        pango_font_description_set_absolute_size(wanted, fl_size() * PANGO_SCALE);
+        if (*name == 'B') pango_font_description_set_weight(wanted, PANGO_WEIGHT_BOLD);
+        pango_layout_set_font_description(layout, wanted);
+        pango_font_description_free(wanted);
+        pango_layout_set_text(layout, text, size);
+        return pango_layout_get_line_readonly(layout, 0);
+    }
+};
+#endif
+
 double measure(std::string_view text) {
-    double width = 0;
-    for_each_run(text, [&](std::string_view run) {
-        width += fl_width(run.data(), static_cast<int>(run.size()));
-    });
-    return width;
+    return fl_width(text.data(), static_cast<int>(text.size()));
 }
 int width_of(std::string_view text) { return static_cast<int>(std::ceil(measure(text))); }
 
@@ -198,48 +229,9 @@ std::string fitting(std::string_view text, int width) {
     return part + "\u2026";
 }
 
-// FLTK 1.3 draws Hebrew and Arabic letters from left to right. This turns each run of them (with
-// the spaces between two such words) around, which is right for words and phrases; FLTK 1.4 with
-// Pango does the whole of Unicode's bidirectional algorithm itself.
-std::string in_drawing_order(std::string_view text) {
-#if FL_MAJOR_VERSION > 1 || FL_MINOR_VERSION >= 4
-    return std::string(text);
-#else
-    std::string out, run, spaces;  // `run` is turned around already
-    auto flush = [&] {
-        out += run + spaces;
-        run.clear();
-        spaces.clear();
-    };
-    while (!text.empty()) {
-        std::string letter(take_letter(text));
-        std::string_view left = letter;
-        char32_t point = chatsecure::take_code_point(left);
-        bool leftward = (point >= 0x590 && point <= 0x8ff) ||
-                        (point >= 0xfb1d && point <= 0xfdff) ||
-                        (point >= 0xfe70 && point <= 0xfeff);
-        if (leftward) {
-            run = letter + spaces + run;
-            spaces.clear();
-        } else if (point == U' ' && !run.empty()) {
-            spaces += letter;
-        } else {
-            flush();
-            out += letter;
-        }
-    }
-    flush();
-    return out;
-#endif
-}
-
 // Draws in the current font and colour; the second one only what fits.
 void draw_at(std::string_view text, int x, int y) {
-    double at = x;
-    for_each_run(in_drawing_order(text), [&](std::string_view run) {
-        fl_draw(run.data(), static_cast<int>(run.size()), static_cast<int>(at), y);
-        at += fl_width(run.data(), static_cast<int>(run.size()));
-    });
+    fl_draw(text.data(), static_cast<int>(text.size()), x, y);
 }
 void draw_text(std::string_view text, int x, int y, int width) {
     draw_at(fitting(text, width), x, y);
@@ -277,17 +269,11 @@ std::vector<Span> wrap(std::string_view text, int width) {
 
 std::string time_text(Time time, const char* format) {
     std::time_t seconds = std::chrono::system_clock::to_time_t(time);
-    std::tm local{};
-#ifdef _WIN32
-    localtime_s(&local, &seconds);
-#else
-    localtime_r(&seconds, &local);
-#endif
+    std::tm local = chatsecure::local_time(seconds);
     std::array<char, 64> text{};
     std::strftime(text.data(), text.size(), format, &local);
     return text.data();
 }
-std::string clock_text(Time time) { return time_text(time, "%H:%M"); }
 std::string day_text(Time time) { return time_text(time, "%A, %e %B %Y"); }
 
 // Everybody has a face: the first letter of the name in the person's colour.
@@ -300,12 +286,10 @@ void draw_avatar(const std::string& name, int x, int y, int size) {
     fl_draw(std::string(1, letter).c_str(), x, y, size, size, FL_ALIGN_CENTER, nullptr, 0);
 }
 
-// A method as FLTK's callback: widget.callback(call<&SignIn::submit>, this).
-template <class T>
-T class_of(void (T::*)());
-template <auto method>
+// A method as FLTK's callback: widget.callback(call<SignIn, &SignIn::submit>, this).
+template <class T, void (T::*method)()>
 void call(Fl_Widget*, void* self) {
-    (static_cast<decltype(class_of(method))*>(self)->*method)();
+    (static_cast<T*>(self)->*method)();
 }
 
 // The face of a button, in the current font: flat, with round corners.
@@ -314,7 +298,8 @@ void draw_face(int x, int y, int w, int h, const std::string& label, bool import
     int edge = focus ? 2 : 1;
     Fl_Color face = important ? ink::accent : active ? ink::field : ink::panel;
     draw_round(x, y, w, h, 6, focus ? ink::text : important ? ink::accent : ink::line);
-    draw_round(x + edge, y + edge, w - 2 * edge, h - 2 * edge, 5, pressed ? ink::line : face);
+    if (pressed) face = important ? ink::text : ink::line;
+    draw_round(x + edge, y + edge, w - 2 * edge, h - 2 * edge, 5, face);
     fl_color(!active ? ink::quiet : important ? ink::on_accent : ink::text);
     std::string text = fitting(label, w - gap);
     fl_draw(text.c_str(), x, y, w, h, FL_ALIGN_CENTER, nullptr, 0);
@@ -370,11 +355,10 @@ class InputField : public Input {
 
 // The keys that mean the same wherever the focus stands.
 bool is_window_key() {
-    int key = Fl::event_key();
+    constexpr std::array<int, 11> keys{FL_Page_Up, FL_Page_Down, 'o', 'd',         'q',        '+',
+                                       '=',        '-',          '0', FL_KP + '+', FL_KP + '-'};
     return (Fl::event_state() & (FL_CTRL | FL_COMMAND)) != 0 &&
-           (key == FL_Page_Up || key == FL_Page_Down || key == 'o' || key == 'd' || key == 'q' ||
-            key == '+' || key == '=' || key == '-' || key == '0' || key == FL_KP + '+' ||
-            key == FL_KP + '-');
+           std::find(keys.begin(), keys.end(), Fl::event_key()) != keys.end();
 }
 
 // A menu, with its left edge at x and its lower edge (upwards) or its upper one at y. What is
@@ -386,15 +370,9 @@ struct MenuLine {
 };
 void pop_up(const std::vector<MenuLine>& lines, int x, int y, bool upwards = false) {
     std::vector<Fl_Menu_Item> items;
-    for (const MenuLine& line : lines) {
-        Fl_Menu_Item item{};
-        item.text = line.label.c_str();
-        item.flags = line.flags;
-        item.labelfont_ = plain;
-        item.labelsize_ = scaled(text_size - 1);
-        item.labelcolor_ = ink::text;
-        items.push_back(item);
-    }
+    for (const MenuLine& line : lines)
+        items.push_back({line.label.c_str(), 0, nullptr, nullptr, line.flags, FL_NORMAL_LABEL,
+                         plain, scaled(text_size - 1), ink::text});
     items.push_back({});
     use_font(text_size - 1);
     int height = static_cast<int>(lines.size()) * (fl_height() + 4) + 8;
@@ -426,8 +404,7 @@ struct Conversation {
     static constexpr std::size_t scrollback = 10'000;  // entries: bounds the memory
     std::string name;
     std::deque<Entry> entries;
-    std::size_t dropped = 0;                    // entries that are gone: entries[0] has this number
-    std::map<std::uint64_t, std::size_t> open;  // our messages that go on: id, number of the entry
+    std::size_t dropped = 0;  // entries that are gone: entries[0] has this number
     unsigned unread = 0;
     bool online = false, verified = false, trusted = true, ignored = false;
     std::string draft;  // what is half typed, while another conversation is shown
@@ -445,10 +422,8 @@ struct Conversation {
             entry.first = entry.new_day || !last.is_said() || last.from != entry.from ||
                           entry.time - last.time > std::chrono::minutes(5);
         }
-        if (entry.id != 0) open.emplace(entry.id, dropped + entries.size());
         entries.push_back(std::move(entry));
         if (entries.size() > scrollback) {
-            open.erase(entries.front().id);
             entries.pop_front();
             ++dropped;
         }
@@ -457,14 +432,12 @@ struct Conversation {
     // Marks a message of our own, if it is still here. Gives its text if it has failed.
     std::string mark(const chatsecure::DeliveryChanged& e) {
         using enum chatsecure::Delivery;
-        auto found = open.find(e.id);
-        if (found == open.end()) return "";
-        Entry& entry = entries[found->second - dropped];
-        entry.state = e.state;
-        entry.reason = e.state == waiting ? visible(e.reason) : "";
-        if (e.state == delivered || e.state == failed || (e.state == sent && name.empty()))
-            open.erase(found);
-        return e.state == failed ? entry.text : "";
+        auto entry = std::find_if(entries.rbegin(), entries.rend(),
+                                  [&](const Entry& one) { return one.id == e.id; });
+        if (entry == entries.rend()) return "";
+        entry->state = e.state;
+        entry->reason = e.state == waiting ? visible(e.reason) : "";
+        return e.state == failed ? entry->text : "";
     }
     std::string title() const { return name.empty() ? "Everyone" : name; }
 };
@@ -616,7 +589,8 @@ class Wishes {
     virtual void drop_files(const std::string& text) = 0;  // addresses or paths, one a line
     virtual void send_file() = 0;
     virtual void toggle_details() = 0;
-    virtual void settle() = 0;  // the identity that Details shows was compared
+    virtual void settle() = 0;          // the identity that Details shows was compared
+    virtual void toggle_ignored() = 0;  // whom Details shows
     virtual void zoom(int by) = 0;
     virtual std::vector<MenuLine> menu() = 0;
     virtual void close() = 0;
@@ -674,7 +648,7 @@ class ConversationView : public Fl_Widget {
         conversation_ = conversation;
         dropped_ = conversation->dropped;
         jump_to_end();
-        selecting_ = false;
+        drag_ = Drag::none;
         selection_.reset();
         focused_.reset();
         rows_.clear();
@@ -684,7 +658,6 @@ class ConversationView : public Fl_Widget {
     // writes wants to see it.
     void update(bool own) {
         if (own) jump_to_end();
-        if (!at_end_) ++newer_;
         for (; dropped_ < conversation_->dropped; ++dropped_) {
             if (top_ == 0) above_ = 0;
             top_ -= std::min<std::size_t>(top_, 1);
@@ -705,6 +678,7 @@ class ConversationView : public Fl_Widget {
         for (const Place& place : places_)
             all.emplace_back(concat(label_of(place.target.action), "-", place.target.number),
                              place);
+        if (shown_ < count()) all.emplace_back("bar", handle_of_bar());
         for (const Row& row : rows_)
             if (row.begin == 0 && row.entry >= conversation_->dropped)
                 all.emplace_back("text " + chatsecure::visible(entry_of(row.entry).text),
@@ -722,15 +696,12 @@ class ConversationView : public Fl_Widget {
         jump_ = {};
         fl_push_clip(x(), y(), w(), room());
         draw_entries();
-        auto is_said = [](const Entry& entry) { return entry.is_said(); };
-        if (lead_ > scaled(190) && !conversation_->name.empty() &&
-            std::none_of(conversation_->entries.begin(), conversation_->entries.end(), is_said))
-            draw_invitation();
         fl_pop_clip();
         if (!at_end_) draw_jump();
         fl_pop_clip();
         if (at_end_ != was_at_end) return draw();  // read to the end: now from the other anchor
-        if (shown_ < count()) draw_bar();
+        if (Place bar = handle_of_bar(); shown_ < count())
+            draw_round(bar.x, bar.y, bar.w, bar.h, 2, drag_ == Drag::bar ? ink::quiet : ink::line);
     }
 
     int handle(int event) override {
@@ -744,15 +715,13 @@ class ConversationView : public Fl_Widget {
                 take_focus();
                 return push();
             case FL_DRAG:
-                if (!selecting_) break;
-                if (Fl::event_is_click() == 0)
+            case FL_RELEASE:  // the last motion may come as a release only
+                if (drag_ == Drag::bar) drag_bar(Fl::event_y());
+                if (drag_ == Drag::selection && Fl::event_is_click() == 0)
                     selection_->second = point_at(Fl::event_x(), Fl::event_y());
                 redraw();
-                return 1;
-            case FL_RELEASE:
-                if (!selecting_) break;
-                selecting_ = false;
-                return release();
+                if (event == FL_DRAG) return 1;
+                return std::exchange(drag_, Drag::none) == Drag::selection ? release() : 1;
             case FL_MOUSEWHEEL:
                 scroll_by(Fl::event_dy() * 3 * line_height());
                 return 1;
@@ -773,7 +742,7 @@ class ConversationView : public Fl_Widget {
   private:
     static constexpr int padding = 10;
 
-    // A line of text as it was drawn: what a mouse can point at.
+    // A line of text as it was drawn, or a card: what a mouse can point at.
     struct Row {
         std::size_t entry;  // counted from the first ever
         std::size_t begin, end;
@@ -789,9 +758,9 @@ class ConversationView : public Fl_Widget {
     static int avatar() { return scaled(28); }
     std::size_t count() const { return conversation_->entries.size(); }
     int room() const { return h() - (at_end_ ? 0 : scaled(28) + gap); }  // the rest: "Newest"
-    int edge() const { return x() + 2 * gap; }
+    int edge() const { return x() + margin; }
     int text_edge() const { return edge() + avatar() + gap; }
-    int right_edge() const { return x() + w() - 2 * gap; }
+    int right_edge() const { return x() + w() - margin; }
     int inner() const { return right_edge() - text_edge(); }
     int bubble_width() const { return std::max(inner() * 5 / 6 - 2 * padding, 80); }
     Entry& entry_of(std::size_t number) const {
@@ -848,7 +817,7 @@ class ConversationView : public Fl_Widget {
             if (entry.new_day) draw_day(entry, at);
             if (entry.is_said() && entry.first) draw_head(entry, at);
             if (entry.kind == Entry::Kind::file)
-                draw_file(entry, at);
+                draw_file(entry, i + conversation_->dropped, at);
             else if (entry.kind == Entry::Kind::message)
                 draw_message(entry, i + conversation_->dropped, at);
             else
@@ -875,7 +844,7 @@ class ConversationView : public Fl_Widget {
     // Who, and when: above the first of a group.
     void draw_head(const Entry& entry, int& at) {
         int base = at + scaled(small_size) + 7, left = text_edge();
-        std::string time = clock_text(entry.time);
+        std::string time = time_text(entry.time, "%H:%M");
         use_font(small_size);
         if (entry.own) {
             left = right_edge() - width_of(time);
@@ -983,11 +952,12 @@ class ConversationView : public Fl_Widget {
         return scaled(text_size + small_size) + 27 + (has_bar(*card) ? 16 : 0) +
                (actions_of(*card).empty() ? 0 : scaled(26) + gap);
     }
-    void draw_file(const Entry& entry, int at) {
+    void draw_file(const Entry& entry, std::size_t number, int at) {
         const FileEvent* card = model_.card(entry.file);
         if (card == nullptr) return;
         int wide = std::min(inner(), scaled(440)), high = card_height(card);
         int left = entry.own ? right_edge() - wide : text_edge();
+        rows_.push_back({number, 0, 0, left, at, high});
         draw_round(left, at, wide, high, 9, ink::line);
         draw_round(left + 1, at + 1, wide - 2, high - 2, 8, ink::panel);
         int icon = draw_icon(card->file.name, left + padding, at + padding);
@@ -1014,7 +984,6 @@ class ConversationView : public Fl_Widget {
     // A sheet of paper in the colour of its kind, with the end of its name. Gives its width.
     static int draw_icon(const std::string& name, int left, int at) {
         std::string end = std::filesystem::path(name).extension().string();
-        for (char& c : end) c = c >= 'A' && c <= 'Z' ? static_cast<char>(c + 32) : c;
         Fl_Color paper = end.empty() ? ink::quiet : colour_of(end);
         int wide = scaled(30), high = scaled(34);
         draw_round(left, at, wide, high, 4, paper);
@@ -1039,39 +1008,32 @@ class ConversationView : public Fl_Widget {
     // "Newest": while somebody reads back, below what they read.
     void draw_jump() {
         use_font(small_size, bold);
-        std::string text = newer_ > 0 ? concat("\u2193  ", newer_, " new") : "\u2193  Newest";
+        const char* text = "\u2193  Newest";
         int wide = width_of(text) + 24, high = scaled(28);
         jump_ = {{}, right_edge() - wide, y() + h() - high, wide, high};
         draw_round(jump_.x, jump_.y, wide, high, high / 2, ink::accent);
         fl_color(ink::on_accent);
-        fl_draw(text.c_str(), jump_.x, jump_.y, wide, high, FL_ALIGN_CENTER, nullptr, 0);
-    }
-
-    // Where nothing was said yet: what can be done here.
-    void draw_invitation() {
-        const std::string& name = conversation_->name;
-        std::string text =
-            concat("Nothing has been said here yet.\n\nWhat you write is read by ", name,
-                   " alone. To offer a file, press File\u2026, or drop it here. "
-                   "Details has the number that tells whether it is really ",
-                   name, ".");
-        int wide = std::min(w() - 4 * gap, scaled(340)), middle = x() + w() / 2, big = scaled(56);
-        int at = y() + (lead_ - scaled(180)) / 2;
-        draw_avatar(name, middle - big / 2, at, big);
-        use_font(small_size + 1);
-        fl_color(ink::quiet);
-        fl_draw(text.c_str(), middle - wide / 2, at + big + 2 * gap, wide, scaled(110),
-                Fl_Align(FL_ALIGN_TOP | FL_ALIGN_WRAP), nullptr, 0);
+        fl_draw(text, jump_.x, jump_.y, wide, high, FL_ALIGN_CENTER, nullptr, 0);
     }
 
     // ---- Scrolling ------------------------------------------------------------------------------
 
     // Where in all of it we are.
-    void draw_bar() {
-        double one = static_cast<double>(h()) / static_cast<double>(count());
-        int high = std::max(static_cast<int>(static_cast<double>(shown_) * one), 20);
-        int top = static_cast<int>(static_cast<double>(top_) * one);
-        draw_round(x() + w() - 7, y() + std::min(top, h() - high), 5, high, 2, ink::line);
+    Place handle_of_bar() const {
+        double one = static_cast<double>(h()) / static_cast<double>(count() + 1);
+        int high = std::max(static_cast<int>(one * static_cast<double>(shown_)), 24);
+        int top = at_end_ ? h() : static_cast<int>(one * static_cast<double>(top_));
+        return {{}, x() + w() - 7, y() + std::min(top, h() - high), 5, high};
+    }
+    void drag_bar(int my) {
+        int top = std::max(my - grip_ - y(), 0);
+        if (top >= h() - handle_of_bar().h) return jump_to_end();
+        double wanted = static_cast<double>(top) / h() * static_cast<double>(count());
+        at_end_ = false;
+        top_ = static_cast<std::size_t>(wanted);
+        double rest = wanted - static_cast<double>(top_);
+        above_ = static_cast<int>(rest * height_of(conversation_->entries[top_]));
+        redraw();
     }
     void scroll_by(int pixels) {
         if (count() == 0) return;
@@ -1087,7 +1049,6 @@ class ConversationView : public Fl_Widget {
     }
     void jump_to_end() {
         at_end_ = true;
-        newer_ = 0;
         redraw();
     }
 
@@ -1095,15 +1056,22 @@ class ConversationView : public Fl_Widget {
 
     int push() {
         int mx = Fl::event_x(), my = Fl::event_y();
-        if (Fl::event_button() == FL_RIGHT_MOUSE) return show_menu(entry_at(my), mx, my), 1;
+        if (Fl::event_button() == FL_RIGHT_MOUSE)
+            return show_menu(point_at(mx, my).entry, mx, my), 1;
         if (!at_end_ && jump_.holds(mx, my)) return jump_to_end(), 1;
+        if (mx > right_edge() && shown_ < count()) {
+            Place bar = handle_of_bar();
+            grip_ = my >= bar.y && my < bar.y + bar.h ? my - bar.y : bar.h / 2;
+            drag_ = Drag::bar;
+            return drag_bar(my), 1;
+        }
         const Place* place = place_at(mx, my);
         if (place != nullptr && place->target.action != Action::open_link)
             return press(place->target), 1;
         Point point = point_at(mx, my);
         selection_ = {point, point};
         if (Fl::event_clicks() > 0) select_word(point);
-        selecting_ = true;
+        drag_ = Drag::selection;
         redraw();
         return 1;
     }
@@ -1127,17 +1095,8 @@ class ConversationView : public Fl_Widget {
             if (place.holds(mx, my)) return &place;
         return nullptr;
     }
-    // The entry that is drawn at this height, or the last one that is seen.
-    std::size_t entry_at(int my) {
-        std::size_t i = top_;
-        for (int at = first_y(); i + 1 < top_ + shown_; ++i) {
-            at += height_of(conversation_->entries[i]);
-            if (my < at) break;
-        }
-        return i + conversation_->dropped;
-    }
     void show_menu(std::size_t number, int mx, int my) {
-        if (count() == 0) return;
+        if (rows_.empty() || number < conversation_->dropped) return;
         const Entry& entry = entry_of(number);
         std::vector<MenuLine> lines;
         if (entry.kind != Entry::Kind::file)
@@ -1217,7 +1176,7 @@ class ConversationView : public Fl_Widget {
         else if (key == FL_Left || key == FL_Right)
             move_focus(key == FL_Left ? -1 : 1);
         else if (key == FL_Menu)
-            show_menu(entry_at(y() + h()), text_edge(), y() + h() / 2);
+            show_menu(point_at(x(), y() + h()).entry, text_edge(), y() + h() / 2);
         else if (key == 'c' && Fl::event_command() != 0)
             copy_selection(1);
         else if ((key == FL_Enter || key == FL_KP_Enter || key == ' ') &&
@@ -1255,13 +1214,14 @@ class ConversationView : public Fl_Widget {
     int lead_ = 0;             // pixels that are free above the first entry
     std::size_t dropped_ = 0;  // of the conversation, when top_ was right
     std::size_t shown_ = 0;    // entries that were drawn
-    unsigned newer_ = 0;       // entries that came while reading back
+
     std::vector<Row> rows_;
     std::vector<Place> places_;
     Place jump_{};
     std::optional<Target> focused_;
     std::optional<std::pair<Point, Point>> selection_;
-    bool selecting_ = false;
+    enum class Drag { none, selection, bar } drag_ = Drag::none;  // what the mouse holds
+    int grip_ = 0;  // and where, below the upper end of the bar
 };
 
 // ---- The list on the left -----------------------------------------------------------------------
@@ -1337,13 +1297,13 @@ class PeopleList : public Fl_Widget {
             int edge = focus ? 2 : 0;
             draw_round(x() + 4 + edge, at + edge, w() - 8 - 2 * edge, high - 2 * edge, 7, ink::own);
         }
-        int left = narrow ? x() + (w() - face) / 2 : x() + 14, top = at + (high - face) / 2;
+        int left = narrow ? x() + (w() - face) / 2 : x() + margin, top = at + (high - face) / 2;
         draw_avatar(c.name, left, top, face);
         if (!c.name.empty()) {  // a dot at the face: who is online
             draw_disc(left + face - 9, top + face - 9, 12, current ? ink::own : ink::panel);
             draw_disc(left + face - 7, top + face - 7, 8, c.online ? ink::online : ink::line);
         }
-        int right = x() + w() - 14, base = at + high / 2 + scaled(text_size) / 3;
+        int right = x() + w() - margin, base = at + high / 2 + scaled(text_size) / 3;
         if (c.unread > 0) {
             use_font(small_size, bold);
             std::string number = c.unread > 99 ? "99+" : std::to_string(c.unread);
@@ -1374,10 +1334,13 @@ class PeopleList : public Fl_Widget {
 
 // ---- The input line -----------------------------------------------------------------------------
 
+constexpr Fl_Boxtype message_box = FL_FREE_BOXTYPE;  // with more room around the text than others
+
 class MessageInput : public InputField<Fl_Multiline_Input> {
   public:
     MessageInput(const Model& model, Wishes& wishes, ConversationView& view)
         : InputField("input"), model_(model), wishes_(wishes), view_(view) {
+        box(message_box);
         wrap(1);
         maximum_size(2 * static_cast<int>(chatsecure::max_text_bytes));  // more: a sentence says so
         tab_nav(1);
@@ -1397,7 +1360,8 @@ class MessageInput : public InputField<Fl_Multiline_Input> {
         use_font(text_size);
         fl_color(ink::quiet);
         std::string to = model_.current.empty() ? "everyone" : model_.current;
-        draw_text("Message " + to, x() + 10, y() + 8 + scaled(text_size), w() - 20);
+        draw_text("Message " + to, x() + Fl::box_dx(box()) + 1,  // where the text will begin
+                  y() + Fl::box_dy(box()) + fl_height() - fl_descent(), w() - 20);
     }
     int handle(int event) override {
         if (event == FL_KEYBOARD && is_window_key()) return 0;
@@ -1530,15 +1494,15 @@ class Text : public Fl_Box {
     bool is_empty() const { return *label() == '\0'; }
     int wanted_height(int width) {
         labelsize(scaled(size_));
-        int margin = box() == FL_NO_BOX ? 0 : 2 * gap, w = width - margin, h = 0;
+        int inset = box() == FL_NO_BOX ? 0 : 2 * gap, w = width - inset, h = 0;
         fl_font(labelfont(), labelsize());
         fl_measure(label(), w, h, 0);
-        return is_empty() ? 0 : h + margin;
+        return is_empty() ? 0 : h + inset;
     }
     void draw() override {  // at the very edge, where FLTK leaves 3 pixels
-        int margin = box() == FL_NO_BOX ? 0 : gap;
+        int inset = box() == FL_NO_BOX ? 0 : gap;
         draw_box();
-        draw_label(x() + margin, y() + margin, w() - 2 * margin, h() - 2 * margin);
+        draw_label(x() + inset, y() + inset, w() - 2 * inset, h() - 2 * inset);
     }
 
   private:
@@ -1615,10 +1579,10 @@ class SignIn : public Fl_Double_Window {
         color(ink::window);
         for (auto* field : {&password_, &repeat_}) {
             field->when(FL_WHEN_ENTER_KEY_ALWAYS);
-            field->callback(call<&SignIn::submit>, this);
+            field->callback(call<SignIn, &SignIn::submit>, this);
         }
-        show_password_.callback(call<&SignIn::layout>, this);
-        register_.callback(call<&SignIn::layout>, this);
+        show_password_.callback(call<SignIn, &SignIn::layout>, this);
+        register_.callback(call<SignIn, &SignIn::layout>, this);
         callback([](Fl_Widget*, void* w) { static_cast<Wishes*>(w)->close(); }, &wishes_);
         show_key(std::nullopt);
     }
@@ -1722,7 +1686,7 @@ class SignIn : public Fl_Double_Window {
         put_field(labels_[1], name_, errors_[1]);
         int beside = column.y;
         put_field(labels_[2], password_, errors_[2]);
-        show_password_.resize(320, beside - 4, 70, 22);
+        show_password_.resize(332, beside - 4, 58, 22);
         bool busy = enter_.active() == 0;
         for (auto* field : {&password_, &repeat_})
             field->input_type(show_password_.value() != 0 ? FL_NORMAL_INPUT : FL_SECRET_INPUT);
@@ -1732,7 +1696,7 @@ class SignIn : public Fl_Double_Window {
         show_if(show_password_, !busy);
         show_if(register_, !busy);
         if (is_new()) put_field(labels_[3], repeat_, errors_[3]);
-        register_.resize(26, column.y + gap, 210, 30);
+        register_.resize(column.x - check_inset, column.y + gap, 210, 30);
         enter_.copy_label(is_new() ? "Create account" : "Log in");
         enter_.resize(250, column.y + gap, 140, 34);
         column.y += 34 + 3 * gap;
@@ -1740,7 +1704,7 @@ class SignIn : public Fl_Double_Window {
         column.put(warning_);
         column.put(key_title_);
         column.put(key_);
-        accept_.resize(30, column.y, 175, 34);
+        accept_.resize(column.x, column.y, 175, 34);
         refuse_.resize(215, column.y, 175, 34);
         if (key_.visible() != 0) column.y += 34 + gap;
         for (Fl_Widget* check : {&show_password_, &register_})
@@ -1781,7 +1745,8 @@ class Details : public Fl_Scroll {
   public:
     struct Content {
         std::string title{}, story{}, number{}, prints{};
-        const char* act = nullptr;  // what a comparison allows
+        const char* act = nullptr;     // what a comparison allows
+        const char* ignore = nullptr;  // or the other way round
         friend bool operator==(const Content&, const Content&) = default;
     };
     explicit Details(Wishes& wishes) : Fl_Scroll(0, 0, 0, 0), wishes_(wishes) {
@@ -1789,7 +1754,8 @@ class Details : public Fl_Scroll {
         type(Fl_Scroll::VERTICAL);
         box(FL_FLAT_BOX);
         color(ink::panel);
-        compared_.callback(call<&Details::ticked>, this);
+        scrollbar.color(ink::window);
+        compared_.callback(call<Details, &Details::ticked>, this);
     }
     // Whoever has ticked "I compared" has compared what was shown then: anything else takes the
     // tick away.
@@ -1801,15 +1767,17 @@ class Details : public Fl_Scroll {
         prints_.set(content.prints);
         show_if(compared_, content.act != nullptr);
         show_if(act_, content.act != nullptr);
-        if (content.act != nullptr) act_.copy_label(content.act);
+        show_if(ignore_, content.ignore != nullptr);
+        act_.copy_label(content.act);
+        ignore_.copy_label(content.ignore);
         ticked();
         resize(x(), y(), w(), h());
     }
     void resize(int nx, int ny, int nw, int nh) override {
         Fl_Widget::resize(nx, ny, nw, nh);
         scroll_to(0, 0);
-        Column column{nx + 2 * gap, ny + gap, std::max(nw - 4 * gap, 10)};
-        close_.resize(nx + nw - 30 - 2 * gap, ny + gap, 30, 30);
+        Column column{nx + margin, ny + gap, std::max(nw - 2 * margin, 10)};
+        close_.resize(nx + nw - 30 - margin, ny + gap, 30, 30);
         column.w -= 30;
         column.y += 4;
         column.put(title_, gap + 2);
@@ -1819,7 +1787,9 @@ class Details : public Fl_Scroll {
         column.put(prints_);
         compared_.labelsize(scaled(small_size + 1));
         column.put(compared_, scaled(22), 4);
+        compared_.position(column.x - check_inset, compared_.y());
         column.put(act_, scaled(text_size) + 16);
+        column.put(ignore_, scaled(text_size) + 16);
         redraw();
     }
 
@@ -1834,6 +1804,7 @@ class Details : public Fl_Scroll {
     Text prints_{small_size - 1, ink::text, fixed_pitch};
     Fl_Check_Button compared_{0, 0, 0, 0, "I compared the number"};
     Button act_{"", [this] { wishes_.settle(); }};
+    Button ignore_{"", [this] { wishes_.toggle_ignored(); }};
     Button close_{"\u2715", [this] { wishes_.toggle_details(); }};
 };
 
@@ -1848,7 +1819,7 @@ class MainWindow : public Fl_Double_Window {
         resizable(nullptr);
         size_range(480, 360);
         callback([](Fl_Widget*, void* w) { static_cast<Wishes*>(w)->close(); }, &wishes_);
-        input.callback(call<&MainWindow::layout>, this);
+        input.callback(call<MainWindow, &MainWindow::layout>, this);
         details.hide();
         side_.box(FL_FLAT_BOX);
         side_.color(ink::panel);
@@ -1856,12 +1827,14 @@ class MainWindow : public Fl_Double_Window {
     }
 
     void set_state(const std::string& text, Fl_Color colour) {
-        state_.set("\u25cf  " + text);
-        state_.labelcolor(colour);
+        state_ = text;
+        state_colour_ = colour;
+        redraw();
     }
     void end_input() {
-        for (Fl_Widget* part : std::initializer_list<Fl_Widget*>{&input, &send_, &send_file_})
-            part->deactivate();
+        input.readonly(1);  // not deactivated: FLTK would make its text pale
+        send_.deactivate();
+        send_file_.deactivate();
     }
     // A sentence above the conversation that must not be overlooked; empty: none. It stays as long
     // as what it says is true.
@@ -1890,7 +1863,7 @@ class MainWindow : public Fl_Double_Window {
         fl_line(list_width(), 0, list_width(), h());
         if (details.visible() != 0) fl_line(details.x(), 0, details.x(), h());
         if (view.visible() != 0) {
-            int left = list_width() + 2 * gap, room = send_file_.x() - gap - left;
+            int left = list_width() + margin, room = send_file_.x() - gap - left;
             fl_line(list_width(), head() - 1, list_width() + middle(), head() - 1);
             use_font(title_size, bold);
             fl_color(ink::text);
@@ -1899,6 +1872,11 @@ class MainWindow : public Fl_Double_Window {
             fl_color(model_.shown().trusted ? ink::quiet : ink::warning);
             draw_text(model_.subtitle(), left, scaled(title_size + small_size) + 13, room);
         }
+        draw_disc(std::min(margin, menu_.x() - 12), h() - 28, 8, state_colour_);
+        use_font(small_size);
+        fl_color(state_colour_);
+        if (int room = menu_.x() - 32; room > 30)
+            draw_text(state_, 32, h() - 24 + scaled(small_size) / 3, room);
         wishes_.drawn();
     }
     int handle(int event) override {
@@ -1910,14 +1888,12 @@ class MainWindow : public Fl_Double_Window {
         side_.resize(0, 0, list_width(), h());
         list.resize(0, 0, list_width(), h() - 46);
         menu_.resize(list_width() - 38, h() - 39, 30, 30);
-        state_.labelsize(scaled(small_size));
-        state_.resize(13, h() - 31, std::max(list_width() - 54, 14), scaled(18));
         // A narrow window shows either the conversation or the details.
         bool conversation = middle() > 0;
         for (Fl_Widget* part : std::initializer_list<Fl_Widget*>{&view, &input, &send_, &send_file_,
                                                                  &details_button_})
             show_if(*part, conversation);
-        int left = list_width() + 2 * gap, right = list_width() + middle() - 2 * gap;
+        int left = list_width() + margin, right = list_width() + middle() - margin;
         int wide = details_button_.wanted_width();
         details_button_.resize(right - wide, gap + 2, wide, head() - 2 * gap - 4);
         wide = send_file_.wanted_width();
@@ -1934,10 +1910,9 @@ class MainWindow : public Fl_Double_Window {
         int send_width = send_.wanted_width();
         input.resize(left, 0, right - left - send_width - gap, 10);
         high = std::min(input.wanted_height(), h() / 3);
-        int one = scaled(text_size) + 20;
         input.resize(left, h() - high - gap, input.w(), high);
-        send_.resize(right - send_width, h() - one - gap, send_width, one);
-        view.resize(list_width() + 1, top, std::max(middle() - 1, 0), input.y() - gap - top);
+        send_.resize(right - send_width, input.y(), send_width, high);
+        view.resize(list_width(), top, middle(), input.y() - gap - top);
         details.resize(list_width() + middle(), 0, w() - list_width() - middle(), h());
         init_sizes();
         redraw();
@@ -1967,7 +1942,7 @@ class MainWindow : public Fl_Double_Window {
             if (middle() == 0) wishes_.toggle_details();
             return input.take_focus(), true;
         }
-        if (event == FL_KEYBOARD && is_text() && input.active_r() != 0 && input.visible() != 0)
+        if (event == FL_KEYBOARD && is_text() && input.readonly() == 0 && input.visible() != 0)
             return input.take_focus(), input.handle(event) != 0;  // nobody else wanted it
         return false;
     }
@@ -1995,7 +1970,9 @@ class MainWindow : public Fl_Double_Window {
     Button menu_{"\u2261", [this] { pop_up(wishes_.menu(), menu_.x(), menu_.y(), true); }};
     Button send_file_{"File\u2026", [this] { wishes_.send_file(); }};
     Button details_button_{"Details", [this] { wishes_.toggle_details(); }};
-    Text banner_{small_size, ink::warning, bold, "", ink::alarm}, state_{small_size, ink::quiet};
+    Text banner_{small_size, ink::warning, bold, "", ink::alarm};
+    std::string state_;
+    Fl_Color state_colour_ = ink::quiet;
 
   public:
     Details details{wishes_};
@@ -2003,36 +1980,27 @@ class MainWindow : public Fl_Double_Window {
 
 // ---- What is kept, what is known, what tests see ------------------------------------------------
 
-struct Settings {  // what is remembered from one time to the next: everything but the password
-    std::string server = "localhost:5000", user;
-    bool dark = false, sound = false;
-    int zoom = 100;
-};
+// What is remembered from one time to the next: words and their values, among them those of other
+// versions. Everything but the password.
+using Settings = std::map<std::string, std::string>;
 
 Settings load_settings(const std::filesystem::path& file) {
-    Settings settings;
+    Settings settings{{"server", "localhost:5000"}};
     try {
-        chatsecure::read_lines(file, 65536, "", [&](const std::vector<std::string>& words) {
-            if (words.size() != 2) return;
-            if (words[0] == "server") settings.server = words[1];
-            if (words[0] == "user") settings.user = words[1];
-            if (words[0] == "dark") settings.dark = words[1] == "1";
-            if (words[0] == "sound") settings.sound = words[1] == "1";
-            if (words[0] == "zoom")
-                settings.zoom =
-                    std::clamp<int>(chatsecure::parse_number<std::uint16_t>(words[1]).value_or(100),
-                                    smallest_zoom, largest_zoom);
+        chatsecure::read_lines(file, 65536, "", [&](std::vector<std::string> words) {
+            if (std::size_t at = words[0].find('='); at != std::string::npos)  // as it once was
+                words = {words[0].substr(0, at), words[0].substr(at + 1)};
+            if (words.size() == 2) settings[words[0]] = words[1];
         });
     } catch (const chatsecure::Error&) {  // comfort only: it begins as it would the first time
     }
     return settings;
 }
-// When the windows are closed: while they are open, nothing waits for a disk.
-void save_settings(const std::filesystem::path& file, const Settings& s) {
+void save_settings(const std::filesystem::path& file, const Settings& settings) {
     try {
+        std::string text;
+        for (const auto& [word, value] : settings) text += concat(word, " ", value, "\n");
         chatsecure::make_private_directory(file.parent_path());
-        std::string text = concat("server ", s.server, "\nuser ", s.user, "\ndark ", s.dark ? 1 : 0,
-                                  "\nsound ", s.sound ? 1 : 0, "\nzoom ", s.zoom, "\n");
         chatsecure::write_file(file, chatsecure::as_bytes(text), chatsecure::FileMode::owner_only);
     } catch (const chatsecure::Error& e) {
         std::cerr << "gui_client_fltk: " << e.what() << std::endl;
@@ -2043,25 +2011,26 @@ void save_settings(const std::filesystem::path& file, const Settings& s) {
 Details::Content describe(const Conversation& c) {
     if (c.name.empty())
         return {"Everyone",
-                "Each message is sealed for each of those who are online. The server passes on "
-                "what it cannot read.\n \nChoose a person on the left to see their identity."};
+                "Messages are sealed for those who are online; the server cannot read them.\n \n"
+                "Choose a person on the left to see their identity."};
     Details::Content content{c.name};
     bool known = c.knows_number();
+    content.story = known ? "Compare the safety number by telephone, or face to face."
+                    : c.online
+                        ? "Asking for the safety number \u2026"
+                        : concat(c.name, " is offline: the safety number is there when they are.");
+    if (known) content.number = chatsecure::safety_number_rows(c.number->digits);
     if (c.changed) {
-        content.story = "This is not the identity that you know. ";
+        content.story = "This is not the identity that you know. " + content.story;
         content.prints =
             concat("Known:\n", grouped(c.changed->pinned), "\nNow:\n", grouped(c.changed->seen));
         content.act = known ? "Trust the new identity" : nullptr;
     } else if (known) {
-        content.story = c.verified ? "\u2713 You have compared the number. " : "";
+        if (c.verified) content.story = "\u2713 You have compared the number.";
         content.prints = concat("Identity:\n", grouped(c.number->theirs));
         content.act = c.verified ? nullptr : "Mark as verified";
     }
-    if (known) content.number = chatsecure::safety_number_rows(c.number->digits);
-    content.story += known ? "Compare the safety number by telephone, or face to face."
-                     : c.online
-                         ? "Asking for the safety number \u2026"
-                         : concat(c.name, " is offline: the safety number is there when they are.");
+    if (!c.changed) content.ignore = c.ignored ? "Ignore no longer" : "Ignore them";
     return content;
 }
 
@@ -2069,7 +2038,21 @@ Details::Content describe(const Conversation& c) {
 class Reports {
   public:
     explicit Reports(bool wanted) : wanted_(wanted) {
-        if (wanted) Fl::add_timeout(tick_seconds, tick, this);
+        if (!wanted) return;
+        Fl::add_timeout(tick_seconds, tick, this);
+        for (std::size_t t : {0U, 1U}) {
+            auto writing = [&](unsigned letters, unsigned ground) {
+                line(concat("writing ", letters, " on ", ground));
+            };
+            auto pair = [&](Fl_Color letters, Fl_Color ground) {
+                writing(theme[t][letters - ink::window], theme[t][ground - ink::window]);
+            };
+            for (Fl_Color letters : ink::letters)
+                for (Fl_Color ground : ink::grounds) pair(letters, ground);
+            for (auto [letters, ground] : ink::other_pairs) pair(letters, ground);
+            for (unsigned person : colours_of_people[t])  // names, and letters on faces and sheets
+                writing(person, theme[t][0]), writing(person, theme[t][1]);
+        }
     }
     void line(const std::string& line) const {
         if (wanted_) std::cout << line << std::endl;
@@ -2120,8 +2103,7 @@ class Reports {
     static void tick(void* data) {
         auto* self = static_cast<Reports*>(data);
         auto now = chatsecure::Clock::now();
-        auto took = std::chrono::duration_cast<chatsecure::Milliseconds>(now - self->last_tick_);
-        std::int64_t late = took.count() - 20;
+        std::int64_t late = (now - self->last_tick_) / chatsecure::Milliseconds(1) - 20;
         if (self->last_tick_ != chatsecure::Clock::time_point{} && late > self->slowest_ms_)
             self->line(concat("slowest ", self->slowest_ms_ = late, " ms"));
         self->last_tick_ = now;
@@ -2167,11 +2149,12 @@ struct Flags {
 class App final : Wishes {
   public:
     explicit App(Flags flags) : flags_(std::move(flags)) {
-        style = {settings_.dark, settings_.zoom};
+        auto zoom = chatsecure::parse_number<std::uint16_t>(settings_["zoom"]).value_or(100);
+        style = {settings_["dark"] == "1", std::clamp<int>(zoom, smallest_zoom, largest_zoom)};
         set_theme();
         SignInForm form = flags_.form;
-        if (form.server.empty()) form.server = settings_.server;
-        if (form.user.empty()) form.user = settings_.user;
+        if (form.server.empty()) form.server = settings_["server"];
+        if (form.user.empty()) form.user = settings_["user"];
         sign_in_.fill(form);
         sign_in_.show();
         Fl::add_check(&App::mark_read, this);
@@ -2182,9 +2165,7 @@ class App final : Wishes {
     int run() {
         while (!quit_) Fl::wait(1000);
         client_.reset();
-        settings_.dark = style.dark;
-        settings_.zoom = style.zoom;
-        save_settings(settings_file_, settings_);
+        if (Fl::has_timeout(&App::save, this) != 0) save(this);
         return 0;
     }
 
@@ -2203,8 +2184,9 @@ class App final : Wishes {
         options.on_event = [this] {
             if (!woken_.exchange(true)) Fl::awake(&App::take_events, this);
         };
-        settings_.server = form.server;
-        settings_.user = options.user;
+        settings_["server"] = form.server;
+        settings_["user"] = options.user;
+        settings_changed();
         sign_in_.set_busy("Connecting \u2026");
         client_.reset();
         client_ = std::make_unique<chatsecure::Client>(std::move(options));
@@ -2224,8 +2206,9 @@ class App final : Wishes {
         if (stopped.reason == cannot_connect || stopped.reason == server_key_unknown)
             sign_in_.show_error(SignIn::Field::server, sentence);
         else if (stopped.reason == login_refused)
-            sign_in_.show_error(registering_ ? SignIn::Field::name : SignIn::Field::password,
-                                sentence);
+            sign_in_.show_error(
+                registering_ ? SignIn::Field::name : SignIn::Field::password,
+                sentence + (registering_ ? "" : " Is this a new account? Then say so below."));
         else
             sign_in_.show_warning(sentence);
     }
@@ -2259,6 +2242,7 @@ class App final : Wishes {
     void on(const chatsecure::LoggedIn& e) {
         for (const std::string& user : e.others) model_.person(user).online = true;
         online_ = true;
+        no_connection_.clear();
         set_state(concat("online as ", e.user), ink::online);
         ask_about_people();
         if (e.again) return note("Connected again.");
@@ -2274,10 +2258,10 @@ class App final : Wishes {
     }
     void on(const chatsecure::ConnectionLost& e) {
         model_.all_offline();
-        online_ = false;
+        if (std::exchange(online_, false)) note("The connection is lost.");  // not at each attempt
+        no_connection_ = concat("There is no connection. ", visible(e.reason),
+                                " What you write is sent when it is back.");
         show_waiting();
-        note(concat("The connection is lost: ", visible(e.reason),
-                    " What you write is sent when it is back."));
     }
     void on(const chatsecure::PersonJoined& e) {
         model_.person(e.user).online = true;
@@ -2422,10 +2406,10 @@ class App final : Wishes {
             model_.all_offline();
             over_ = true;
             set_state("disconnected", ink::warning);
-            ended_ = lost_ == 0
-                         ? visible_lines(e.sentence)
-                         : concat(lost_, lost_ == 1 ? " message was" : " messages were",
-                                  " not delivered: see the marks. Close the window once more.");
+            no_connection_ =
+                lost_ == 0 ? visible_lines(e.sentence)
+                           : concat(lost_, lost_ == 1 ? " message was" : " messages were",
+                                    " not delivered: see the marks. Close the window once more.");
             main_.end_input();
         }
     }
@@ -2450,12 +2434,12 @@ class App final : Wishes {
         if (where == model_.current) main_.view.update(added.own);
         bool seen = where == model_.current && is_reading();
         if (news && !seen) ++c.unread;
-        if (from_others && !seen && settings_.sound) fl_beep(FL_BEEP_MESSAGE);
+        if (from_others && !seen && settings_["sound"] == "1") fl_beep(FL_BEEP_MESSAGE);
         if (from_others && !seen && !where.empty()) {
             ask_for_attention(main_, true);
             reports_.line(concat("attention ", where));
         }
-        if (added.new_day) reports_.line(concat("day ", day_text(added.time)));
+        if (added.new_day) reports_.line(concat("day ", c.title(), " | ", day_text(added.time)));
         const FileEvent* card = model_.card(added.file);
         reports_.line(card != nullptr
                           ? concat("card ", added.file, " ", visible(card->file.name))
@@ -2495,9 +2479,9 @@ class App final : Wishes {
     }
     void show_waiting() {
         std::size_t waiting = client_->waiting();
-        set_state(waiting == 0 ? std::string("reconnecting")
-                               : concat("reconnecting, ", waiting, " to send"),
-                  ink::warning);
+        set_state(
+            waiting == 0 ? std::string("reconnecting") : concat("offline, ", waiting, " to send"),
+            ink::warning);
     }
     // After some events: what depends on all of them is set and drawn once.
     void refresh() {
@@ -2507,14 +2491,19 @@ class App final : Wishes {
         if (title != title_) main_.copy_label(title.c_str());
         title_ = title;
         if (unread == 0) ask_for_attention(main_, false);
-        const Conversation& c = model_.shown();
-        std::string banner = ended_;
-        if (banner.empty() && !c.trusted)
-            banner = concat("The identity of ", c.name,
-                            " has changed. Nothing is sent to or shown from ", c.name,
-                            " until you have compared the new one: Details.");
-        main_.set_banner(banner);
+        main_.set_banner(banner());
         main_.redraw();
+    }
+
+    std::string banner() const {
+        const Conversation& c = model_.shown();
+        if (!no_connection_.empty()) return no_connection_;
+        if (!c.trusted)
+            return concat("The identity of ", c.name,
+                          " has changed. Nothing is sent to or shown from ", c.name,
+                          " until you have compared the new one: Details.");
+        return c.ignored ? concat("You ignore ", c.name, ". What they write is hidden: Details.")
+                         : "";
     }
 
     // ---- What the user does ---------------------------------------------------------------------
@@ -2545,6 +2534,10 @@ class App final : Wishes {
         model_.current = name;
         Conversation& c = model_.person(name);
         c.unread = 0;
+        if (c.entries.empty() && !name.empty())
+            note(name,
+                 concat("What you write is read by ", name, " alone. File\u2026 offers a file. ",
+                        "Details tells whether it is really ", name, "."));
         input.put(std::exchange(c.draft, ""));
         main_.view.show_conversation(&c);
         show_details();
@@ -2701,14 +2694,17 @@ class App final : Wishes {
         post(chatsecure::Verify{c.name, true, c.number->theirs});
         ask_about_people();
     }
+    void toggle_ignored() override {
+        post(chatsecure::Ignore{model_.current});
+        ask_about_people();
+    }
 
     // ---- Settings -------------------------------------------------------------------------------
 
     std::vector<MenuLine> menu() override {
         auto tick = [](bool yes) { return FL_MENU_TOGGLE | (yes ? FL_MENU_VALUE : 0); };
         return {{"Dark theme", [this] { toggle_theme(); }, tick(style.dark)},
-                {"Sound for messages", [this] { settings_.sound = !settings_.sound; },
-                 tick(settings_.sound)},
+                {"Sound for messages", [this] { toggle_sound(); }, tick(settings_["sound"] == "1")},
                 {"Larger text (Ctrl +)", [this] { zoom(1); }},
                 {"Smaller text (Ctrl \u2212)", [this] { zoom(-1); }},
                 {"Commands and keys", [this] { show_help(); }},
@@ -2718,13 +2714,38 @@ class App final : Wishes {
         style.dark = !style.dark;
         set_theme();
         main_.redraw();
+        settings_changed();
         reports_.line(concat("dark ", style.dark ? 1 : 0));
+    }
+    void toggle_sound() {
+        settings_["sound"] = settings_["sound"] == "1" ? "0" : "1";
+        settings_changed();
     }
     void zoom(int by) override {
         style.zoom = by == 0 ? 100 : std::clamp(style.zoom + 10 * by, smallest_zoom, largest_zoom);
         main_.layout();
+        settings_changed();
         reports_.line(concat("zoom ", style.zoom));
     }
+    // They are written soon after, once for several changes, by a thread of their own: the window
+    // waits for no disk.
+    void settings_changed() {
+        settings_["dark"] = style.dark ? "1" : "0";
+        settings_["zoom"] = std::to_string(style.zoom);
+        Fl::remove_timeout(&App::save, this);
+        Fl::add_timeout(0.5, &App::save, this);
+    }
+    static void save(void* data) {
+        auto* self = static_cast<App*>(data);
+        auto write = [self, settings = self->settings_,
+                      before = std::move(self->saving_)]() mutable {
+            if (before.valid()) before.get();  // one at a time
+            save_settings(self->settings_file_, settings);
+            Fl::awake(&App::saved, self);
+        };
+        self->saving_ = std::async(std::launch::async, std::move(write));
+    }
+    static void saved(void* data) { static_cast<App*>(data)->reports_.line("settings saved"); }
 
     // ---- Leaving --------------------------------------------------------------------------------
 
@@ -2766,11 +2787,13 @@ class App final : Wishes {
     Reports reports_{flags_.report};
     std::filesystem::path settings_file_ = flags_.options.home / "window";
     Settings settings_ = load_settings(settings_file_);
-    std::string verifying_;                         // whose safety number a line has asked for
-    bool people_asked_ = false;                     // ListPeople is on its way,
-    bool people_changed_ = false;                   // and to be sent once more
-    bool who_ = false;                              // and its answer to be shown
-    std::string reply_to_, title_, ended_;          // ended_: why the connection does not come back
+    std::future<void> saving_;     // its destructor joins the thread
+    std::string verifying_;        // whose safety number a line has asked for
+    bool people_asked_ = false;    // ListPeople is on its way,
+    bool people_changed_ = false;  // and to be sent once more
+    bool who_ = false;             // and its answer to be shown
+    std::string reply_to_, title_;
+    std::string no_connection_;                     // why; empty: there is one
     Time time_ = std::chrono::system_clock::now();  // of the event that is being handled
     bool registering_ = false, online_ = false, over_ = false, quitting_ = false, quit_ = false;
     std::size_t lost_ = 0;     // messages that failed while we were leaving,
@@ -2795,53 +2818,43 @@ std::filesystem::path default_downloads() {
     return std::filesystem::is_directory(home / "Downloads") ? home / "Downloads" : "downloads";
 }
 
-// What stands for us in the taskbar: something that was said.
-void set_icon() {
-    constexpr int size = 64;
-    std::vector<unsigned char> pixels;
-    for (int y = 0; y < size; ++y)
-        for (int x = 0; x < size; ++x) {
-            auto in_disc = [&](double left, double top, double r) {
-                return std::hypot(x - left, y - top) < r;
-            };
-            bool bubble = in_disc(32, 29, 20) || (y > 40 && y < 54 && x > 16 && x < 70 - y);
-            for (int dot : {22, 32, 42}) bubble = bubble && !in_disc(dot, 29, 3.5);
-            unsigned char paper = bubble ? 255 : 60, opaque = in_disc(31.5, 31.5, 32) ? 255 : 0;
-            pixels.insert(pixels.end(), {paper, paper, 255, opaque});
-        }
-    Fl_RGB_Image icon(pixels.data(), size, size, 4);
-    Fl_Window::default_icon(&icon);
-}
-
 cxxopts::Options make_options() {
     cxxopts::Options options("gui_client_fltk", "The ChatSecure client in a window.\n");
     options.positional_help("[HOST[:PORT]]");
     auto add = options.add_options();
-    add("server", "where the server is", cxxopts::value<std::string>()->default_value(""),
-        "HOST[:PORT]");
-    add("u,user", "your user name", cxxopts::value<std::string>()->default_value(""), "NAME");
+    auto text = [] { return cxxopts::value<std::string>(); };
+    add("server", "where the server is", text(), "HOST[:PORT]");
+    add("u,user", "your user name", text(), "NAME");
     add("register", "make the account first");
     add("password-file",
-        "its first line is the password (else CHATSECURE_PASSWORD, else the window)",
-        cxxopts::value<std::string>()->default_value(""), "FILE");
-    add("server-key", "the server's public key, or its fingerprint SHA256:...",
-        cxxopts::value<std::string>(), "FILE|FINGERPRINT");
+        "its first line is the password (else CHATSECURE_PASSWORD, else the window)", text(),
+        "FILE");
+    add("server-key", "the server's public key, or its fingerprint SHA256:...", text(),
+        "FILE|FINGERPRINT");
     add("accept-new", "trust the key of a server that is not known yet");
     add("home", "directory of identities, pins and settings",
-        cxxopts::value<std::string>()->default_value(chatsecure::default_home().string()), "DIR");
+        text()->default_value(chatsecure::default_home().string()), "DIR");
     add("downloads", "where received files go; made when needed",
-        cxxopts::value<std::string>()->default_value(default_downloads().string()), "DIR");
+        text()->default_value(default_downloads().string()), "DIR");
+    add("trace", "write what the program does, layer by layer, into a file (trace.txt)",
+        text()->implicit_value("trace.txt"), "FILE");
+    add("trace-secrets", "and the keys of this run: to look at it, not to talk in it");
     add("report", "print what the window shows: for tests");
     add("version", "print the version and exit");
     add("help", "print this and exit");
     options.parse_positional({"server"});
     return options;
 }
+constexpr const char* examples =
+    "\nExamples:\n"
+    "  ./gui_client_fltk                                        asks for everything\n"
+    "  ./gui_client_fltk chat.example.org -u alice --register   a new account there\n";
 
 }  // namespace
 
 int main(int argc, char** argv) {
     chatsecure::open_standard_descriptors();
+    argv = chatsecure::arguments_in_utf8(argc, argv);
     std::setlocale(LC_ALL, "");
     cxxopts::Options options = make_options();
     Flags flags;
@@ -2849,36 +2862,43 @@ int main(int argc, char** argv) {
         cxxopts::ParseResult given = options.parse(argc, argv);
         if (!given.unmatched().empty())
             throw chatsecure::Error(concat("\"", given.unmatched()[0], "\" is one word too many."));
-        if (given.count("help") > 0) return std::cout << options.help(), 0;
+        if (given.count("help") > 0) return std::cout << options.help() << examples, 0;
         if (given.count("version") > 0)
             return std::cout << "ChatSecure window " << chatsecure::version << '\n', 0;
-        flags.form.server = given["server"].as<std::string>();
+        auto text = [&](const char* flag) {
+            return given.count(flag) > 0 ? given[flag].as<std::string>() : "";
+        };
+        flags.form.server = text("server");
         if (!flags.form.server.empty()) chatsecure::parse_host_port(flags.form.server, 5000);
-        flags.form.user = given["user"].as<std::string>();
+        flags.form.user = text("user");
         flags.form.register_account = given.count("register") > 0;
         flags.options.accept_new_server = given.count("accept-new") > 0;
         flags.report = given.count("report") > 0;
-        flags.options.home = given["home"].as<std::string>();
-        flags.options.files.downloads = given["downloads"].as<std::string>();
+        flags.options.trace =
+            chatsecure::tracer_from(text("trace"), given.count("trace-secrets") > 0)("window");
+        flags.options.home = chatsecure::path_of(given["home"].as<std::string>());
+        flags.options.files.downloads = chatsecure::path_of(given["downloads"].as<std::string>());
         if (given.count("server-key") > 0)
-            flags.options.server_key =
-                chatsecure::fingerprint_from(given["server-key"].as<std::string>());
+            flags.options.server_key = chatsecure::fingerprint_from(text("server-key"));
         if (std::optional<chatsecure::SecretBytes> password =
-                chatsecure::find_password(given["password-file"].as<std::string>()))
+                chatsecure::find_password(text("password-file")))
             flags.form.password = *password;
     } catch (const std::exception& e) {
         std::cerr << "gui_client_fltk: " << e.what()
                   << "\n./gui_client_fltk --help lists the flags.\n";
         return 2;
     }
-#ifndef _WIN32
     chatsecure::make_write_errors_errors();
-#endif
-    Fl::lock();                                                  // several threads: Fl::awake works
-    Fl::set_boxtype(FL_DOWN_BOX, draw_field_box, 6, 7, 12, 13);  // of every widget of FLTK
+    Fl::lock();                                                 // several threads: Fl::awake works
+    Fl::set_boxtype(FL_DOWN_BOX, draw_field_box, 6, 3, 12, 6);  // of every widget of FLTK
     Fl::set_boxtype(FL_UP_BOX, draw_field_box, 2, 2, 4, 4);
-    Fl::set_font(emoji_font, " emoji");
-    set_icon();
+    Fl::set_boxtype(message_box, draw_field_box, 6, 7, 12, 13);
+#ifdef CHATSECURE_PANGO
+    static PangoDriver driver;
+    Fl_Display_Device::display_device()->driver(&driver);
+    Fl_Display_Device::display_device()->set_current();
+#endif
+    Fl_Window::default_icon(static_cast<Fl_RGB_Image*>(&disc(64, FL_BLUE)));  // in the taskbar
     Fl::visible_focus(1);
     Fl::option(Fl::OPTION_FNFC_USES_GTK, false);  // GTK's chooser stops our events while it is open
     return App(std::move(flags)).run();

@@ -3,7 +3,6 @@
 
 #include "chatsecure.hpp"
 
-#include <csignal>
 #include <cxxopts.hpp>
 #include <iostream>
 
@@ -15,14 +14,6 @@ std::atomic<chatsecure::Server*> running_server = nullptr;  // for the signal ha
 
 extern "C" void on_signal(int) {
     if (chatsecure::Server* server = running_server.load()) server->stop();
-}
-
-void stop_on_signals() {
-    std::signal(SIGINT, on_signal);
-    std::signal(SIGTERM, on_signal);
-#ifndef _WIN32
-    std::signal(SIGHUP, on_signal);
-#endif
 }
 
 cxxopts::Options make_options() {
@@ -44,6 +35,9 @@ cxxopts::Options make_options() {
         cxxopts::value<std::string>()->default_value(std::to_string(chatsecure::default_rsa_bits)),
         "BITS");
     add("new-key", "make a new key although this directory had one that is missing");
+    add("trace", "write what passes on each connection, layer by layer (standard error, or a file)",
+        cxxopts::value<std::string>()->implicit_value("-"), "FILE");
+    add("trace-secrets", "and the keys of this run: to look at it, not to talk in it");
     add("v,verbose", "log each relayed payload: who, to whom, how many bytes");
     add("version", "print the version and exit");
     add("help", "print this and exit");
@@ -71,6 +65,11 @@ chatsecure::ServerOptions options_from(const cxxopts::ParseResult& flags) {
     options.new_key = flags.count("new-key") > 0;
     options.registration_open = flags.count("no-register") == 0;
     options.log_relayed = flags.count("verbose") > 0;
+    options.trace = [to = chatsecure::tracer_from(
+                         flags.count("trace") > 0 ? flags["trace"].as<std::string>() : "",
+                         flags.count("trace-secrets") > 0)](std::string_view client) {
+        return to(chatsecure::concat("server to ", client));
+    };
     options.log = [](chatsecure::LogLevel level, const std::string& line) {
         // One string, one write: the lines of several threads do not mix.
         std::cerr << chatsecure::concat(chatsecure::rfc3339_now(), " ",
@@ -103,7 +102,7 @@ int serve(chatsecure::ServerOptions options) {
     chatsecure::share_one_heap();
     chatsecure::Server server(std::move(options));
     running_server = &server;
-    stop_on_signals();
+    chatsecure::when_asked_to_end(on_signal);
     server.run();
     running_server = nullptr;
     return fine;
@@ -113,6 +112,7 @@ int serve(chatsecure::ServerOptions options) {
 
 int main(int argc, char** argv) {
     chatsecure::open_standard_descriptors();
+    argv = chatsecure::arguments_in_utf8(argc, argv);
     cxxopts::Options known = make_options();
     cxxopts::ParseResult flags;
     chatsecure::ServerOptions options;
