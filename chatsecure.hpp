@@ -37,12 +37,12 @@
 //
 //      way             chapters   lines   minutes
 //      --------------  --------  ------  --------
-//      an hour         2, 3, 5      893        60   How two programs talk over a network at all,
+//      an hour         2, 3, 5      898        60   How two programs talk over a network at all,
 //                                                   and how they keep it to themselves: you can
 //                                                   put an encrypted channel under anything.
-//      a long evening  1 to 9      4989       333   The whole protocol: you can write a compatible
+//      a long evening  1 to 9      4996       333   The whole protocol: you can write a compatible
 //                                                   client in another language.
-//      a weekend       all        11056       737   And how to build on it: a server for a thousand
+//      a weekend       all        11063       738   And how to build on it: a server for a thousand
 //                                                   people at once, a client that survives a lost
 //                                                   connection, and programs for people.
 //
@@ -203,8 +203,10 @@ inline constexpr std::string_view version = "0.1.0";
 //
 // A network carries bytes: not numbers, not text, not structs. Copying a struct into a socket works
 // on your machine, today, with this compiler; the other side may store its numbers the other way
-// round, pad its structs differently, or be written in another language. So we decide, once, how
-// each kind of value is laid out, and write it byte by byte:
+// round, pad its structs differently, or be written in another language. Then the 1 that one writes
+// as 01 00 00 00 is 16,777,216 for the other, and nothing says so: where it was a length, the rest
+// of the stream is lost. So we decide, once, how each kind of value is laid out, and write it byte
+// by byte:
 //
 //      number       big-endian ("network order"), 1, 2, 4 or 8 bytes: u8, u16, u32, u64
 //      text         u16 length, then that many bytes of UTF-8      std::string
@@ -1107,7 +1109,7 @@ class Socket {
 
     // Ends both streams at once. Whoever waits for this socket returns or throws.
     void shut_down() noexcept { detail::shut_down_both(handle_); }
-    // Ends our stream; the other side can still send.
+    // Ends our stream; the other side can still send ("half close").
     void finish_writing() noexcept { detail::shut_down_writing(handle_); }
 
     // Reads (away) what the other side still sends, until it ends its stream too or the time is
@@ -1123,10 +1125,12 @@ class Socket {
         }
     }
 
-    // For a chat: send small packets at once (Nagle's algorithm would hold them back up to 40 ms,
-    // hoping for more), and let the system notice when the other machine is gone. And keep what
-    // waits to be sent in our own queue, where chat can overtake file data (chapter 10): once it is
-    // in the system's buffer, which may hold megabytes, nothing overtakes it any more.
+    // For a chat: send small packets at once. (Nagle's algorithm would hold them back, up to 40 ms,
+    // while earlier bytes are not acknowledged, so that many small ones become one: good for who
+    // writes in small pieces and waits for no answer, bad for who does.) Let the system notice when
+    // the other machine is gone. And keep what waits to be sent in our own queue, where chat can
+    // overtake file data (chapter 10): once it is in the system's buffer, which may hold megabytes,
+    // nothing overtakes it any more.
     void set_chat_options() {
         detail::set_option(handle_, IPPROTO_TCP, TCP_NODELAY, 1);
         detail::set_option(handle_, SOL_SOCKET, SO_KEEPALIVE, 1);
@@ -2215,6 +2219,9 @@ class AesGcm {
 // sends nothing for ever would be served for ever. A message never reaches from one record into the
 // next.
 //
+// A REPLAY is a genuine message, recorded and sent again: it opens, because it is right, and only a
+// number that counts, or a key that is new, shows that it is not the one that is due.
+//
 // A record that was changed, repeated, left out, moved or sent back to its author meets the wrong
 // number or the wrong key and does not open, and that ends the connection: after such an event
 // nobody knows what else is wrong (P3). A connection that is cut at a record's edge looks like a
@@ -3129,11 +3136,11 @@ inline Message take_message(Reader& record) {
 // such, nothing that this login sends is looked at any more.
 //
 // The weak point of all this is the first meeting: is the key on bob's card bob's, or one that the
-// server made up? Clients PIN the identity that they see first and are loud when it changes. This
-// pin waits for proof too: a card is signed by its own identity key, and one that is not is dropped
-// before it is compared with anything.
-// Whoever wants to be certain compares the SAFETY NUMBER with bob, by telephone or face to face: 60
-// digits computed from both identities. A server in the middle cannot make them agree.
+// server made up? Clients PIN the identity that they see first ("trust on first use", as SSH does)
+// and are loud when it changes. This pin waits for proof too: a card is signed by its own identity
+// key, and one that is not is dropped before it is compared with anything. Whoever wants to be
+// certain compares the SAFETY NUMBER with bob, by telephone or face to face: 60 digits computed
+// from both identities. A server in the middle cannot make them agree.
 //
 //      fingerprint = SHA-256(identity key, SPKI)
 //      half        = SHA-256("chatsecure safety number 1" || user (text) || fingerprint); its first
