@@ -37,12 +37,12 @@
 //
 //      way             chapters   lines   minutes
 //      --------------  --------  ------  --------
-//      an hour         2, 3, 5      891        59   How two programs talk over a network at all,
+//      an hour         2, 3, 5      898        60   How two programs talk over a network at all,
 //                                                   and how they keep it to themselves: you can
 //                                                   put an encrypted channel under anything.
-//      a long evening  1 to 9      4969       331   The whole protocol: you can write a compatible
+//      a long evening  1 to 9      4996       333   The whole protocol: you can write a compatible
 //                                                   client in another language.
-//      a weekend       all        11018       735   And how to build on it: a server for a thousand
+//      a weekend       all        11063       738   And how to build on it: a server for a thousand
 //                                                   people at once, a client that survives a lost
 //                                                   connection, and programs for people.
 //
@@ -203,8 +203,10 @@ inline constexpr std::string_view version = "0.1.0";
 //
 // A network carries bytes: not numbers, not text, not structs. Copying a struct into a socket works
 // on your machine, today, with this compiler; the other side may store its numbers the other way
-// round, pad its structs differently, or be written in another language. So we decide, once, how
-// each kind of value is laid out, and write it byte by byte:
+// round, pad its structs differently, or be written in another language. Then the 1 that one writes
+// as 01 00 00 00 is 16,777,216 for the other, and nothing says so: where it was a length, the rest
+// of the stream is lost. So we decide, once, how each kind of value is laid out, and write it byte
+// by byte:
 //
 //      number       big-endian ("network order"), 1, 2, 4 or 8 bytes: u8, u16, u32, u64
 //      text         u16 length, then that many bytes of UTF-8      std::string
@@ -219,6 +221,8 @@ inline constexpr std::string_view version = "0.1.0";
 // A message is its fields in the order in which its struct has them, with nothing in between and
 // nothing behind. A blob has its length also where it comes last. Texts in quotes in the formulas
 // of this header ("CHATSEC1") are their bytes alone, without a length; || puts bytes behind others.
+// Nobody who passes a text on checks that it is UTF-8: whoever shows it does, and shows what is not
+// as it shows control characters.
 //
 // The traps of this chapter. A length that comes from the network is a claim, not a fact: Reader
 // checks it against what is really there before anything is read or allocated. A text that comes
@@ -1105,7 +1109,7 @@ class Socket {
 
     // Ends both streams at once. Whoever waits for this socket returns or throws.
     void shut_down() noexcept { detail::shut_down_both(handle_); }
-    // Ends our stream; the other side can still send.
+    // Ends our stream; the other side can still send ("half close").
     void finish_writing() noexcept { detail::shut_down_writing(handle_); }
 
     // Reads (away) what the other side still sends, until it ends its stream too or the time is
@@ -1121,10 +1125,12 @@ class Socket {
         }
     }
 
-    // For a chat: send small packets at once (Nagle's algorithm would hold them back up to 40 ms,
-    // hoping for more), and let the system notice when the other machine is gone. And keep what
-    // waits to be sent in our own queue, where chat can overtake file data (chapter 10): once it is
-    // in the system's buffer, which may hold megabytes, nothing overtakes it any more.
+    // For a chat: send small packets at once. (Nagle's algorithm would hold them back, up to 40 ms,
+    // while earlier bytes are not acknowledged, so that many small ones become one: good for who
+    // writes in small pieces and waits for no answer, bad for who does.) Let the system notice when
+    // the other machine is gone. And keep what waits to be sent in our own queue, where chat can
+    // overtake file data (chapter 10): once it is in the system's buffer, which may hold megabytes,
+    // nothing overtakes it any more.
     void set_chat_options() {
         detail::set_option(handle_, IPPROTO_TCP, TCP_NODELAY, 1);
         detail::set_option(handle_, SOL_SOCKET, SO_KEEPALIVE, 1);
@@ -2213,6 +2219,9 @@ class AesGcm {
 // sends nothing for ever would be served for ever. A message never reaches from one record into the
 // next.
 //
+// A REPLAY is a genuine message, recorded and sent again: it opens, because it is right, and only a
+// number that counts, or a key that is new, shows that it is not the one that is due.
+//
 // A record that was changed, repeated, left out, moved or sent back to its author meets the wrong
 // number or the wrong key and does not open, and that ends the connection: after such an event
 // nobody knows what else is wrong (P3). A connection that is cut at a record's edge looks like a
@@ -2412,8 +2421,9 @@ class RecordCipher {
 //      ServerSignature = HMAC(ServerKey, AuthMessage)
 //
 // The channel binding is base64("p=chatsecure,," || the 32 bytes of chapter 5); salt, proof and
-// signature are base64 too. A nonce is base64 of 18 random bytes, and in server-first the server's
-// stands directly behind the client's. HMAC's key comes first. Step by step:
+// signature are base64 too, and so are the parts of a verifier's text. A nonce is base64 of 18
+// random bytes, and in server-first the server's stands directly behind the client's. HMAC's key
+// comes first. Step by step:
 //
 //   1. C sends its name and its nonce. S checks that the name is one (chapter 1) and that the nonce
 //      has 16 to 128 characters; otherwise it ends the connection.
@@ -2733,24 +2743,27 @@ class ScramServer {
 //
 //   1. Before PublishCard a client says what the picture shows and nothing else; one
 //      RegisterAccount may come first, and the login follows on the same connection. The first
-//      Scram carries the ticket of the last LoginDone, or nothing (it is a favour: chapter 11); the
-//      second an empty one. The verifier is text as PostgreSQL writes it (ScramVerifier), made by
-//      the client.
+//      Scram carries the ticket of the last LoginDone, or nothing: with it one gets in while others
+//      guess at one's password (chapter 11). The second carries none. The verifier is text as
+//      PostgreSQL writes it (ScramVerifier), made by the client.
 //   2. LoginDone tells the client its own number, and of which identity the server has a record:
 //      the client tells its user if that is another than its own. The server takes a card that is
 //      signed and has the name of the login; then it answers Joined for each of those who are here,
-//      and Ready. It never names us to ourselves (whoever has our name is nobody: chapter 8), and
-//      gives no number twice, nor 0: then a client ends the connection. From Ready on a client may
-//      send what it likes.
+//      and Ready. It never names us to ourselves (a client does not speak to who has its own name),
+//      and gives no number twice, nor 0: then a client ends the connection. From Ready on a client
+//      may send what it likes; it may receive a little earlier, for the others have been told.
 //   3. GetCard of somebody who has left has no answer; Left has come before.
-//   4. Send and Fanout to somebody who has left are thrown away, likewise. `tag` is the sender's
-//      own, one series for both; 0 is good for whoever does not care. A Fanout names its members in
-//      ascending order, each once. Its text is at most what fits into a record beside the keys; so
-//      a client seals at most 32 KiB (chapter 8), and divides a large room among several Fanouts.
-//   5. A Ping is answered with its number, at any time after the login. Whoever has heard nothing
-//      for some time (the server 30 s, our client 45 s) sends one, and gives up after as long
-//      again.
-//   6. A client that writes faster than 2,000 messages a second in the long run (20,000 in one go;
+//   4. Send and Fanout to somebody who has left are thrown away, likewise. Both keep their order on
+//      the interactive lane. `tag` is the sender's own, one series for both; 0 is good for whoever
+//      does not care.
+//   5. A Fanout names its members in ascending order, each once; it may name nobody. Text and keys
+//      must fit into a record: a client seals at most 32 KiB (chapter 8), and divides a large room
+//      among several Fanouts.
+//   6. A Ping is answered with its number, from LoginDone on. Whoever has heard nothing for some
+//      time (the server 30 s, our client 45 s) sends one, and gives up after as long again. If
+//      somebody logs in as a user who is here, the server pings that one: who answers stays, and
+//      the newcomer is refused (already_online); who does not within 5 s is dropped.
+//   7. A client that writes faster than 2,000 messages a second in the long run (20,000 in one go;
 //      a text counts for one more with each 256 bytes) is read more slowly. It is told nothing: TCP
 //      makes it wait.
 //
@@ -3033,7 +3046,7 @@ inline Message take_message(Reader& record) {
 //
 //      card = user (text) || identity key (blob, SPKI) || x25519 (32 bytes)
 //             || issued (u64: microseconds since 1970, later than on every card before)
-//             || run (u64: of the program's first card since it was started, its `issued`)
+//             || run (u64: the `issued` of the first card that this program made since it started)
 //             || RSA-PSS signature (blob) over "chatsecure card 1" and everything before it
 //
 // At most 2,048 bytes. SHA-256(card) is over all of it, signature included.
@@ -3050,35 +3063,39 @@ inline Message take_message(Reader& record) {
 //                                                           nonce = 0 (u32) || seq,
 //                                                           kind (u8) || body )
 //
-// Both are payloads of Send (chapter 7). What B checks:
+// Both are payloads of Send (chapter 7). What A does and what B checks:
 //
-//   1. The card, from CardOf or from the Open, whichever comes first: its signature, by the
-//      identity key that it holds; its name, the one that the server announced for this login; and
-//      that it is not our own, nor one that we have met under another number. Otherwise this login
-//      is nobody: nothing that it sends is used. Then the pin (see below).
-//   2. The Open comes once for each login, on the interactive lane, before anything sealed; its
-//      card is the one we know. Otherwise it is dropped, with a complaint. If it does not open,
-//      nothing that this login sends is looked at any more: each try costs an RSA operation.
-//   3. seq counts for each lane, from 1. What is not above the last one is dropped; what is above
-//      the next one is taken, and the gap is told; above 2^32 nothing is taken. What does not open
-//      is dropped with a complaint, and the next one may be good.
+//   1. A has B's card (GetCard) and has sent its Open before it seals anything for B, also when
+//      that is a room message. If the Open comes back (Undelivered), B has not seen it, and A makes
+//      a new one, with a new secret, before the next thing.
+//   2. B takes the card from CardOf or from the Open, whichever comes first, and checks its
+//      signature, by the identity key that it holds; its name, which must be the one that the
+//      server announced for this login; and that it is not B's own, nor one that B has met under
+//      another number. Otherwise B uses nothing that this login sends. Then the pin (see below): of
+//      somebody whose identity has changed B keeps the Open, and what comes with it, until its user
+//      has decided.
+//   3. B takes one Open from each login, on the interactive lane, before anything sealed; its card
+//      must be the one that B knows. Otherwise it is dropped, with a complaint. If it does not
+//      open, B looks at nothing more of this login: each try costs an RSA operation.
+//   4. seq counts for each lane, from 1. B drops what is not above the last one that opened. If it
+//      is further than the next one, B takes it and tells how many are missing; above 2^32 it takes
+//      none. What does not open is dropped with a complaint, and the next one may be good.
 //
-// Before A seals anything for B it has B's card (GetCard) and has sent its Open, also when the
-// first thing is a room message.
 //
 //   - B knows that it is A: only A's login holds `a`, whose public half A's identity signed.
 //   - A knows that only B reads it: only B's identity opens the secret.
 //   - Nothing else is signed, so B cannot prove to a third person what A said: B could have made
 //     all of it with the same keys. That is how a conversation between two people should be.
-//   - There is one Open for a pair of cards, because a second one would start seq again.
+//   - There is one Open for a pair of cards: with a second one the server could play back what was
+//     sealed under the first.
 //
 // A ROOM MESSAGE goes to everyone. Encrypting it anew for each of 500 members would be 500 times
 // the bytes. So the text is sealed once, under a key k made for it alone, and each member gets k
 // as a WRAPPED KEY: sealed for that pair.
 //
 //      sealed text = AES-256-GCM(k, nonce = twelve zero bytes, no aad, text)
-//      wrapped key = seq || AES-256-GCM(interactive key, 0 || seq, aad = SHA-256(sealed text),
-//                                       room_key (u8) || k)
+//      wrapped key = seq || AES-256-GCM(interactive key, nonce = 0 (u32) || seq,
+//                                       aad = SHA-256(sealed text), room_key (u8) || k)
 //
 // seq is the interactive lane's, one series for wrapped keys and private messages.
 // The aad ties the wrapped key to this sealed text. Every member knows k, so every member could
@@ -3098,12 +3115,15 @@ inline Message take_message(Reader& record) {
 //   - B answers private messages with receipts, one for many where many came at once, when they
 //     were shown, and again for one that comes a second time. What came too late to be remembered
 //     (see ShownIds) is neither shown nor confirmed.
-//   - What has no receipt when B's login is gone is sealed again, with the same id, for B's next
-//     login of the same identity in the same run. Another run of B's program does not know what the
-//     one before has shown: so what was sent to that, and not confirmed, is named to the user as
-//     not delivered, for otherwise it might be shown twice.
+//   - What has no receipt when B's login is gone waits for B's next one. Has that the same identity
+//     and the same `run`, it is sealed again, with the same id. Has it another `run`, another
+//     program is there, which does not know what the one before has shown: so it is named to the
+//     user as not delivered, for otherwise it might be shown twice.
 //   - A room message is sent again with the same id if the connection broke before the server's
-//     Taken came. Whoever has shown an id does not show it again.
+//     Taken came: to those who are here then, but not to who came after it was sent the first time
+//     (they may have read newer messages, and would see this one behind them). Whoever has shown an
+//     id does not show it again.
+//   - What comes back (Undelivered) is not sent again: the user is told whom it did not reach.
 //
 // So a server that lies about who is here or what was delivered can cause a second transmission,
 // and never a second showing. And a card is met ONCE: for as long as our own card is used, a card
@@ -3116,16 +3136,16 @@ inline Message take_message(Reader& record) {
 // such, nothing that this login sends is looked at any more.
 //
 // The weak point of all this is the first meeting: is the key on bob's card bob's, or one that the
-// server made up? Clients PIN the identity that they see first and are loud when it changes. This
-// pin waits for proof too: a card is signed by its own identity key, and one that is not is dropped
-// before it is compared with anything.
-// Whoever wants to be certain compares the SAFETY NUMBER with bob, by telephone or face to face: 60
-// digits computed from both identities. A server in the middle cannot make them agree.
+// server made up? Clients PIN the identity that they see first ("trust on first use", as SSH does)
+// and are loud when it changes. This pin waits for proof too: a card is signed by its own identity
+// key, and one that is not is dropped before it is compared with anything. Whoever wants to be
+// certain compares the SAFETY NUMBER with bob, by telephone or face to face: 60 digits computed
+// from both identities. A server in the middle cannot make them agree.
 //
 //      fingerprint = SHA-256(identity key, SPKI)
 //      half        = SHA-256("chatsecure safety number 1" || user (text) || fingerprint); its first
 //                    30 bytes are six numbers of five bytes, each modulo 100,000, in five digits
-//      number      = the half that is smaller, as digits, and then the other one
+//      number      = the half whose 30 digits are smaller, and then the other one
 //
 // 30 digits are about 100 bits: nobody finds a key with the same half by trying.
 //
@@ -3143,7 +3163,7 @@ inline constexpr std::size_t max_card_bytes = 2048;
 
 // What is inside a sealed payload. The server never sees it.
 enum class Kind : std::uint8_t {
-    text = 1,         // a private message: UTF-8
+    text = 1,         // a private message: its id, and UTF-8
     room_key = 2,     // a wrapped key: the key of a room message
     receipt = 3,      // ids of private messages that were shown: u64 each
     file_offer = 10,  // the rest: chapter 9
@@ -3316,7 +3336,7 @@ class OpeningLane {
 namespace detail {
 
 // The lanes of one direction, sealing or opening, as index_of() counts them. `a` is the card hash
-// of the side that opens, `b` of the side that is opened to.
+// of the side that sends the Open, `b` of the one that gets it.
 template <class AnyLane>
 std::array<AnyLane, 2> pair_lanes(const Digest& a, const Digest& b, const Secret<32>& secret,
                                   const Secret<32>& x25519, const Tracer& trace = {},
@@ -3694,10 +3714,10 @@ class PinStore {
 //      most 16 of her offers to bob wait or run at a time; one that is too many gets a FileOver,
 //      and after 64 of those no answer. What bob sees of the name is what he would get on his disk.
 //   2. Once for each offer. The answer says how much bob has already from an earlier attempt (less
-//      than the whole, unless the file is empty), and its hash, with offset 0 that of no bytes at
-//      all. If alice's file begins with the same bytes, her first chunk goes on behind them; if
-//      not, its offset is 0. (Bob tells nothing that alice did not send: what he has belongs to the
-//      identity that sent it.)
+//      than the whole, unless the file is empty), and its hash: with offset 0 that of the empty
+//      string. An empty file is answered like any other, and has no chunks. If alice's file begins
+//      with the same bytes, her first chunk goes on behind them; if not, its offset is 0. (Bob
+//      tells nothing that alice did not send: what he has belongs to the identity that sent it.)
 //   3. CREDIT is the number of bytes that alice may send, counted from the beginning of this
 //      attempt. Each FileCredit is larger than the one before, and at most 4 MiB ahead of what she
 //      has sent. Bob raises it as his disk takes what came, so at most 4 MiB of all his transfers
@@ -3762,9 +3782,10 @@ class PinStore {
 //      a long time        not queued, preparing: over      moving, if they are to blame, or
 //                                                          interrupted: over
 //
-//      !: against the rules, so over. What cannot happen to a side is ignored. "over" means that
-//      the other side gets a FileOver (if it is in reach) and the user a sentence, and that the
-//      transfer is forgotten.
+//      "The same offer" is a new FileOffer, with a new id, of the same identity, name, size and
+//      time of change. !: against the rules, so over. What cannot happen to a side is ignored.
+//      "over" means that the other side gets a FileOver (if it is in reach) and the user a
+//      sentence, and that the transfer is forgotten.
 //
 // Threads. Disks wait: a spun-down one for seconds, a network drive for ever. So the machine
 // itself, FileTransfers, does no input or output. It takes messages, commands, the disk's answers
@@ -3832,6 +3853,9 @@ struct FileError : Error {
 struct NoRoom : FileError {  // before anything was written
     using FileError::FileError;
 };
+
+// Whoever writes a client in another language has now read everything for it. The rest of this
+// chapter is how this program does it: names, disks, threads and the machine.
 
 // ---- Names --------------------------------------------------------------------------------------
 

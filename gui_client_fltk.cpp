@@ -2727,8 +2727,7 @@ class App final : Wishes {
         settings_changed();
         reports_.line(concat("zoom ", style.zoom));
     }
-    // They are written soon after, once for several changes, by a thread of their own: the window
-    // waits for no disk.
+    // Written soon after, once for several changes, by a thread: the window waits for no disk.
     void settings_changed() {
         settings_["dark"] = style.dark ? "1" : "0";
         settings_["zoom"] = std::to_string(style.zoom);
@@ -2895,11 +2894,12 @@ int main(int argc, char** argv) {
     Fl::set_boxtype(message_box, draw_field_box, 6, 7, 12, 13);
 #ifdef CHATSECURE_PANGO
     static PangoDriver driver;
-    Fl_Display_Device::display_device()->driver(&driver);
-    Fl_Display_Device::display_device()->set_current();
+    Fl_Display_Device* display = Fl_Display_Device::display_device();
+    delete display->driver();
+    display->driver(&driver);
+    display->set_current();
 #endif
     Fl_Window::default_icon(static_cast<Fl_RGB_Image*>(&disc(64, FL_BLUE)));  // in the taskbar
-    Fl::visible_focus(1);
     Fl::option(Fl::OPTION_FNFC_USES_GTK, false);  // GTK's chooser stops our events while it is open
     return App(std::move(flags)).run();
 }

@@ -13308,10 +13308,11 @@ class Window {
         type(text);
     }
 
-    // What the window tells the desktop about itself.
+    // What alice's window tells the desktop about itself.
     std::string property(const std::string& name) {
-        return shell(
-            concat("export DISPLAY=", number_, "; ", program("xprop"), " -id ", window, " ", name));
+        return shell(concat("export DISPLAY=", number_, "; ", program("xprop"),
+                            " -id $(xdotool search --name 'alice .* ChatSecure' | tail -1) ",
+                            name));
     }
 
   private:
