@@ -40,9 +40,9 @@
 //      an hour         2, 3, 5      898        60   How two programs talk over a network at all,
 //                                                   and how they keep it to themselves: you can
 //                                                   put an encrypted channel under anything.
-//      a long evening  1 to 9      4996       333   The whole protocol: you can write a compatible
+//      a long evening  1 to 9      5002       333   The whole protocol: you can write a compatible
 //                                                   client in another language.
-//      a weekend       all        11063       738   And how to build on it: a server for a thousand
+//      a weekend       all        11069       738   And how to build on it: a server for a thousand
 //                                                   people at once, a client that survives a lost
 //                                                   connection, and programs for people.
 //
@@ -624,7 +624,7 @@ inline std::optional<std::size_t> utf8_length(std::string_view text) {
 
 // User names: [a-z0-9][a-z0-9_.-]{0,31}. Few characters on purpose: no name can look like another
 // (no Cyrillic "a"), break a line of users.db, or climb out of a directory. And nobody has a name
-// that front ends use themselves, as in "you -> bob: text".
+// that front ends use themselves, as in "you -> bob: text": you, everyone, everybody.
 inline constexpr std::size_t max_name_bytes = 32;
 inline bool is_reserved_name(std::string_view name) {
     return name == "you" || name == "everyone" || name == "everybody";
@@ -2741,11 +2741,12 @@ class ScramServer {
 // Who may say what, and what happens otherwise. A message that is not due, is of an unknown type,
 // is cut short, or has bytes behind its fields ends the connection (Goodbye: broke_protocol).
 //
-//   1. Before PublishCard a client says what the picture shows and nothing else; one
-//      RegisterAccount may come first, and the login follows on the same connection. The first
+//   1. Before PublishCard a client says what the picture shows and Pong, and nothing else; one
+//      RegisterAccount may come first, and the login follows on the same connection. Its verifier
+//      is text as PostgreSQL writes it (ScramVerifier), made by the client, with salt and
+//      iterations within the limits of chapter 6; otherwise the answer is bad_account. The first
 //      Scram carries the ticket of the last LoginDone, or nothing: with it one gets in while others
-//      guess at one's password (chapter 11). The second carries none. The verifier is text as
-//      PostgreSQL writes it (ScramVerifier), made by the client.
+//      guess at one's password (chapter 11). The second carries none.
 //   2. LoginDone tells the client its own number, and of which identity the server has a record:
 //      the client tells its user if that is another than its own. The server takes a card that is
 //      signed and has the name of the login; then it answers Joined for each of those who are here,
@@ -2949,7 +2950,8 @@ struct Undelivered {
     std::uint32_t tag = 0;
     static void fields(auto& self, auto& io) { io(self.to, self.tag); }
 };
-// Every Fanout up to this one stands in the queues of all whom it names.
+// Every Fanout up to this one stands in the queues of all whom it names and for whom no Undelivered
+// has come before this.
 struct Taken {
     static constexpr MessageType type{35};
     std::uint32_t tag = 0;
@@ -3067,13 +3069,14 @@ inline Message take_message(Reader& record) {
 //
 //   1. A has B's card (GetCard) and has sent its Open before it seals anything for B, also when
 //      that is a room message. If the Open comes back (Undelivered), B has not seen it, and A makes
-//      a new one, with a new secret, before the next thing.
+//      a new one, with a new secret, before the next thing; what was sealed under the first one B
+//      cannot open, and it stays unconfirmed.
 //   2. B takes the card from CardOf or from the Open, whichever comes first, and checks its
 //      signature, by the identity key that it holds; its name, which must be the one that the
 //      server announced for this login; and that it is not B's own, nor one that B has met under
 //      another number. Otherwise B uses nothing that this login sends. Then the pin (see below): of
-//      somebody whose identity has changed B keeps the Open, and what comes with it, until its user
-//      has decided.
+//      somebody whose identity has changed, or whose card is older than one that B has seen, B
+//      keeps the Open, and what comes with it, until its user has decided.
 //   3. B takes one Open from each login, on the interactive lane, before anything sealed; its card
 //      must be the one that B knows. Otherwise it is dropped, with a complaint. If it does not
 //      open, B looks at nothing more of this login: each try costs an RSA operation.
@@ -3081,6 +3084,7 @@ inline Message take_message(Reader& record) {
 //      is further than the next one, B takes it and tells how many are missing; above 2^32 it takes
 //      none. What does not open is dropped with a complaint, and the next one may be good.
 //
+// What that gives:
 //
 //   - B knows that it is A: only A's login holds `a`, whose public half A's identity signed.
 //   - A knows that only B reads it: only B's identity opens the secret.
@@ -3107,7 +3111,8 @@ inline Message take_message(Reader& record) {
 //
 //      text     = id (u64) || UTF-8          what is sealed, in private and for the room: at most
 //                                            32 KiB, and the id; what is longer is dropped
-//      receipt  = id (u64) || id || ...      private messages that the sender of this has shown
+//      receipt  = id (u64) || id || ...      private messages that the sender of this has shown, as
+//                                            many as fit into a message
 //
 //   - The id is the sender's, one series for the room and all private messages: it grows, and no
 //     two messages of one user with one identity have the same. It goes on from `issued` of the
@@ -3719,17 +3724,18 @@ class PinStore {
 //      with the same bytes, her first chunk goes on behind them; if not, its offset is 0. (Bob
 //      tells nothing that alice did not send: what he has belongs to the identity that sent it.)
 //   3. CREDIT is the number of bytes that alice may send, counted from the beginning of this
-//      attempt. Each FileCredit is larger than the one before, and at most 4 MiB ahead of what she
-//      has sent. Bob raises it as his disk takes what came, so at most 4 MiB of all his transfers
-//      together are ever under way, in queues and buffers between the two disks. SSH and HTTP/2 do
-//      the same and call it a window. Without it a fast sender fills the server's memory, or, if
-//      the server stops reading, her chat waits behind her file. A number that only grows is hard
-//      to get wrong: it cannot be "added twice". (This is flow control, which spares the receiver.
-//      Congestion control spares the network in between, and is left to TCP.)
-//      Chunks come in order, and each says where it belongs, counted from the file's beginning:
-//      behind the last one, within the size that was offered and the credit. A gap means that
-//      something was lost. No chunk is empty. Each costs bob memory besides its bytes: if more than
-//      4096 wait for his disk (4 MiB in pieces of 1 KiB), the transfer ends.
+//      attempt; FileAccept has the first, and it may be more than the file needs. Each FileCredit
+//      is larger than the one before, and at most 4 MiB ahead of what she has sent. Bob raises it
+//      as his disk takes what came, so at most 4 MiB of all his transfers together are ever under
+//      way, in queues and buffers between the two disks. SSH and HTTP/2 do the same and call it a
+//      window. Without it a fast sender fills the server's memory, or, if the server stops reading,
+//      her chat waits behind her file. A number that only grows is hard to get wrong: it cannot be
+//      "added twice". (This is flow control, which spares the receiver. Congestion control spares
+//      the network in between, and is left to TCP.) Chunks come in order, and each says where it
+//      belongs, counted from the file's beginning: behind the last one, within the size that was
+//      offered and the credit. A gap means that something was lost. No chunk is empty. Each costs
+//      bob memory besides its bytes: if more than 4096 wait for his disk (4 MiB in pieces of 1
+//      KiB), the transfer ends.
 //   4. Until then the file has another name, which ends in .part. It is written, synced to the
 //      disk, and only then gets its name: NAME is whole or not there (P11).
 //
@@ -3779,8 +3785,8 @@ class PinStore {
 //      the other is gone  queued, or accepted ever:        offered: over; finishing: nothing
 //                         -> interrupted; else over        else -> interrupted
 //      and back           interrupted -> queued            (the same offer) interrupted -> queued
-//      a long time        not queued, preparing: over      moving, if they are to blame, or
-//                                                          interrupted: over
+//      10 minutes         all but queued and preparing:    moving, if they are to blame, or
+//                         over                             interrupted: over
 //
 //      "The same offer" is a new FileOffer, with a new id, of the same identity, name, size and
 //      time of change. !: against the rules, so over. What cannot happen to a side is ignored.
