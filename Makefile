@@ -172,7 +172,7 @@ bench-gui: $(O)/tests $(O)/server $(O)/client $(O)/gui_client_fltk
 check-gui: $(O)/tests $(O)/server $(O)/client $(O)/gui_client_fltk
 	$(O)/tests --check-gui
 
-# Other processors, on this one: 32 bits, and the bytes of numbers the other way round.
+# Other processors, on this one: 32 bits, and the bytes of numbers the other way round; Windows.
 check-portable:
 	.ci/portable $(ONLY)
 
@@ -328,7 +328,7 @@ help:
 	@echo "make run-gui   starts a server, if none runs, and opens a window"
 	@echo "make check-gui drives that window, in a display that nobody sees"
 	@echo "make bench-gui measures it under a flood of messages"
-	@echo "make check-portable builds, tests and talks with i386, arm64 and s390x (Debian, root)"
+	@echo "make check-portable builds, tests and talks with i386, arm64, s390x, Windows (Debian, root)"
 	@echo "make sabotage  breaks the header in many small ways: the tests must notice each"
 	@echo "make install   into PREFIX ($(PREFIX)), below DESTDIR: programs, header, man pages,"
 	@echo "               completion for bash, a service for systemd, the window's menu entry"

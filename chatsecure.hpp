@@ -65,6 +65,7 @@
 #include <cerrno>
 #include <charconv>
 #include <chrono>
+#include <climits>
 #include <condition_variable>
 #include <csignal>
 #include <cstddef>
@@ -111,6 +112,7 @@
 #include <windows.h>
 #include <fcntl.h>
 #include <io.h>
+#include <sddl.h>
 #include <shellapi.h>
 #pragma pop_macro("WIN32_LEAN_AND_MEAN")
 #pragma pop_macro("NOMINMAX")
@@ -9041,6 +9043,9 @@ inline std::filesystem::path path_from(std::string_view text) {
             decoded += rest[0];
         }
     }
+    // "/C:/a" is "C:/a", where drives have letters.
+    if (std::filesystem::path::preferred_separator == '\\' && decoded.find(':') == 2)
+        decoded.erase(0, 1);
     return path_of(decoded);
 }
 
@@ -9269,19 +9274,39 @@ inline int fail() {
 }
 // A file that is open has no other name and does not go away, unless who has opened it agrees:
 // FILE_SHARE_DELETE. The library's own functions never do.
-inline int open_shared(const std::filesystem::path& path, DWORD access, DWORD creation,
-                       DWORD flags) {
+inline int open_shared(const std::filesystem::path& path, DWORD access, DWORD creation, DWORD flags,
+                       SECURITY_ATTRIBUTES* rights = nullptr) {
     HANDLE file =
         ::CreateFileW(path.c_str(), access, FILE_SHARE_READ | FILE_SHARE_WRITE | FILE_SHARE_DELETE,
-                      nullptr, creation, flags, nullptr);
+                      rights, creation, flags, nullptr);
     if (file == INVALID_HANDLE_VALUE) return fail();
     return ::_open_osfhandle(reinterpret_cast<std::intptr_t>(file), _O_BINARY | _O_NOINHERIT);
 }
 inline HANDLE handle_of(int file) { return reinterpret_cast<HANDLE>(::_get_osfhandle(file)); }
 
-inline int open_file(const std::filesystem::path& path, bool create, FileMode) {
-    return create ? open_shared(path, GENERIC_WRITE, CREATE_NEW, FILE_ATTRIBUTE_NORMAL)
-                  : open_shared(path, GENERIC_READ, OPEN_EXISTING, FILE_ATTRIBUTE_NORMAL);
+// Lets our user in and nobody else, and takes over nothing from the folder. Empty if that fails.
+inline SECURITY_ATTRIBUTES rights_of_owner() {
+    SECURITY_ATTRIBUTES rights{sizeof rights, nullptr, FALSE};
+    alignas(TOKEN_USER) std::array<std::uint8_t, 256> user{};
+    HANDLE process = nullptr;
+    DWORD size = user.size();
+    wchar_t* name = nullptr;
+    if (::OpenProcessToken(::GetCurrentProcess(), TOKEN_QUERY, &process) != 0 &&
+        ::GetTokenInformation(process, TokenUser, user.data(), size, &size) != 0 &&
+        ::ConvertSidToStringSidW(reinterpret_cast<TOKEN_USER*>(user.data())->User.Sid, &name) != 0)
+        ::ConvertStringSecurityDescriptorToSecurityDescriptorW(
+            (L"D:P(A;;FA;;;" + std::wstring(name) + L")").c_str(), SDDL_REVISION_1,
+            &rights.lpSecurityDescriptor, nullptr);
+    ::LocalFree(name);
+    ::CloseHandle(process);
+    return rights;
+}
+inline int open_file(const std::filesystem::path& path, bool create, FileMode mode) {
+    if (!create) return open_shared(path, GENERIC_READ, OPEN_EXISTING, FILE_ATTRIBUTE_NORMAL);
+    static SECURITY_ATTRIBUTES owner = rights_of_owner();
+    if (owner.lpSecurityDescriptor == nullptr) return errno = EACCES, -1;
+    return open_shared(path, GENERIC_WRITE, CREATE_NEW, FILE_ATTRIBUTE_NORMAL,
+                       mode == FileMode::owner_only ? &owner : nullptr);
 }
 inline void give_back_free_memory() {}
 inline int close_file(int file) { return ::_close(file); }
@@ -9304,8 +9329,9 @@ inline std::intptr_t lock_directory(const std::filesystem::path& directory, bool
         HANDLE lock = ::CreateFileW(file.c_str(), GENERIC_WRITE, 0, nullptr, OPEN_ALWAYS,
                                     FILE_FLAG_DELETE_ON_CLOSE, nullptr);
         if (lock != INVALID_HANDLE_VALUE) return reinterpret_cast<std::intptr_t>(lock);
-        fail();  // EACCES: somebody has it, or is just giving it back
-        if (errno != EACCES)
+        DWORD reason = ::GetLastError();  // somebody has it, or is just giving it back?
+        fail();
+        if (reason != ERROR_SHARING_VIOLATION && reason != ERROR_ACCESS_DENIED)
             throw Error(concat("Cannot open the directory ", directory.string(), ": ",
                                system_reason(), "."));
         if (!wait || std::chrono::steady_clock::now() >= until) throw Error(std::string(busy));
@@ -9410,7 +9436,9 @@ inline std::array<SocketHandle, 2> make_waker_ends() {
 
 inline std::ptrdiff_t receive_some(SocketHandle s, ByteSpan into) {
     auto size = static_cast<int>(std::min<std::size_t>(into.size(), 1 << 30));
-    return ::recv(s, reinterpret_cast<char*>(into.data()), size, 0);
+    int got = ::recv(s, reinterpret_cast<char*>(into.data()), size, 0);
+    // Shut down from here: elsewhere that is the end of the stream, and no error.
+    return got < 0 && ::WSAGetLastError() == WSAESHUTDOWN ? 0 : got;
 }
 inline std::ptrdiff_t send_some(SocketHandle s, ByteView bytes) {
     auto size = static_cast<int>(std::min<std::size_t>(bytes.size(), 1 << 30));
@@ -9586,6 +9614,7 @@ class InputThread {
         ::DuplicateHandle(::GetCurrentProcess(), ::GetCurrentThread(), ::GetCurrentProcess(),
                           &handle_, 0, FALSE, DUPLICATE_SAME_ACCESS);
         bool console = is_terminal(0);
+        ::_setmode(0, _O_BINARY);  // a byte 0x1a in a file is not its end
         std::wstring units;
         std::string block;
         std::unique_lock lock(mutex_);
@@ -9711,7 +9740,12 @@ inline void give_back_free_memory() {
 #endif
 }
 inline int close_file(int file) { return ::close(file); }
-inline int sync_file(int file) { return ::fsync(file); }
+inline int sync_file(int file) {
+#ifdef F_FULLFSYNC  // macOS, whose fsync() leaves them in the disk's own memory
+    if (::fcntl(file, F_FULLFSYNC) == 0) return 0;  // not every file system can do it
+#endif
+    return ::fsync(file);
+}
 inline std::ptrdiff_t read_some(int file, ByteSpan into) {
     return ::read(file, into.data(), into.size());
 }
@@ -9722,7 +9756,7 @@ inline bool sync_directory(const std::filesystem::path& directory) {
     int handle = ::open(directory.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC);
     if (handle < 0) return true;  // an unreadable directory: one cannot ask for more
     bool synced =
-        ::fsync(handle) == 0 || errno == EINVAL;  // or the file system knows no such thing
+        sync_file(handle) == 0 || errno == EINVAL;  // or the file system knows no such thing
     int reason = errno;
     ::close(handle);
     errno = reason;
@@ -9922,6 +9956,9 @@ inline std::size_t raise_descriptor_limit() {
     rlimit limit{};
     ::getrlimit(RLIMIT_NOFILE, &limit);
     limit.rlim_cur = limit.rlim_max;
+#ifdef __APPLE__
+    limit.rlim_cur = std::min<rlim_t>(limit.rlim_max, OPEN_MAX);  // more is refused
+#endif
     ::setrlimit(RLIMIT_NOFILE, &limit);
     ::getrlimit(RLIMIT_NOFILE, &limit);
     return static_cast<std::size_t>(limit.rlim_cur);
@@ -9960,7 +9997,12 @@ inline Readiness wait_for_input(Waker& waker, bool want_input, int timeout_ms) {
     std::array<pollfd, 3> entries{{{waker.handle(), POLLIN, 0},
                                    {want_input ? STDIN_FILENO : -1, POLLIN, 0},
                                    {STDOUT_FILENO, 0, 0}}};
-    if (::poll(entries.data(), entries.size(), timeout_ms) <= 0) return {};
+    int events = ::poll(entries.data(), entries.size(), timeout_ms);
+    if (events > 0 && (entries[2].revents & POLLNVAL) != 0) {  // macOS cannot watch /dev/null
+        entries[2].fd = -1;
+        events = ::poll(entries.data(), entries.size(), timeout_ms);
+    }
+    if (events <= 0) return {};
     if (entries[0].revents != 0) waker.drain();
     return {entries[1].revents != 0, (entries[2].revents & (POLLERR | POLLHUP)) != 0};
 }
@@ -9978,12 +10020,13 @@ inline std::filesystem::path default_home() {
             home = entry.pw_dir;
     }
 #ifdef __APPLE__
-    return home / "Library" / "Application Support" / "ChatSecure";
+    std::filesystem::path data = home / "Library" / "Application Support" / "ChatSecure";
 #else
     std::filesystem::path data = variable("XDG_DATA_HOME");
     if (data.is_absolute()) return data / "chatsecure";
-    return home.is_absolute() ? home / ".local" / "share" / "chatsecure" : std::filesystem::path();
+    data = home / ".local" / "share" / "chatsecure";
 #endif
+    return home.is_absolute() ? data : std::filesystem::path();
 }
 
 #endif

@@ -1256,7 +1256,8 @@ int main(int argc, char** argv) {
     chatsecure::open_standard_descriptors();
     argv = chatsecure::arguments_in_utf8(argc, argv);
     std::setlocale(LC_ALL, "");
-    if (MB_CUR_MAX == 1) std::setlocale(LC_CTYPE, "C.UTF-8");  // chat is UTF-8
+    if (MB_CUR_MAX == 1 && std::setlocale(LC_CTYPE, "C.UTF-8") == nullptr)  // chat is UTF-8
+        std::setlocale(LC_CTYPE, "UTF-8");  // as macOS and the BSDs call it
     cxxopts::Options options = make_options();
     int wrong = usage;  // whose trouble it is
     try {

@@ -125,8 +125,8 @@ Fl_Image& disc(int diameter, Fl_Color colour) {
     double radius = diameter / 2.0;
     for (int y = 0; y < diameter; ++y)
         for (int x = 0; x < diameter; ++x) {
-            double far = std::hypot(x + 0.5 - radius, y + 0.5 - radius);
-            double cover = std::clamp(radius - far + 0.5, 0.0, 1.0);
+            double distance = std::hypot(x + 0.5 - radius, y + 0.5 - radius);
+            double cover = std::clamp(radius - distance + 0.5, 0.0, 1.0);
             pixels.insert(pixels.end(), {r, g, b, static_cast<unsigned char>(cover * 255)});
         }
     image.reset(Fl_RGB_Image(pixels.data(), diameter, diameter, 4).copy());
@@ -2837,6 +2837,7 @@ cxxopts::Options make_options() {
 
 int main(int argc, char** argv) {
     chatsecure::open_standard_descriptors();
+    argv = chatsecure::arguments_in_utf8(argc, argv);
     std::setlocale(LC_ALL, "");
     cxxopts::Options options = make_options();
     Flags flags;
@@ -2853,8 +2854,8 @@ int main(int argc, char** argv) {
         flags.form.register_account = given.count("register") > 0;
         flags.options.accept_new_server = given.count("accept-new") > 0;
         flags.report = given.count("report") > 0;
-        flags.options.home = given["home"].as<std::string>();
-        flags.options.files.downloads = given["downloads"].as<std::string>();
+        flags.options.home = chatsecure::path_of(given["home"].as<std::string>());
+        flags.options.files.downloads = chatsecure::path_of(given["downloads"].as<std::string>());
         if (given.count("server-key") > 0)
             flags.options.server_key =
                 chatsecure::fingerprint_from(given["server-key"].as<std::string>());

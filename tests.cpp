@@ -33,11 +33,13 @@
 #include <fcntl.h>
 #include <openssl/param_build.h>
 #include <openssl/pem.h>
+#ifndef _WIN32
 #include <spawn.h>
 #include <sys/resource.h>
 #include <sys/ioctl.h>
 #include <sys/stat.h>
 #include <sys/wait.h>
+#endif
 #include <unistd.h>
 #ifdef __linux__
 #include <sys/epoll.h>
@@ -52,7 +54,11 @@
 // can ask afterwards what would have been there if the power had gone in between. For that the
 // names of the system's functions are replaced before the header is read, where a bracket follows.
 // (open stays so: ciphers have a function of that name.)
+//
+// Windows has other functions: there the tests that need such a disk are left out, and so are those
+// that start programs, fork, or look at permissions. `.ci/portable windows` names each of them.
 
+#ifndef _WIN32
 namespace {
 
 class TestDisk {
@@ -234,6 +240,11 @@ int disk_unlink(const char* path) {
 #undef link
 #undef rename
 #undef unlink
+#else
+#include "chatsecure.hpp"
+#undef far  // <windows.h> defines both, as nothing
+#undef near
+#endif
 
 using namespace chatsecure;
 
@@ -248,9 +259,10 @@ constexpr Milliseconds long_enough{60'000};  // for whatever must happen: only f
 struct TempDir {
     std::filesystem::path path;
     explicit TempDir(const std::filesystem::path& parent = std::filesystem::temp_directory_path()) {
-        std::string name = (parent / "chatsecure-XXXXXX").string();
-        if (::mkdtemp(name.data()) == nullptr) throw Error("Cannot make a temporary directory.");
-        path = name;
+        path = parent / concat("chatsecure-", std::random_device()(), std::random_device()());
+        if (!std::filesystem::create_directory(path))
+            throw Error("Cannot make a temporary directory.");
+        std::filesystem::permissions(path, std::filesystem::perms::owner_all);
     }
     TempDir(const TempDir&) = delete;
     TempDir& operator=(const TempDir&) = delete;
@@ -347,6 +359,27 @@ std::filesystem::perms mode_of(const std::filesystem::path& path) {
 }
 constexpr auto owner_read_write =
     std::filesystem::perms::owner_read | std::filesystem::perms::owner_write;
+bool is_for_owner_alone(const std::filesystem::path& path) {
+#ifdef _WIN32
+    alignas(void*) std::array<std::uint8_t, 4096> descriptor{};
+    DWORD size = descriptor.size();
+    BOOL there = FALSE, inherited = FALSE;
+    ACL* rights = nullptr;
+    ::GetFileSecurityW(path.c_str(), DACL_SECURITY_INFORMATION, descriptor.data(), size, &size);
+    ::GetSecurityDescriptorDacl(descriptor.data(), &there, &rights, &inherited);
+    if (rights == nullptr) return false;  // everybody may do everything
+    for (DWORD i = 0; i < rights->AceCount; ++i) {
+        void* entry = nullptr;
+        ::GetAce(rights, i, &entry);
+        PSID who = &static_cast<ACCESS_ALLOWED_ACE*>(entry)->SidStart;
+        for (WELL_KNOWN_SID_TYPE many : {WinWorldSid, WinBuiltinUsersSid, WinAuthenticatedUserSid})
+            if (::IsWellKnownSid(who, many) != 0) return false;
+    }
+    return true;
+#else
+    return mode_of(path) == owner_read_write;
+#endif
+}
 
 Secret<32> secret_of(std::uint8_t fill) { return Secret<32>(Bytes(32, fill)); }
 std::string hex_of(const Secret<32>& secret) { return to_hex(secret.view()); }
@@ -721,6 +754,15 @@ TEST_CASE("chapter 1: a file larger than a block comes back whole") {
     CHECK(to_bytes(*back) == content);
 }
 
+TEST_CASE("chapter 1: a file with secrets is for the owner alone, and another is not") {
+    TempDir dir;
+    write_file(dir.path / "secret", as_bytes("x"), FileMode::owner_only);
+    write_file(dir.path / "public", as_bytes("x"), FileMode::readable_by_all);
+    CHECK(is_for_owner_alone(dir.path / "secret"));
+    CHECK_FALSE(is_for_owner_alone(dir.path / "public"));
+}
+
+#ifndef _WIN32  // permissions
 TEST_CASE("chapter 1: files with secrets are for the owner alone, whatever the umask says") {
     TempDir dir;
     mode_t before = ::umask(0);
@@ -739,6 +781,7 @@ TEST_CASE("chapter 1: writing over a file that others can read closes it to them
     write_file(dir.path / "file", as_bytes("new"), FileMode::owner_only);
     CHECK(mode_of(dir.path / "file") == owner_read_write);
 }
+#endif
 
 TEST_CASE("chapter 1: what a crash left behind is no obstacle") {
     TempDir dir;
@@ -749,6 +792,7 @@ TEST_CASE("chapter 1: what a crash left behind is no obstacle") {
     CHECK_FALSE(std::filesystem::exists(dir.path / "file.new"));
 }
 
+#ifndef _WIN32  // symbolic links, which only some may make
 TEST_CASE("chapter 1: a link where the new file would be is not followed") {
     TempDir dir;
     write_text(dir.path / "victim", "precious");
@@ -757,6 +801,7 @@ TEST_CASE("chapter 1: a link where the new file would be is not followed") {
     CHECK(read_text(dir.path / "victim") == "precious");
     CHECK(read_text(dir.path / "file") == "new");
 }
+#endif
 
 TEST_CASE("chapter 1: when writing fails, the old file is untouched and the reason is said") {
     TempDir dir;
@@ -791,7 +836,9 @@ TEST_CASE("chapter 1: a private directory is the owner's, and may exist") {
     TempDir dir;
     make_private_directory(dir.path / "a" / "b");
     make_private_directory(dir.path / "a" / "b");
+#ifndef _WIN32  // permissions
     CHECK(mode_of(dir.path / "a" / "b") == std::filesystem::perms::owner_all);
+#endif
     write_text(dir.path / "file", "");
     CHECK(throws<Error>([&] { make_private_directory(dir.path / "file" / "below"); }));
 }
@@ -807,6 +854,7 @@ TEST_CASE("chapter 1: a directory has one holder") {
                    "Cannot open the directory"));
 }
 
+#ifndef _WIN32  // fork
 namespace {
 
 // Another process, which waits for a word from us and then does `work`; its exit status is what
@@ -874,6 +922,7 @@ TEST_CASE("chapter 1: a directory is free again however its holder's process end
     CHECK(other.wait() == 7);
     CHECK_NOTHROW(DirectoryLock(dir.path, false, "busy"));
 }
+#endif
 
 // ---- Chapter 2. Sockets -------------------------------------------------------------------------
 
@@ -933,7 +982,8 @@ TEST_CASE("chapter 2: a connection for a chat sends small packets at once, on bo
     for (const Socket* socket : {&a, &b}) {
         int value = 0;
         socklen_t size = sizeof value;
-        REQUIRE(::getsockopt(socket->handle(), IPPROTO_TCP, TCP_NODELAY, &value, &size) == 0);
+        REQUIRE(::getsockopt(socket->handle(), IPPROTO_TCP, TCP_NODELAY,
+                             reinterpret_cast<char*>(&value), &size) == 0);
         CHECK(value != 0);
     }
 }
@@ -1190,6 +1240,7 @@ TEST_CASE("chapter 2: a Waker leaves errno alone, for the code that a signal int
     CHECK(errno == ENOENT);
 }
 
+#ifndef _WIN32  // limits of a process
 TEST_CASE("chapter 2: out of descriptors, a newcomer is turned away and the next is served") {
     Listener listener("127.0.0.1", 0);
     Waker never;
@@ -1212,6 +1263,7 @@ TEST_CASE("chapter 2: out of descriptors, a newcomer is turned away and the next
     Socket lucky = connect_to("127.0.0.1", listener.port(), long_enough, never);
     CHECK(listener.accept(never));
 }
+#endif
 
 // ---- Chapter 3. Framing -------------------------------------------------------------------------
 
@@ -1693,7 +1745,7 @@ TEST_CASE("chapter 4: a private key is saved and loaded, with a password and wit
         CAPTURE(password.size());
         std::filesystem::path path = dir.path / "key.pem";
         test_key(0).save(path, as_bytes(password), 4096);
-        CHECK(mode_of(path) == owner_read_write);
+        CHECK(is_for_owner_alone(path));
         CHECK(contains(read_text(path), password.empty()
                                             ? "-----BEGIN PRIVATE KEY-----"
                                             : "-----BEGIN ENCRYPTED PRIVATE KEY-----"));
@@ -1727,6 +1779,7 @@ TEST_CASE("chapter 4: secrets derived from a key differ by key and by label") {
     CHECK(hex_of(test_key(0).derived_secret("a")) != hex_of(test_key(1).derived_secret("a")));
 }
 
+#ifndef _WIN32  // the openssl command
 TEST_CASE("chapter 4: a fingerprint is what other tools compute") {
     TempDir dir;
     write_text(dir.path / "public.pem", test_key(0).public_key().pem());
@@ -1735,6 +1788,7 @@ TEST_CASE("chapter 4: a fingerprint is what other tools compute") {
     CHECK(test_key(0).public_key().fingerprint().text() ==
           "SHA256:" + other.substr(0, other.find('=')));
 }
+#endif
 
 TEST_CASE("chapter 4: a fingerprint reads its own text and nothing else") {
     Fingerprint fingerprint = test_key(0).public_key().fingerprint();
@@ -1748,6 +1802,7 @@ TEST_CASE("chapter 4: a fingerprint reads its own text and nothing else") {
         CHECK(throws<Error>([&] { Fingerprint::parse(bad); }));
 }
 
+#ifndef _WIN32  // the openssl command
 TEST_CASE("chapter 4: the openssl command reads our private key and names the same public key") {
     TempDir dir;
     std::filesystem::path locked = dir.path / "locked.pem", plain = dir.path / "plain.pem";
@@ -1818,6 +1873,7 @@ TEST_CASE("chapter 4: PSS signatures go both ways between us and the openssl com
               " -signature " + quoted(dir.path / "ours") + " " + quoted(dir.path / "message")),
         "Verified OK"));
 }
+#endif
 
 TEST_CASE("chapter 4: a fingerprint of 31 bytes is none") {
     std::string text = "SHA256:" + to_base64(Bytes(31));  // 43 characters and one =
@@ -2321,6 +2377,7 @@ TEST_CASE("chapter 6: a server that does not know the account cannot pretend") {
     CHECK(throws<ProtocolError>([&] { login.client.verify_server(*answer); }));
 }
 
+#ifndef _WIN32  // the openssl command
 namespace {
 
 // What PostgreSQL would store for a password, by the rule in the documentation of pg_authid,
@@ -2349,6 +2406,7 @@ TEST_CASE("chapter 6: the stored form is PostgreSQL's, computed here by the open
     CHECK(verifier.text() == postgresql_entry(secret, salt));
     CHECK(ScramVerifier::parse(verifier.text()).text() == verifier.text());
 }
+#endif
 
 TEST_CASE("chapter 6: passwords that nobody should have are refused") {
     for (std::string_view good : {"12345678", "correct horse battery",
@@ -2867,7 +2925,7 @@ TEST_CASE("chapter 8: pins are there again after a restart") {
     pins.keep(card_of("carol", 2, 101));
     pins.mark_verified("bob");
     pins.save();
-    CHECK(mode_of(path) == owner_read_write);
+    CHECK(is_for_owner_alone(path));
     CHECK(read_text(path) == "bob " + fingerprint_of(1).text() + " 100 verified\ncarol " +
                                  fingerprint_of(2).text() + " 101 unverified\n");
 
@@ -3525,6 +3583,7 @@ void make_older(const std::filesystem::path& path) {
         path, std::filesystem::file_time_type::clock::now() - std::chrono::hours(1));
 }
 
+#ifndef _WIN32  // permissions
 // To root, no permission is refused: for a while, this process is somebody else.
 class AsNobody {
   public:
@@ -3541,6 +3600,7 @@ class AsNobody {
   private:
     bool was_root_, can_ = true;
 };
+#endif
 
 const std::atomic<bool> no_stop = false;
 
@@ -3612,6 +3672,7 @@ TEST_CASE("chapter 9: what has no end, no content or no permission cannot be off
     CHECK(contains(refusal(""), "Cannot read "));
     CHECK(contains(refusal(dir.path), "is a directory"));
     CHECK(contains(refusal(dir.path), "tar or zip"));
+#ifndef _WIN32  // named pipes, devices and links
     REQUIRE(::mkfifo((dir.path / "fifo").c_str(), 0600) == 0);
     CHECK(contains(refusal(dir.path / "fifo"), "is a device or a pipe"));  // and does not wait
     CHECK(contains(refusal("/dev/null"), "is a device or a pipe"));
@@ -3624,8 +3685,10 @@ TEST_CASE("chapter 9: what has no end, no content or no permission cannot be off
     write_text(dir.path / "real", "x");
     std::filesystem::create_symlink("real", dir.path / "link");
     CHECK(refusal(dir.path / "link") == "");
+#endif
 }
 
+#ifndef _WIN32  // permissions
 TEST_CASE("chapter 9: a file without permission cannot be offered") {
     TempDir dir;
     write_text(dir.path / "secret", "x");
@@ -3643,6 +3706,7 @@ TEST_CASE("chapter 9: a file without permission cannot be offered") {
     else
         MESSAGE("skipped: nothing is refused to root here");
 }
+#endif
 
 TEST_CASE("chapter 9: a file that changes while it is sent is noticed") {
     TempDir dir;
@@ -3678,10 +3742,12 @@ TEST_CASE("chapter 9: an offered file stays the same one, whatever happens to it
         std::filesystem::rename(path, dir.path / "y");
         write_text(path, "secret");
     }
+#ifndef _WIN32  // there a file that is open is not replaced
     SUBCASE("replaced, as an editor saves") {
         write_text(dir.path / "new", "new");
         std::filesystem::rename(dir.path / "new", path);
     }
+#endif
     CHECK(read_all(file) == "old");
     CHECK(file.name() == "x");
 }
@@ -3838,6 +3904,7 @@ TEST_CASE("chapter 9: a directory that came in between is not written into") {
     CHECK(names_in(dir.path) == "a | a (1)");
 }
 
+#ifndef _WIN32  // symbolic links
 TEST_CASE("chapter 9: links in the folder are neither followed nor overwritten") {
     enum class Made { where_the_file_goes, there_in_between, where_the_part_goes };
     using enum Made;
@@ -3867,7 +3934,9 @@ TEST_CASE("chapter 9: links in the folder are neither followed nor overwritten")
             CHECK_FALSE(contains(names_in(folder), " (1).part"));
         }
 }
+#endif
 
+#ifndef _WIN32  // symbolic links
 TEST_CASE("chapter 9: the folder itself may be a link, as the user has made it") {
     TempDir dir;
     std::filesystem::create_directory(dir.path / "big disk");
@@ -3877,6 +3946,7 @@ TEST_CASE("chapter 9: the folder itself may be a link, as the user has made it")
     part.publish("a", 0);
     CHECK(read_text(dir.path / "big disk" / "a") == "x");
 }
+#endif
 
 TEST_CASE("chapter 9: a published file has the time that was offered") {
     TempDir dir;
@@ -3886,13 +3956,14 @@ TEST_CASE("chapter 9: a published file has the time that was offered") {
         return part.publish("a", modified);
     };
     std::filesystem::path path = published(1'700'000'000'123'456'789);
+#ifndef _WIN32  // stat
     struct stat status {};
     REQUIRE(::stat(path.c_str(), &status) == 0);
     CHECK(status.st_mtime == 1'700'000'000);
+#endif
     CHECK(SourceFile(path).modified() / 1'000'000 == 1'700'000'000'123);
     // Not known: now. And a time that no disk can store is no reason to lose the file.
-    REQUIRE(::stat(published(0).c_str(), &status) == 0);
-    CHECK(status.st_mtime > 1'700'000'000);
+    CHECK(SourceFile(published(0)).modified() / 1'000'000'000 > 1'700'000'000);
     CHECK(read_text(published(UINT64_MAX)) == "x");
     CHECK(read_text(published(1)) == "x");
 }
@@ -3944,6 +4015,7 @@ TEST_CASE("chapter 9: of a part that is whole one byte is asked for, so that its
     CHECK(read_text(part.publish("a", 0)) == "0123456789");
 }
 
+#ifndef _WIN32  // links: there a file moves in one step
 TEST_CASE("P11: a part that a crash left with two names is not written into") {
     TempDir dir;
     std::filesystem::path whole;
@@ -3961,6 +4033,7 @@ TEST_CASE("P11: a part that a crash left with two names is not written into") {
     CHECK(read_text(whole) == "whole");
     CHECK(again.publish("file", 0).filename() == "file (1)");
 }
+#endif
 
 TEST_CASE("chapter 9: a part that was of another file begins anew") {
     TempDir dir;
@@ -3981,6 +4054,7 @@ TEST_CASE("chapter 9: what is no part of this file is not continued, and stays a
         PartFile part(dir.path, "a", size);
         return part.size() == 0 && part.path() == dir.path / "a (1).part";
     };
+#ifndef _WIN32  // symbolic links
     SUBCASE("a link") {
         write_text(outside, "precious");
         std::filesystem::create_symlink(outside, path);
@@ -3993,16 +4067,19 @@ TEST_CASE("chapter 9: what is no part of this file is not continued, and stays a
         CHECK(goes_beside(100));
         CHECK_FALSE(std::filesystem::exists(outside));
     }
+#endif
     SUBCASE("a directory") {
         std::filesystem::create_directory(path);
         CHECK(goes_beside(100));
         CHECK(std::filesystem::is_directory(path));
     }
+#ifndef _WIN32  // named pipes
     SUBCASE("a named pipe, for which nobody waits") {
         REQUIRE(::mkfifo(path.c_str(), 0600) == 0);
         CHECK(goes_beside(100));
         CHECK(std::filesystem::is_fifo(path));
     }
+#endif
     SUBCASE("more than was offered") {
         write_text(path, "0123456789");
         CHECK(goes_beside(9));
@@ -4037,6 +4114,7 @@ TEST_CASE("chapter 9: a folder that cannot be made is explained") {
     CHECK(read_text(dir.path / "file") == "x");
 }
 
+#ifndef _WIN32  // permissions
 TEST_CASE("chapter 9: a folder in which one may not write is explained") {
     TempDir dir;
     std::filesystem::permissions(dir.path, std::filesystem::perms(0555));
@@ -4057,7 +4135,9 @@ TEST_CASE("chapter 9: a folder in which one may not write is explained") {
         MESSAGE("skipped: nothing is refused to root here");
     }
 }
+#endif
 
+#ifndef _WIN32  // there a folder stays while a file in it is open
 TEST_CASE("chapter 9: a folder that is removed meanwhile is an error, not a crash") {
     TempDir dir;
     PartFile part(dir.path / "folder", "a", 10);
@@ -4067,9 +4147,11 @@ TEST_CASE("chapter 9: a folder that is removed meanwhile is an error, not a cras
     CHECK(why_of([&] { part.publish("a", 0); }) == why_not_writable);
     CHECK_FALSE(std::filesystem::exists(dir.path / "folder"));
 }
+#endif
 
 namespace {
 
+#ifndef _WIN32  // mounts, limits of a process
 // A disk of its own. Only root may have one.
 class SmallDisk {
   public:
@@ -4135,9 +4217,11 @@ std::optional<FileError> fill(PartFile& part, std::size_t total) {
     }
     return std::nullopt;
 }
+#endif
 
 }  // namespace
 
+#ifndef _WIN32  // mounts, limits of a process
 TEST_CASE("chapter 9: a full disk is a reason of its own; what came is kept and continued") {
     TempDir dir;
     SmallDisk disk(dir.path / "disk");
@@ -4182,6 +4266,7 @@ TEST_CASE("chapter 9: a file that its file system cannot take is kept as far as 
     CHECK_FALSE(fill(*part, 200'000));
     CHECK((read_text(part->publish("a", 0)) == pattern(200'000)));
 }
+#endif
 
 TEST_CASE("chapter 9: the room on a disk is known before the folder exists") {
     TempDir dir;
@@ -4708,7 +4793,7 @@ TEST_CASE("chapter 11: accounts are there again after a restart") {
         CHECK(store.add(account_of("bob")));
         CHECK_FALSE(store.add(account_of("alice")));  // taken
         store.set_identity("bob", as_bytes("bob's key"));
-        CHECK(mode_of(path) == owner_read_write);
+        CHECK(is_for_owner_alone(path));
     }
     AuthStore store(path);
     CHECK(store.size() == 2);
@@ -4842,6 +4927,7 @@ TEST_CASE("chapter 11: many threads may use the accounts at once") {
     CHECK(AuthStore(path).size() == 5);
 }
 
+#ifndef _WIN32  // named pipes
 // users.db as a pipe: who reads it is held up until the test has given it something.
 class HeldUpFile {
   public:
@@ -4930,7 +5016,9 @@ TEST_CASE("chapter 11: changes that come while the disk is busy are written in o
         CHECK(as_text(AuthStore(path).find("user7")->identity) == "key");
     }
 }
+#endif
 
+#ifndef _WIN32  // the date command
 TEST_CASE("chapter 11: the time as RFC 3339 writes it, the same as `date` says") {
     std::string before = shell("date -u +%Y-%m-%dT%H:%M:%SZ");
     std::string now = rfc3339_now() + "\n";
@@ -4939,6 +5027,7 @@ TEST_CASE("chapter 11: the time as RFC 3339 writes it, the same as `date` says")
     CHECK(now <= after);
     CHECK(now.size() == before.size());
 }
+#endif
 
 namespace {
 
@@ -5022,7 +5111,8 @@ TEST_CASE("chapter 13: a password comes from the first line of a file, or from t
                        concat((dir.path / "password").string(), " has no password")));
     }
 
-    ::setenv("CHATSECURE_PASSWORD", "from outside", 1);
+    static std::string variable = "CHATSECURE_PASSWORD=from outside";
+    ::putenv(variable.data());
     CHECK(as_text(*find_password({})) == "from outside");
     CHECK(std::getenv("CHATSECURE_PASSWORD") == nullptr);  // programs that we start do not get it
     CHECK_FALSE(find_password({}));
@@ -5197,18 +5287,20 @@ TEST_CASE("chapter 13: paths are understood as people type them and terminals pa
     CHECK(paths(d + "a.txt") == d + "a.txt|");
     CHECK(paths(d + "a.txt  ") == d + "a.txt|");
     CHECK(paths(d + "b c.txt") == d + "b c.txt|");
-    CHECK(paths(d + "b\\ c.txt") == d + "b c.txt|");
+    constexpr bool has_escapes = std::filesystem::path::preferred_separator == '/';
+    if (has_escapes) CHECK(paths(d + "b\\ c.txt") == d + "b c.txt|");
     CHECK(paths("\"" + d + "b c.txt\"") == d + "b c.txt|");
     CHECK(paths("'" + d + "b c.txt'  ") == d + "b c.txt|");
     CHECK(paths(d + "it's one") == d + "it's one|");
-    CHECK(paths(d + "it\\'s\\ one") == d + "it's one|");
-    CHECK(paths("file://" + d + "b%20c.txt") == d + "b c.txt|");
-    CHECK(paths("file://localhost" + d + "a.txt") == d + "a.txt|");
-    CHECK(paths("file://" + d + "100%.txt") == d + "100%.txt|");
+    if (has_escapes) CHECK(paths(d + "it\\'s\\ one") == d + "it's one|");
+    const std::string root = d.starts_with('/') ? "" : "/";  // in front of C:
+    CHECK(paths("file://" + root + d + "b%20c.txt") == d + "b c.txt|");
+    CHECK(paths("file://localhost" + root + d + "a.txt") == d + "a.txt|");
+    CHECK(paths("file://" + root + d + "100%.txt") == d + "100%.txt|");
     CHECK(paths(d + "a%20b") == d + "a%20b|");             // no address
     CHECK(paths("file:///a%00b%zz%2") == "/a%00b%zz%2|");  // no such characters
     CHECK(paths(d + "a.txt " + d + "d") == d + "a.txt|" + d + "d|");
-    CHECK(paths(d + "a.txt '" + d + "b c.txt'  file://" + d + "d") ==
+    CHECK(paths(d + "a.txt '" + d + "b c.txt'  file://" + root + d + "d") ==
           d + "a.txt|" + d + "b c.txt|" + d + "d|");
     CHECK(paths(d + "a.txt " + d + "missing") == d + "a.txt|" + d + "missing|");
     CHECK(paths(d + "no such name") == d + "no such name|");  // one that is misspelt
@@ -5693,6 +5785,7 @@ TEST_CASE("chapter 12: each refused login has its own sentence, and no more than
     CHECK_THROWS_AS(Client(client_options(1, "a b", "/nonexistent")), Error);
 }
 
+#ifndef _WIN32  // the openssl command
 TEST_CASE("chapter 12: an account that PostgreSQL's rule made, and not we, logs in") {
     DataDir data;
     std::string entry = postgresql_entry(std::string(password), random_bytes(16));
@@ -5706,6 +5799,7 @@ TEST_CASE("chapter 12: an account that PostgreSQL's rule made, and not we, logs 
     alice.leave();
     CHECK(read_text(data.path / "users.db").starts_with("# copied from pg_authid\nalice " + entry));
 }
+#endif
 
 TEST_CASE("chapter 11: a closed server takes no registrations") {
     Room room({"alice"}, [](ServerOptions& o) { o.registration_open = false; });
@@ -7086,7 +7180,7 @@ TEST_CASE("P2: a login keeps its ticket, and tells of another identity before an
     std::filesystem::path login;
     for (const auto& entry : std::filesystem::recursive_directory_iterator(room.homes.path))
         if (entry.path().filename() == "login") login = entry.path();
-    CHECK(mode_of(login) == owner_read_write);
+    CHECK(is_for_owner_alone(login));
     CHECK(read_text(login).find(concat(few_iterations, " ")) == 0);
     TempDir elsewhere;  // her new computer
     give_identity(elsewhere.path, "alice", 2);
@@ -8172,7 +8266,7 @@ TEST_CASE("P9: a name from a stranger becomes a name in the folder, whatever it 
     const std::vector<std::pair<std::string, std::string>> names{
         {"../../etc/passwd", "passwd"},
         {"../outside", "outside"},
-        {desk.dir.path / "outside", "outside (1)"},
+        {(desk.dir.path / "outside").string(), "outside (1)"},
         {"..\\..\\x", "x"},
         {".bashrc", "bashrc"},
         {"CON", "_CON"},
@@ -8209,7 +8303,9 @@ TEST_CASE(
     desk.accept(honest, 1, 1000);
     desk.from(honest, FileChunk{1, 0, noise(600)});
     desk.host.tend_until(desk.files, [&] { return desk.there() == "file.#.part"; });
+#ifndef _WIN32  // there a file that is open keeps its name until it is closed
     SUBCASE("a tidy user") { std::filesystem::remove(desk.downloads / names_in(desk.downloads)); }
+#endif
     SUBCASE("who takes the folder away") {
         std::filesystem::rename(desk.downloads, desk.dir.path / "elsewhere");
     }
@@ -8224,6 +8320,7 @@ TEST_CASE(
     desk.honest_transfer(2);
 }
 
+#ifndef _WIN32  // limits of a process
 TEST_CASE("P9: a file that cannot become whole is kept, and where is said") {
     Desk desk;
     desk.accept(honest, 1, 200'000);
@@ -8239,6 +8336,7 @@ TEST_CASE("P9: a file that cannot become whole is kept, and where is said") {
     CHECK(desk.host.all_sent<FileOver>().at(0).why == why_full);
     desk.honest_transfer(2);
 }
+#endif
 
 // ---- Chapter 9, the table: every state and every event, without threads and disk ----------------
 
@@ -9242,6 +9340,7 @@ TEST_CASE("files: several in one command are several offers, more than places to
     CHECK(bob.received().size() == 20);
 }
 
+#ifndef _WIN32  // a disk that fails or forgets
 TEST_CASE(
     "P11: the power goes at whatever instant: the old state or the new one, and what is said "
     "stays") {
@@ -9385,6 +9484,7 @@ TEST_CASE("P11: whichever request the disk refuses, both sides end with a senten
     CHECK(stopped > 12);
     CHECK(bob.chat.problems == "");
 }
+#endif
 
 TEST_CASE("P13: a message is confirmed when its reader asks for what comes behind it, not before") {
     Room room({"alice", "bob"});
@@ -9649,10 +9749,12 @@ TEST_CASE(
         FilePerson bob(room, "bob");
         alice.chat.meet("bob");
         CHECK(contains(says("bob", alice.outbox / "folder"), "is a directory. Pack it"));
-        CHECK(contains(says("bob", "/dev/null"), "is a device"));
         CHECK(contains(says("bob", alice.outbox / "missing"), "No such file"));
+#ifndef _WIN32  // devices and named pipes
+        CHECK(contains(says("bob", "/dev/null"), "is a device"));
         ::mkfifo((alice.outbox / "pipe").c_str(), 0600);
         CHECK(contains(says("bob", alice.outbox / "pipe"), "is a device or a pipe"));
+#endif
         alice.chat->post(SendFile{"bob", {alice.outbox / "file", alice.outbox / "missing"}});
         CHECK(contains(alice.chat.next<Problem>().text, "None of the 2 is offered."));
         alice.chat->post(SendFile{"bob", {alice.outbox / "file"}});  // and now one that can
@@ -9702,6 +9804,7 @@ TEST_CASE(
     alice.chat.next_file(Phase::finished);
 }
 
+#ifndef _WIN32  // mounts
 TEST_CASE("files: a folder that cannot be written, and one that is full, are said to both sides") {
     Room room({"alice", "bob"});
     TempDir disk;
@@ -9764,6 +9867,7 @@ TEST_CASE("files: a folder that cannot be written, and one that is full, are sai
         CHECK(bob.chat.next<FileList>().files.empty());
     }
 }
+#endif
 
 TEST_CASE(
     "files: automatic acceptance takes what is small enough, and keeps more than 16 waiting") {
@@ -9838,6 +9942,8 @@ TEST_CASE("files: whom one ignores cannot offer any") {
     bob.chat->post(ListFiles{});
     CHECK(bob.chat.next<FileList>().files.empty());
 }
+
+#ifndef _WIN32  // programs, with pipes, signals and terminals: down to main
 
 // =================================================================================================
 //  The real programs, as a user runs them
@@ -14262,6 +14368,8 @@ int endure() {
 
 }  // namespace
 
+#endif
+
 // ---- main ---------------------------------------------------------------------------------------
 
 #ifndef CHATSECURE_FUZZ
@@ -14340,6 +14448,7 @@ std::string sabotaged(const std::string& header, const Sabotage& sabotage) {
     return concat(header.substr(0, at), after, header.substr(at + before.size()));
 }
 
+#ifndef _WIN32  // shells
 // Builds the tests with this header and runs some of them. What the run printed; and whether it was
 // green, if it could be built.
 std::optional<bool> is_green(const std::filesystem::path& folder, const std::string& header,
@@ -14396,6 +14505,7 @@ int sabotage(const std::string& only) {
     std::cout << caught << " of " << todo.size() << " sabotages were caught\n";
     return caught == todo.size() ? 0 : 1;
 }
+#endif
 
 }  // namespace
 
@@ -14424,6 +14534,7 @@ TEST_CASE("sabotages: each fits the header as it is, and names tests that there 
 }
 
 int main(int argc, char** argv) {
+#ifndef _WIN32
     ::signal(SIGPIPE, SIG_IGN);  // a program under test may end while we write to it
     program_directory = std::filesystem::absolute(argv[0]).parent_path();
     try {
@@ -14446,6 +14557,7 @@ int main(int argc, char** argv) {
         std::cerr << e.what() << '\n';
         return 1;
     }
+#endif
     doctest::Context context(argc, argv);
     int code = context.run();
     if (!context.shouldExit())
