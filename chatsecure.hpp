@@ -10444,7 +10444,12 @@ inline std::ptrdiff_t send_some(SocketHandle s, ByteView bytes) {
     return ::send(s, reinterpret_cast<const char*>(bytes.data()), size, 0);
 }
 inline int poll_sockets(std::span<PollEntry> entries, int timeout_ms) {
-    return ::WSAPoll(entries.data(), static_cast<ULONG>(entries.size()), timeout_ms);
+    constexpr int second = 1000;  // wine has been seen to miss the end of a stream: look again
+    for (;; timeout_ms -= timeout_ms < 0 ? 0 : second) {
+        int now = timeout_ms < 0 ? second : std::min(timeout_ms, second);
+        int events = ::WSAPoll(entries.data(), static_cast<ULONG>(entries.size()), now);
+        if (events != 0 || now == timeout_ms) return events;
+    }
 }
 
 inline int socket_error() { return ::WSAGetLastError(); }

@@ -292,6 +292,7 @@ const RsaPrivateKey& test_key(int n) {
     return keys.at(static_cast<std::size_t>(n));
 }
 
+#ifndef _WIN32  // shells
 // What a command prints. Throws if it fails.
 std::string shell(const std::string& command) {
     FILE* pipe = ::popen(command.c_str(), "r");
@@ -301,6 +302,7 @@ std::string shell(const std::string& command) {
     if (::pclose(pipe) != 0) throw Error("This command failed: " + command);
     return output;
 }
+#endif
 
 // Two ends of one TCP connection over loopback.
 std::pair<Socket, Socket> socket_pair() {
@@ -1410,10 +1412,12 @@ TEST_CASE("chapter 3: a deadline stops who sends a byte every few milliseconds")
 
 namespace {
 
+#ifndef _WIN32  // shells
 std::string quoted(const std::filesystem::path& path) { return "'" + path.string() + "'"; }
 
 // The first word that a command prints.
 std::string word_of(const std::string& command) { return split_words(shell(command)).at(0); }
+#endif
 
 using ParamBuilder = std::unique_ptr<OSSL_PARAM_BLD, detail::Freed<OSSL_PARAM_BLD_free>>;
 
@@ -6264,7 +6268,8 @@ TEST_CASE("chapter 12: five hundred people log in, see one message each way, and
         CHECK(hub.leave().reason == StopReason::left);
     }
     CHECK(entries_of("/proc/self/task") == threads_before);
-    CHECK(entries_of("/proc/self/fd") == descriptors_before);
+    constexpr bool ours = std::filesystem::path::preferred_separator == '/';  // and not wine's
+    if (ours) CHECK(entries_of("/proc/self/fd") == descriptors_before);
 }
 
 // =================================================================================================
