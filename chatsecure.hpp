@@ -208,7 +208,8 @@ inline constexpr std::string_view version = "0.1.0";
 // of the stream is lost. So we decide, once, how each kind of value is laid out, and write it byte
 // by byte:
 //
-//      number       big-endian ("network order"), 1, 2, 4 or 8 bytes: u8, u16, u32, u64
+//      number       big-endian (the most significant byte first: "network order"), 1, 2, 4 or
+//                   8 bytes: u8, u16, u32, u64
 //      text         u16 length, then that many bytes of UTF-8      std::string
 //      blob         u32 length, then that many bytes               Bytes, ByteView
 //      fixed array  its bytes, no length: both sides know it       std::array
@@ -2219,8 +2220,9 @@ class AesGcm {
 // sends nothing for ever would be served for ever. A message never reaches from one record into the
 // next.
 //
-// A REPLAY is a genuine message, recorded and sent again: it opens, because it is right, and only a
-// number that counts, or a key that is new, shows that it is not the one that is due.
+// A REPLAY is a genuine message, recorded and sent again. Under the same key and number it would
+// open, because it is right: only a number that counts, or a key that is new, shows that it is not
+// the one that is due.
 //
 // A record that was changed, repeated, left out, moved or sent back to its author meets the wrong
 // number or the wrong key and does not open, and that ends the connection: after such an event
