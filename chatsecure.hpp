@@ -37,12 +37,12 @@
 //
 //      way             chapters   lines   minutes
 //      --------------  --------  ------  --------
-//      an hour         2, 3, 5      898        60   How two programs talk over a network at all,
+//      an hour         2, 3, 5      899        60   How two programs talk over a network at all,
 //                                                   and how they keep it to themselves: you can
 //                                                   put an encrypted channel under anything.
-//      a long evening  1 to 9      5002       333   The whole protocol: you can write a compatible
+//      a long evening  1 to 9      5007       334   The whole protocol: you can write a compatible
 //                                                   client in another language.
-//      a weekend       all        11069       738   And how to build on it: a server for a thousand
+//      a weekend       all        11107       740   And how to build on it: a server for a thousand
 //                                                   people at once, a client that survives a lost
 //                                                   connection, and programs for people.
 //
@@ -2187,9 +2187,9 @@ class AesGcm {
 //   1. The server: 40 bytes, of which the first eight are right. Another version has another digit.
 //   2. The client: the same beginning; behind it an RSA key that chapter 4 accepts, and nothing
 //      else. Then the pin.
-//   3. The server: nothing yet (see below).
-//   4. The client: a record that opens, and begins with Welcome; or with Goodbye, if the server has
-//      no place for another client.
+//   3. The server: nothing of what is encapsulated (see below). But both end the connection for the
+//      few X25519 keys with which there is no secret.
+//   4. The client: a record that opens, and begins with Welcome.
 //
 // A server gives the handshake 10 s, and the login that follows 60 s.
 //
@@ -2433,7 +2433,8 @@ class RecordCipher {
 //      goes on, that the iterations are from 4,096 to 10,000,000, and not fewer than it was asked
 //      for before; otherwise it ends the connection before it computes anything.
 //   3. C sends its proof. S checks the binding, the nonce, and the proof as said below, and that
-//      nothing stands behind it. Whatever is wrong, it says the same: Goodbye, bad_login.
+//      nothing stands behind it. Whatever of these is wrong, it says the same: Goodbye, bad_login.
+//      (What does not even begin with c= and r= breaks the protocol.)
 //   4. S sends its signature, in LoginDone. C checks it, and believes nothing else before that.
 //
 // The server undoes the XOR, hashes the ClientKey that it gets, and compares with StoredKey. It
@@ -2743,26 +2744,26 @@ class ScramServer {
 // Who may say what, and what happens otherwise. A message that is not due, is of an unknown type,
 // is cut short, or has bytes behind its fields ends the connection (Goodbye: broke_protocol).
 //
-//   1. Before PublishCard a client says what the picture shows and Pong, and nothing else; one
+//   1. Before PublishCard a client says what the picture shows, and nothing else; one
 //      RegisterAccount may come first, and the login follows on the same connection. Its verifier
 //      is text as PostgreSQL writes it (ScramVerifier), made by the client, with salt and
 //      iterations within the limits of chapter 6; otherwise the answer is bad_account. The first
 //      Scram carries the ticket of the last LoginDone, or nothing: with it one gets in while others
 //      guess at one's password (chapter 11). The second carries none.
 //   2. LoginDone tells the client its own number, and of which identity the server has a record:
-//      the client tells its user if that is another than its own. The server takes a card that is
-//      signed and has the name of the login; then it answers Joined for each of those who are here,
-//      and Ready. It never names us to ourselves (a client does not speak to who has its own name),
-//      and gives no number twice, nor 0: then a client ends the connection. From Ready on a client
-//      may send what it likes; it may receive a little earlier, for the others have been told.
-//   3. GetCard of somebody who has left has no answer; Left has come before.
+//      the client tells its user if that is another than its own. The server passes a card on as it
+//      is (into one with another identity it looks, to record that); it answers Joined for each of
+//      those who are here, and Ready. It never names us to ourselves (a client does not speak to
+//      who has its own name), and gives neither 0 nor a number of somebody who is here: then a
+//      client ends the connection. From Ready on a client may send what it likes.
+//   3. GetCard of somebody who has left has no answer; Left has come, or is on its way.
 //   4. Send and Fanout to somebody who has left are thrown away, likewise. Both keep their order on
 //      the interactive lane. `tag` is the sender's own, one series for both; 0 is good for whoever
 //      does not care.
 //   5. A Fanout names its members in ascending order, each once; it may name nobody. Text and keys
 //      must fit into a record: a client seals at most 32 KiB (chapter 8), and divides a large room
 //      among several Fanouts.
-//   6. A Ping is answered with its number, from LoginDone on. Whoever has heard nothing for some
+//   6. A Ping is answered with its number, from Ready on. Whoever has heard nothing for some
 //      time (the server 30 s, our client 45 s) sends one, and gives up after as long again. If
 //      somebody logs in as a user who is here, the server pings that one: who answers stays, and
 //      the newcomer is refused (already_online); who does not within 5 s is dropped.
@@ -2775,7 +2776,8 @@ class ScramServer {
 // may lose the last chunks, which the next attempt sends again (chapter 9).
 //
 // Anything the server will not do it answers with Goodbye, a reason and a sentence, and closes,
-// also in the place of any answer above.
+// also in the place of any answer above. It closes without a word on strangers for whom it has no
+// slot, and on members whom it gives up because nothing reaches them any more.
 //
 // A login gets a number (LoginId) that is never used again while the server runs. Members are
 // addressed by it and not by name: when bob leaves and comes back, he has new keys and a new
@@ -3078,7 +3080,7 @@ inline Message take_message(Reader& record) {
 //      server announced for this login; and that it is not B's own, nor one that B has met under
 //      another number. Otherwise B uses nothing that this login sends. Then the pin (see below): of
 //      somebody whose identity has changed, or whose card is older than one that B has seen, B
-//      keeps the Open, and what comes with it, until its user has decided.
+//      keeps the Open and the last texts, and drops the rest, until its user has decided.
 //   3. B takes one Open from each login, on the interactive lane, before anything sealed; its card
 //      must be the one that B knows. Otherwise it is dropped, with a complaint. If it does not
 //      open, B looks at nothing more of this login: each try costs an RSA operation.
@@ -3122,12 +3124,12 @@ inline Message take_message(Reader& record) {
 //   - B answers private messages with receipts, one for many where many came at once, when they
 //     were shown, and again for one that comes a second time. What came too late to be remembered
 //     (see ShownIds) is neither shown nor confirmed.
-//   - What has no receipt when B's login is gone waits for B's next one. Has that the same identity
-//     and the same `run`, it is sealed again, with the same id. Has it another `run`, another
-//     program is there, which does not know what the one before has shown: so it is named to the
-//     user as not delivered, for otherwise it might be shown twice.
+//   - What has no receipt when B's login is gone waits a minute for B's next one. Has that the same
+//     identity and the same `run`, it is sealed again, with the same id. Has it another `run`,
+//     another program is there, which does not know what the one before has shown: so it is named
+//     to the user as not delivered, for otherwise it might be shown twice.
 //   - A room message is sent again with the same id if the connection broke before the server's
-//     Taken came: to those who are here then, but not to who came after it was sent the first time
+//     Taken came: to those who were here when it was sent the first time, and not to who came later
 //     (they may have read newer messages, and would see this one behind them). Whoever has shown an
 //     id does not show it again.
 //   - What comes back (Undelivered) is not sent again: the user is told whom it did not reach.
@@ -3790,6 +3792,7 @@ class PinStore {
 //      10 minutes         all but queued and preparing:    moving, if they are to blame, or
 //                         over                             interrupted: over
 //
+//      The 10 minutes are some more for a large file, which has to be read and hashed first.
 //      "The same offer" is a new FileOffer, with a new id, of the same identity, name, size and
 //      time of change. !: against the rules, so over. What cannot happen to a side is ignored.
 //      "over" means that the other side gets a FileOver (if it is in reach) and the user a
@@ -5798,6 +5801,7 @@ class Connection {
 //      Members: mutex_  who is here         nothing. A login sleeps on it, for another login's Pong
 //      Outbox           chapter 10          nothing
 //      Pump             who is new there    nothing. The pump sleeps in poll(), without a lock
+//      TraceLog         (with --trace)      the disk. It is taken under any of the others
 
 // ---- users.db -----------------------------------------------------------------------------------
 //
@@ -6142,7 +6146,8 @@ struct ServerOptions {
     Milliseconds takeover_patience{5'000};
     Milliseconds write_timeout{20'000};
     std::function<void(LogLevel, const std::string&)> log = [](LogLevel, const std::string&) {};
-    // What `who` (the address of a client) is to be watched with; any thread calls what it returns.
+    // What `who` (the address of a client) is to be watched with. Any thread calls what it returns,
+    // perhaps with locks held: it must not call the server, and whoever is slow there slows it.
     std::function<Tracer(std::string_view who)> trace = [](std::string_view) { return Tracer(); };
 };
 
@@ -6920,7 +6925,10 @@ class Server {
                     static_cast<std::uint32_t>(s.id), "; online: ", online));
         for (;;) {
             while (std::optional<Message> message = s.connection.next()) {
-                if (message->type == Quit::type) return "said goodbye";
+                if (message->type == Quit::type) {
+                    from_wire<Quit>(message->body);
+                    return "said goodbye";
+                }
                 ++s.handled;
                 handle(s, *message);
                 if (s.unflushed > max_unflushed) flush_touched(s);
@@ -6966,6 +6974,7 @@ class Server {
                 s.connection.send(Pong{from_wire<Ping>(message.body).number});
                 break;
             case Pong::type:
+                from_wire<Pong>(message.body);
                 members_.note_pong();
                 break;
             default:
@@ -7153,9 +7162,9 @@ class Server {
 //              the connection is lost
 //
 // Who reads the same reads it in the order in which it was written: the room waits for nobody
-// longer than some seconds, and a private message only for earlier ones to the same person. When
-// the connection comes back after a restart of the server, the others are still on their way; so
-// what is written then waits until those who were there are back, or for those seconds.
+// longer than some seconds, and a private message for earlier ones to the same person or the room.
+// When the connection comes back after a restart of the server, the others are still on their way;
+// so what is written then waits until those who were there are back, or for those seconds.
 //
 // A receipt is sent when the FRONT END has dealt with a message, which the engine learns when it
 // asks for the event after that. A program that is killed before has confirmed nothing.
@@ -8028,10 +8037,12 @@ class Login {
 
     void meet_everybody() {
         LoggedIn event{user_, server_, link_->server_key, identity_file(), {}, been_online_};
-        for (Message message = next(); message.type != Ready::type; message = next()) {
+        Message message = next();
+        for (; message.type != Ready::type; message = next()) {
             auto joined = from_wire_as<Joined>(message);
             if (joined.user != user_) event.others.push_back(link_->add(joined).user);
         }
+        from_wire<Ready>(message.body);
         been_online_ = true;
         mail_.emit(std::move(event));
     }
@@ -8198,7 +8209,10 @@ class Client final : private FileHost {
         last_tag_ = 0;
         quit_sent_ = false;
         somebody_came_ = true;  // the roster counts, too
-        for (const auto& [user, id] : link_->by_name) absent_.erase(user);
+        std::erase_if(came_after_, [&](const auto& entry) {
+            return !link_->by_name.contains(entry.first) && !absent_.contains(entry.first);
+        });
+        for (const auto& [user, id] : link_->by_name) note_newcomer(user);
         online_since_ = Clock::now();
         if (!files_) files_.emplace(static_cast<FileHost&>(*this), options_.files);
     }
@@ -8208,6 +8222,9 @@ class Client final : private FileHost {
         if (!link_) return;
         link_->connection->abort();
         if (files_) files_->connection_lost();
+        // Who has not come back for so long is not waited for any more.
+        if (Clock::now() >= online_since_ + options_.return_patience) absent_.clear();
+        if (absent_.size() > max_identities) absent_.clear();  // that is no room, but an attack
         for (const auto& [user, id] : link_->by_name) absent_.insert(user);
         receipts_due_.clear();  // what has none will come again
         for (auto& [id, message] : written_)
@@ -8284,11 +8301,7 @@ class Client final : private FileHost {
     }
     // When something has to be looked at, though nothing has come.
     Clock::time_point next_deadline() const {
-        Clock::time_point next = quit_sent_ ? Clock::time_point::max() : leave_at_;
-        if (mail_.unsent == 0) return next;
-        for (const auto& [id, message] : written_)
-            if (message.state == Written::State::waiting) next = std::min(next, message.until);
-        return next;
+        return std::min(quit_sent_ ? Clock::time_point::max() : leave_at_, written_until_);
     }
 
     void save_pins() {
@@ -8308,8 +8321,7 @@ class Client final : private FileHost {
                 auto joined = from_wire<Joined>(message.body);
                 if (joined.user == user_) break;  // nobody: that is us
                 emit(PersonJoined{link_->add(joined).user});
-                absent_.erase(joined.user);
-                note_latecomer(joined.user);
+                note_newcomer(joined.user);
                 somebody_came_ = true;  // perhaps a file waits for them
                 break;
             }
@@ -8336,6 +8348,7 @@ class Client final : private FileHost {
                     push_control(Pong{from_wire<Ping>(message.body).number});
                 break;
             case Pong::type:
+                from_wire<Pong>(message.body);
                 break;
             case Goodbye::type: {
                 Goodbye goodbye = from_wire<Goodbye>(message.body);
@@ -8613,16 +8626,15 @@ class Client final : private FileHost {
                 finish(here, Delivery::sent, "");
         }
     }
-    // What has been sent to everybody and may have to be sent again is not for who comes only now:
-    // they would read it behind what is written to them in the meantime.
-    void note_latecomer(const std::string& user) {
-        latecomers_.erase(user);
-        for (const auto& [id, message] : written_)
-            if (message.to.empty() && message.state == Written::State::sent) latecomers_[user] = id;
+    // What was sent to everybody is not for who comes later, also if it has to be sent again: they
+    // would read it behind what is written to them in the meantime. `absent_` are those who were
+    // here when we lost the connection: for them it was sent.
+    void note_newcomer(const std::string& user) {
+        if (absent_.erase(user) == 0) came_after_[user] = last_to_room_;
     }
     bool came_too_late(const std::string& user, std::uint64_t id) const {
-        auto found = latecomers_.find(user);
-        return found != latecomers_.end() && id <= found->second;
+        auto found = came_after_.find(user);
+        return found != came_after_.end() && id <= found->second;
     }
 
     // The user has written something: from here on it is shown, sent, and not lost in silence.
@@ -8685,6 +8697,7 @@ class Client final : private FileHost {
 
     // Whatever can go, in the order in which it was written.
     void send_written() {
+        written_until_ = Clock::time_point::max();
         if (mail_.unsent == 0) return;
         std::set<std::string> held_up;  // whose earlier messages wait
         for (auto it = written_.begin(); it != written_.end();) {
@@ -8693,6 +8706,7 @@ class Client final : private FileHost {
             if (message.state != Written::State::waiting || held_up.contains(message.to)) continue;
             if (link_->connection->outbox.is_over(comfortable_outbox)) return;
             if (message.to.empty() ? send_to_room(here) : send_to_one(here)) continue;
+            written_until_ = std::min(written_until_, message.until);  // of those that it is up to
             if (message.to.empty()) return;  // everybody behind would read in another order
             held_up.insert(message.to);
         }
@@ -8722,7 +8736,9 @@ class Client final : private FileHost {
             push(Fanout{tag = ++last_tag_, room.sealed, wrapped_keys});
             wrapped_keys.clear();
         };
+        bool late = false;  // somebody is here for whom it is not
         for (auto& [login, peer] : link_->peers) {
+            late = came_too_late(peer.user, id) || late;
             if ((verified_room_ && !is_verified(peer)) || came_too_late(peer.user, id)) continue;
             if (!open_to(peer)) continue;
             if (wrapped_keys.size() + Fanout::entry_bytes > room_for_keys) flush();
@@ -8731,6 +8747,11 @@ class Client final : private FileHost {
         flush();
         if (tag != 0) {
             note_sent(message, tag);
+            last_to_room_ = std::max(last_to_room_, id);
+            return true;
+        }
+        if (late) {
+            finish(at, Delivery::failed, "nobody is here who was there when it was written");
             return true;
         }
         emit(Notice{link_->peers.empty() ? "Nobody else is here to read it."
@@ -8976,8 +8997,8 @@ class Client final : private FileHost {
         bool now = ignored_.insert(ignore.user).second;
         if (!now) ignored_.erase(ignore.user);
         emit(Notice{concat("Messages of ", ignore.user,
-                           now ? " are hidden until you leave; /ignore "
-                                 "them again to see them."
+                           now ? " are hidden, and not kept, until you leave "
+                                 "or /ignore them again."
                                : " are shown again.")});
         return true;
     }
@@ -9076,8 +9097,10 @@ class Client final : private FileHost {
     std::map<std::string, Fingerprint> told_numbers_;  // whose key each SafetyNumber was of
     std::deque<Command> jobs_;                         // that wait, in their order
     std::map<std::uint64_t, Written> written_;
-    std::map<std::string, std::uint64_t> latecomers_;  // and the last message not for them
     std::uint64_t last_id_ = 0;                        // of what was written
+    std::uint64_t last_to_room_ = 0;                   // of what was sent to everybody
+    std::map<std::string, std::uint64_t> came_after_;  // `last_to_room_` when somebody came
+    Clock::time_point written_until_ = Clock::time_point::max();  // what waits in `written_`
     std::set<std::string> absent_;      // who was there before the connection was lost
     Clock::time_point online_since_{};  // and has been waited for from then on
     std::map<std::pair<std::string, Digest>, ShownIds> shown_;  // while the program runs
@@ -9858,7 +9881,8 @@ class PieceReader {
     // Of this size; the rest of the bytes, all that is left.
     void piece(std::size_t size, std::string name, std::string value = {}) {
         if (size > in_.size()) throw ProtocolError("cut short");
-        bool secret = name == "ticket" || name == "verifier" || name == "proof" || name == "key";
+        constexpr std::array secrets{"ticket", "verifier", "proof", "server_final", "key"};
+        bool secret = std::find(secrets.begin(), secrets.end(), name) != secrets.end();
         out_.push_back({std::move(name), in_.first(size), std::move(value), secret});
         in_ = in_.subspan(size);
     }
@@ -9871,7 +9895,7 @@ class PieceReader {
         last_number_ = value;
         piece(size, std::move(name), std::to_string(value));
     }
-    void text(std::uint64_t size, const std::string& name) {
+    void text(std::size_t size, const std::string& name) {
         if (size > in_.size()) throw ProtocolError("cut short");
         std::string_view all = as_text(in_.first(size));
         // Whoever has this and users.db has the ClientKey: chapter 6.
@@ -9895,7 +9919,7 @@ class PieceReader {
     void take(const std::string&) {
         std::string name = next_name();
         number(2, "length of " + name);
-        text(last_number_, name);
+        text(last_size(), name);
     }
     template <std::size_t N>
     void take(const std::array<std::uint8_t, N>&) {
@@ -9905,10 +9929,12 @@ class PieceReader {
     void take(const ByteView&) {
         std::string name = next_name();
         number(4, "length of " + name);
-        nested(name, last_number_);
+        nested(name, last_size());
     }
     // Bytes that have fields themselves.
-    void nested(const std::string& name, std::uint64_t size);
+    void nested(const std::string& name, std::size_t size);
+    // A length, which has 32 bits at most.
+    std::size_t last_size() const { return static_cast<std::size_t>(last_number_); }
 
     std::string next_name() {
         return next_ < names_.size() ? names_[next_++] : "a field without a name";
@@ -10008,7 +10034,7 @@ inline const Described* take_described(std::span<const Described> table, std::ui
     return &*line;
 }
 
-inline void PieceReader::nested(const std::string& name, std::uint64_t size) {
+inline void PieceReader::nested(const std::string& name, std::size_t size) {
     if (size > in_.size()) throw ProtocolError("cut short");
     ByteView bytes = in_.first(size);
     PieceReader inner(bytes, "user identity x25519 issued run signature", out_);
@@ -10036,6 +10062,7 @@ inline void PieceReader::nested(const std::string& name, std::uint64_t size) {
     } else {
         inner.rest(name);
     }
+    inner.rest("more");
     in_ = in_.subspan(size);
 }
 
@@ -10045,14 +10072,15 @@ inline void explain_handshake(const TraceEvent& event, TraceStory& story) {
         "a key that was made for this connection",
         "likewise; and the long-lived key, which the client compares with the one it knows",
         "32 random bytes that only the holder of the long-lived key can read"};
-    std::size_t which = std::min<std::size_t>(event.number - 1, 2);
+    auto which = static_cast<std::size_t>(std::min<std::uint64_t>(event.number - 1, 2));
     story.title = titles[which];
     story.meaning = meanings[which];
     PieceReader pieces(event.wire, "", story.outside);
     pieces.number(frame_header_bytes, "length");
     if (which == 2) return pieces.rest("encapsulated");
+    if (pieces.left() < protocol_magic.size()) throw ProtocolError("cut short");
     pieces.piece(protocol_magic.size(), "magic",
-                 PieceReader::quoted(as_text(event.plain.first(8))));
+                 PieceReader::quoted(as_text(event.plain.first(protocol_magic.size()))));
     pieces.piece(32, which == 0 ? "x25519_c" : "x25519_s");
     pieces.rest("server's RSA key");
 }
@@ -10178,13 +10206,14 @@ inline std::string trace_text(const TraceEvent& event, std::string_view who, boo
 class TraceLog {
   public:
     // Throws Error.
-    TraceLog(const std::string& path, bool secrets) : secrets_(secrets) {
-        if (path == "-") return;
+    TraceLog(const std::string& name, bool secrets) : secrets_(secrets) {
+        if (name == "-") return;
+        const std::filesystem::path path = path_of(name);
         std::error_code ignored;
         if (std::filesystem::is_regular_file(path, ignored)) std::filesystem::remove(path, ignored);
         file_ = detail::open_file(path, true, FileMode::owner_only);
         if (file_ < 0)
-            throw Error(concat("Cannot write the trace ", path, ": ", system_reason(), "."));
+            throw Error(concat("Cannot write the trace ", name, ": ", system_reason(), "."));
     }
     ~TraceLog() {
         if (file_ >= 0) detail::close_file(file_);
@@ -10987,7 +11016,9 @@ inline void open_standard_descriptors() {
 }
 inline char** arguments_in_utf8(int, char** argv) { return argv; }
 inline void when_asked_to_end(void (*handler)(int signal)) {
-    for (int signal : {SIGINT, SIGTERM, SIGHUP}) std::signal(signal, handler);
+    struct sigaction action {};  // without SA_RESTART: a write that blocks must end, too
+    action.sa_handler = handler;
+    for (int signal : {SIGINT, SIGTERM, SIGHUP}) ::sigaction(signal, &action, nullptr);
 }
 inline bool is_terminal(int descriptor) { return ::isatty(descriptor) == 1; }
 inline TerminalSize terminal_size() {

@@ -1213,17 +1213,18 @@ std::chrono::seconds wait_limit_from(const cxxopts::ParseResult& flags) {
         "--wait-limit", flags["wait-limit"].as<std::string>(), 0, 1'000'000));
 }
 
+using TracerFor = std::function<chatsecure::Tracer(std::string_view who)>;
+
 // One attempt. Nothing if the login was refused and a person may try again.
-std::optional<int> chat(const cxxopts::ParseResult& flags, SignIn sign_in) {
+std::optional<int> chat(const cxxopts::ParseResult& flags, SignIn sign_in, const TracerFor& trace) {
     chatsecure::ClientOptions options = options_from(flags);
-    options.trace = chatsecure::tracer_from(text_of(flags, "trace"),
-                                            flags.count("trace-secrets") > 0)(sign_in.user);
     options.ask_about_server = sign_in.interactive;
     if (flags.count("server-key") > 0)
         options.server_key = chatsecure::fingerprint_from(flags["server-key"].as<std::string>());
     if (!sign_in.interactive) options.reconnect_tries = 10;
     options.password = complete_sign_in(sign_in);
     options.user = sign_in.user;
+    options.trace = trace(sign_in.user);
     options.register_account = sign_in.register_account;
     options.on_event = [] { main_waker.load()->wake(); };
 
@@ -1250,8 +1251,10 @@ int run(const cxxopts::ParseResult& flags) {
                        chatsecure::is_terminal(0) && chatsecure::is_terminal(1)};
     bool asks = given.interactive && given.password_file.empty() &&
                 std::getenv("CHATSECURE_PASSWORD") == nullptr;
+    const TracerFor trace =
+        chatsecure::tracer_from(text_of(flags, "trace"), flags.count("trace-secrets") > 0);
     for (int tries = 1;; ++tries) {
-        std::optional<int> code = chat(flags, given);
+        std::optional<int> code = chat(flags, given, trace);
         if (code) return *code;
         if (!asks || tries == 3) return login_refused;
         if (!given.user.empty() && !given.register_account)

@@ -224,8 +224,8 @@ int width_of(std::string_view text) { return static_cast<int>(std::ceil(measure(
 // `text`, or about as much of it as fits, with an ellipsis. In the current font.
 std::string fitting(std::string_view text, int width) {
     if (width_of(text) <= width) return std::string(text);
-    std::string part;
-    while (width_of(concat(part, text.substr(0, 4), "\u2026")) < width) part += take_letter(text);
+    std::string part, more;
+    while (width_of((more = concat(part, take_letter(text))) + "\u2026") < width) part = more;
     return part + "\u2026";
 }
 
@@ -2530,7 +2530,7 @@ class App final : Wishes {
     // Each conversation has its own half-typed line, so none goes to the wrong one.
     void choose(const std::string& name) override {
         MessageInput& input = main_.input;
-        if (name != model_.current) model_.person(model_.current).draft = input.value();
+        model_.person(model_.current).draft = input.value();
         model_.current = name;
         Conversation& c = model_.person(name);
         c.unread = 0;
