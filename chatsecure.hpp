@@ -42,7 +42,7 @@
 //                                                   put an encrypted channel under anything.
 //      a long evening  1 to 9      5007       334   The whole protocol: you can write a compatible
 //                                                   client in another language.
-//      a weekend       all        11107       740   And how to build on it: a server for a thousand
+//      a weekend       all        11112       741   And how to build on it: a server for a thousand
 //                                                   people at once, a client that survives a lost
 //                                                   connection, and programs for people.
 //
@@ -1394,8 +1394,8 @@ class Listener {
 // Who notices, and of what?
 //
 // Write an ECHO server's conversation: what comes is sent back, as it comes. When the other side
-// ends its stream, end ours, and return. A burst of some megabytes must come back, too, and nothing
-// may spin while nothing comes.
+// ends its stream, end ours, and return. A burst of some megabytes must come back, too, to somebody
+// who reads while they write, and nothing may spin while nothing comes.
 //
 //      void echo(Socket& socket)
 //
@@ -7687,6 +7687,7 @@ struct Peer {
 struct Written {
     std::string to, text;  // `to`: empty for everybody
     enum class State { waiting, sent } state = State::waiting;
+    bool verified_only = false;                          // as LimitRoom was when it was written
     bool told_waiting = false;                           // the user knows that it waits
     std::uint32_t tag = 0;                               // of what was sent, on this connection
     LoginId sent_to{};                                   // in private, like the rest
@@ -8291,6 +8292,8 @@ class Client final : private FileHost {
                 write("", say->text);
             else if (const auto* tell = std::get_if<Tell>(&*command))
                 write(tell->user, tell->text);
+            else if (const auto* limit = std::get_if<LimitRoom>(&*command))
+                limit_room(*limit);  // at once: it is for what is written behind it
             else
                 jobs_.push_back(std::move(*command));
         }
@@ -8650,7 +8653,7 @@ class Client final : private FileHost {
             return;
         }
         if (link_) last_id_ = std::max(last_id_, link_->issued);
-        written_[++last_id_] = {.to = to, .text = text};
+        written_[++last_id_] = {.to = to, .text = text, .verified_only = verified_room_};
         ++mail_.unsent;
         if (to.empty())
             emit(RoomMessage{user_, text, true, last_id_});
@@ -8739,8 +8742,8 @@ class Client final : private FileHost {
         bool late = false;  // somebody is here for whom it is not
         for (auto& [login, peer] : link_->peers) {
             late = came_too_late(peer.user, id) || late;
-            if ((verified_room_ && !is_verified(peer)) || came_too_late(peer.user, id)) continue;
-            if (!open_to(peer)) continue;
+            if (message.verified_only && !is_verified(peer)) continue;
+            if (came_too_late(peer.user, id) || !open_to(peer)) continue;
             if (wrapped_keys.size() + Fanout::entry_bytes > room_for_keys) flush();
             append_fields(wrapped_keys, login, peer.sender->wrap_key(room.key, hash));
         }
@@ -8755,8 +8758,9 @@ class Client final : private FileHost {
             return true;
         }
         emit(Notice{link_->peers.empty() ? "Nobody else is here to read it."
-                    : verified_room_     ? "Nobody whom you have verified is here to read it."
-                                         : "Nobody whose identity you trust is here to read it."});
+                    : message.verified_only
+                        ? "Nobody whom you have verified is here to read it."
+                        : "Nobody whose identity you trust is here to read it."});
         finish(at, Delivery::sent, "");
         return true;
     }
@@ -8874,6 +8878,7 @@ class Client final : private FileHost {
     // What take_commands() or Login has dealt with.
     bool perform(const Say&) { return true; }
     bool perform(const Tell&) { return true; }
+    bool perform(const LimitRoom&) { return true; }
     bool perform(const Leave&) { return true; }
     bool perform(const AcceptServerKey&) { return true; }
 
@@ -9003,12 +9008,11 @@ class Client final : private FileHost {
         return true;
     }
 
-    bool perform(const LimitRoom& limit) {
+    void limit_room(const LimitRoom& limit) {
         verified_room_ = limit.verified_only;
         emit(Notice{verified_room_ ? "From now on only people whom you have verified can read what "
                                      "you say to everybody."
                                    : "From now on everybody here can read what you say to all."});
-        return true;
     }
     bool perform(const SendFile& file) {
         if (file.user == user_) throw Error("That is you.");
@@ -9128,14 +9132,15 @@ class Client final : private FileHost {
 //
 // Write /AWAY: after "/away back at five" each person who writes to you alone is answered, once,
 // with "away: back at five". "/away" ends it, and a new one begins anew. (A command is a struct in
-// Command, what it does a perform(), and what one types stands in chapter 13.) The trap: two who
-// are both away must not answer each other for ever.
+// Command, what it does a perform(), and what one types stands in chapter 13.) Two who are both
+// away must not answer each other for ever.
 // Green: exercise: away
 //
 // Write a SECOND ROOM: after "/enter tea" what you say to everybody is sent to those alone who are
 // in tea, and what is said elsewhere is not sent to you. "/enter" goes back. The server need not be
 // changed, and learns no name: it passes on to those who are named. So the clients tell each other
 // where they are, in a sealed payload of a new Kind, 4; whoever comes later has to be told, too.
+// What was typed just before "/enter" is said where one was then.
 // Green: exercise: second room
 
 // =================================================================================================
@@ -10272,7 +10277,7 @@ inline std::function<Tracer(std::string_view who)> tracer_from(const std::string
 // as it comes; when somebody, say alice, writes "!dice" and nothing else to everybody, it says to
 // everybody "alice rolled 4", and to whom asks in private it says it in private. It does not answer
 // itself, and ends when the client is Stopped. (Is a random byte modulo 6 fair?) It stands beside
-// ./tests and ./server.
+// ./tests, ./server and ./client.
 //
 //      g++ -std=c++20 -o dice dice.cpp -lcrypto -pthread
 //
@@ -11078,7 +11083,7 @@ inline std::filesystem::path default_home() {
 //
 // Write poll_sockets() for a system that has SELECT() and no poll(), in namespace detail. It
 // behaves alike for POLLIN and POLLOUT, for a time limit of -1, 0 or more, and for a socket that is
-// closed at the other end. What can it not do, however you write it? Refuse that (a negative
+// closed at the other end. Which sockets have no place in an fd_set? Refuse those (a negative
 // number, with errno set to EINVAL).
 //
 //      int poll_with_select(std::span<PollEntry> entries, int timeout_ms)
