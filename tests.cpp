@@ -7923,7 +7923,7 @@ TEST_CASE("chapter 13: a trace hides what is secret, unless somebody asks for it
             for (const Traced& traced : conversation) log.write(traced.event(), traced.who);
         }
         std::string text = read_text(directory.path / "trace");
-        CHECK(mode_of(directory.path / "trace") == owner_read_write);
+        CHECK(is_for_owner_alone(directory.path / "trace"));
         CHECK(text.find("hello, everybody") != std::string::npos);
         for (const std::string& secret : secrets)
             CHECK((text.find(secret) != std::string::npos) == shown);
