@@ -11142,6 +11142,7 @@ TEST_CASE("programs: on a terminal, a mark behind one's own message says what be
     alice->wait_for(": meanwhile  \u2713\u2713\r\n");
     for (int i = 0; i < 30; ++i) bob->write(concat("line ", i, "\n"));
     alice->wait_for("line 29");
+    alice->wait_for("-- 1 other online --");  // it is drawn again below
     std::string screen;
     for (const std::string& row : screen_after(alice->output(), 24, 80)) screen += row + "\n";
     CAPTURE(screen);
