@@ -40,9 +40,9 @@
 //      an hour         2, 3, 5      899        60   How two programs talk over a network at all,
 //                                                   and how they keep it to themselves: you can
 //                                                   put an encrypted channel under anything.
-//      a long evening  1 to 9      5007       334   The whole protocol: you can write a compatible
+//      a long evening  1 to 9      5011       334   The whole protocol: you can write a compatible
 //                                                   client in another language.
-//      a weekend       all        11112       741   And how to build on it: a server for a thousand
+//      a weekend       all        11117       741   And how to build on it: a server for a thousand
 //                                                   people at once, a client that survives a lost
 //                                                   connection, and programs for people.
 //
@@ -878,6 +878,7 @@ struct TraceEvent {
     std::uint64_t number = 0;  // of the frame, the record, or the payload on its lane
 };
 using Tracer = std::function<void(const TraceEvent&)>;
+using TracerFor = std::function<Tracer(std::string_view who)>;  // one that says whom it watches
 
 // ---- Try it -------------------------------------------------------------------------------------
 //
@@ -3249,8 +3250,8 @@ inline constexpr std::uint64_t max_sealed_per_lane = 1ULL << 32;
 // One lane of one direction, at the sender.
 class SealingLane {
   public:
-    explicit SealingLane(const Secret<32>& key, Tracer trace = {}, std::string key_name = {})
-        : cipher_(key), trace_(std::move(trace)), key_name_(std::move(key_name)) {}
+    explicit SealingLane(const Secret<32>& key, Tracer trace = {})
+        : cipher_(key), trace_(std::move(trace)) {}
 
     // `sealed` holds room for seq (8 bytes), then kind and body, then room for the tag.
     void seal_in_place(ByteSpan sealed, ByteView aad = {}) {
@@ -3263,8 +3264,7 @@ class SealingLane {
         if (trace_) plain.assign(text.begin(), text.end());
         cipher_.seal(Nonce(seq_), aad, text, sealed.last<gcm_tag_bytes>());
         if (trace_)
-            trace_(
-                {TraceEvent::Layer::payload, TraceEvent::Way::out, sealed, plain, key_name_, seq_});
+            trace_({TraceEvent::Layer::payload, TraceEvent::Way::out, sealed, plain, {}, seq_});
     }
     // Appends seq || ciphertext of (kind || body) || tag.
     void seal_to(Bytes& out, Kind kind, ByteView body, ByteView aad = {}) {
@@ -3279,7 +3279,6 @@ class SealingLane {
     AesGcm cipher_;
     std::uint64_t seq_ = 0;
     Tracer trace_;
-    std::string key_name_;  // for it
 };
 
 // What became of a sealed payload at the receiver.
@@ -3298,8 +3297,8 @@ struct OpenedPayload {
 // One lane of one direction, at the receiver.
 class OpeningLane {
   public:
-    explicit OpeningLane(const Secret<32>& key, Tracer trace = {}, std::string key_name = {})
-        : cipher_(key), trace_(std::move(trace)), key_name_(std::move(key_name)) {}
+    explicit OpeningLane(const Secret<32>& key, Tracer trace = {})
+        : cipher_(key), trace_(std::move(trace)) {}
 
     // Opens in place. Never throws for anything the network can contain: a damaged payload is
     // reported, and the conversation goes on. (Unlike a damaged record: there the connection itself
@@ -3319,7 +3318,7 @@ class OpeningLane {
         std::optional<ByteSpan> plain = cipher_.open(Nonce(seq), aad, sealed.subspan(8));
         if (!plain) return result;
         if (trace_)
-            trace_({TraceEvent::Layer::payload, TraceEvent::Way::in, wire, *plain, key_name_, seq});
+            trace_({TraceEvent::Layer::payload, TraceEvent::Way::in, wire, *plain, {}, seq});
         result.state = OpenedPayload::State::good;
         result.lost = seq - last_seq_ - 1;
         result.kind = static_cast<Kind>(plain->front());
@@ -3339,7 +3338,6 @@ class OpeningLane {
     AesGcm cipher_;
     std::uint64_t last_seq_ = 0;
     Tracer trace_;
-    std::string key_name_;  // for it
 };
 
 namespace detail {
@@ -3352,7 +3350,13 @@ std::array<AnyLane, 2> pair_lanes(const Digest& a, const Digest& b, const Secret
                                   std::string_view who = {}) {
     Secret<32> prk = agree(join(a, b), secret, x25519, trace);
     auto lane = [&](std::string_view label, std::string_view name) {
-        return AnyLane(hkdf_expand(prk, label, trace), trace, trace ? concat(who, name) : "");
+        Tracer named;  // tells the same, and whose lane it is
+        if (trace)
+            named = [trace, key = concat(who, name)](TraceEvent event) {
+                event.name = key;
+                trace(event);
+            };
+        return AnyLane(hkdf_expand(prk, label, trace), std::move(named));
     };
     return {lane("chatsecure pair interactive lane", ", interactive lane"),
             lane("chatsecure pair bulk lane", ", bulk lane")};
@@ -5493,6 +5497,7 @@ class Connection {
         trace_ = frames_.trace = trace;
         key_names_ = {receiving, sending};
     }
+    const Tracer& trace() const { return trace_; }
 
     // ---- The handshake: frames in the clear -----------------------------------------------------
 
@@ -6148,7 +6153,7 @@ struct ServerOptions {
     std::function<void(LogLevel, const std::string&)> log = [](LogLevel, const std::string&) {};
     // What `who` (the address of a client) is to be watched with. Any thread calls what it returns,
     // perhaps with locks held: it must not call the server, and whoever is slow there slows it.
-    std::function<Tracer(std::string_view who)> trace = [](std::string_view) { return Tracer(); };
+    TracerFor trace = [](std::string_view) { return Tracer(); };
 };
 
 namespace detail {
@@ -6166,16 +6171,14 @@ struct Session : std::enable_shared_from_this<Session> {
         : connection(std::move(accepted), options.queue_bound, options.bulk_queue_bound),
           bucket(options.messages_per_second, options.message_burst),
           host(from.host()),
-          address(from.text()),
-          trace(options.trace(address)) {
-        connection.watch(trace, "client to server", "server to client");
+          address(from.text()) {
+        connection.watch(options.trace(address), "client to server", "server to client");
     }
 
     Connection connection;  // others: what is marked "any thread" there
     Digest channel_binding{};
     TokenBucket bucket;
     const std::string host, address;  // "127.0.0.1", "127.0.0.1:41234"
-    const Tracer trace;
 
     // Guarded by Members.
     //   connecting --> stranger --> logging_in --> member --> left        and from the first three
@@ -6772,7 +6775,8 @@ class Server {
         Clock::time_point deadline = Clock::now() + options_.handshake_timeout;
         ServerHandshake handshake(key_, s.connection.receive_frame(deadline));
         s.connection.send_frame(handshake.hello(), options_.write_timeout);
-        HopKeys keys = finish_handshake(handshake, s.connection.receive_frame(deadline), s.trace);
+        HopKeys keys =
+            finish_handshake(handshake, s.connection.receive_frame(deadline), s.connection.trace());
         s.connection.secure(std::move(keys.client_to_server), std::move(keys.server_to_client));
         s.channel_binding = keys.channel_binding;
         s.stage = Stage::stranger;
@@ -8741,9 +8745,10 @@ class Client final : private FileHost {
         };
         bool late = false;  // somebody is here for whom it is not
         for (auto& [login, peer] : link_->peers) {
-            late = came_too_late(peer.user, id) || late;
+            const bool too_late = came_too_late(peer.user, id);
+            late = late || too_late;
             if (message.verified_only && !is_verified(peer)) continue;
-            if (came_too_late(peer.user, id) || !open_to(peer)) continue;
+            if (too_late || !open_to(peer)) continue;
             if (wrapped_keys.size() + Fanout::entry_bytes > room_for_keys) flush();
             append_fields(wrapped_keys, login, peer.sender->wrap_key(room.key, hash));
         }
@@ -9883,12 +9888,16 @@ class PieceReader {
         (take(field), ...);
         return *this;
     }
-    // Of this size; the rest of the bytes, all that is left.
-    void piece(std::size_t size, std::string name, std::string value = {}) {
+    // The next bytes, which stay where they are. Throws ProtocolError if there are fewer.
+    ByteView next_bytes(std::size_t size) const {
         if (size > in_.size()) throw ProtocolError("cut short");
+        return in_.first(size);
+    }
+    // A piece of this size; or of all that is left.
+    void piece(std::size_t size, std::string name, std::string value = {}) {
         constexpr std::array secrets{"ticket", "verifier", "proof", "server_final", "key"};
         bool secret = std::find(secrets.begin(), secrets.end(), name) != secrets.end();
-        out_.push_back({std::move(name), in_.first(size), std::move(value), secret});
+        out_.push_back({std::move(name), next_bytes(size), std::move(value), secret});
         in_ = in_.subspan(size);
     }
     void rest(std::string name, std::string value = {}) {
@@ -9896,13 +9905,12 @@ class PieceReader {
     }
     void number(std::size_t size, std::string name) {
         std::uint64_t value = 0;
-        for (std::size_t i = 0; i < std::min(size, in_.size()); ++i) value = value << 8 | in_[i];
+        for (std::uint8_t byte : next_bytes(size)) value = value << 8 | byte;
         last_number_ = value;
         piece(size, std::move(name), std::to_string(value));
     }
     void text(std::size_t size, const std::string& name) {
-        if (size > in_.size()) throw ProtocolError("cut short");
-        std::string_view all = as_text(in_.first(size));
+        std::string_view all = as_text(next_bytes(size));
         // Whoever has this and users.db has the ClientKey: chapter 6.
         std::size_t proof = std::min(name == "text" ? all.find(",p=") : all.npos, all.size());
         piece(proof, name, quoted(all.substr(0, proof)));
@@ -10040,9 +10048,11 @@ inline const Described* take_described(std::span<const Described> table, std::ui
 }
 
 inline void PieceReader::nested(const std::string& name, std::size_t size) {
-    if (size > in_.size()) throw ProtocolError("cut short");
-    ByteView bytes = in_.first(size);
-    PieceReader inner(bytes, "user identity x25519 issued run signature", out_);
+    ByteView bytes = next_bytes(size);
+    PieceReader inner(bytes,
+                      name == "card" ? "user identity x25519 issued run signature"
+                                     : "card encapsulated",  // of an Open
+                      out_);
     if (name == "card" && size > 0) {
         take_fields<Card>(inner);
     } else if (name == "wrapped_keys") {
@@ -10055,13 +10065,10 @@ inline void PieceReader::nested(const std::string& name, std::size_t size) {
     } else if (name == "payload" && size > 0) {
         bool open = bytes[0] == static_cast<std::uint8_t>(PayloadType::open);
         inner.number(1, open ? "Open" : "Sealed");
-        if (open) {
-            PieceReader both(bytes.subspan(1), "card encapsulated", out_);
-            take_fields<OpenPayload>(both);
-            in_ = in_.subspan(size);
-            return;
-        }
-        inner.sealed(true);
+        if (open)
+            take_fields<OpenPayload>(inner);
+        else
+            inner.sealed(true);
     } else if (name == "text" || name == "wrapped_key") {
         inner.sealed(name == "wrapped_key", name + ": ");
     } else {
@@ -10083,9 +10090,7 @@ inline void explain_handshake(const TraceEvent& event, TraceStory& story) {
     PieceReader pieces(event.wire, "", story.outside);
     pieces.number(frame_header_bytes, "length");
     if (which == 2) return pieces.rest("encapsulated");
-    if (pieces.left() < protocol_magic.size()) throw ProtocolError("cut short");
-    pieces.piece(protocol_magic.size(), "magic",
-                 PieceReader::quoted(as_text(event.plain.first(protocol_magic.size()))));
+    pieces.text(protocol_magic.size(), "magic");
     pieces.piece(32, which == 0 ? "x25519_c" : "x25519_s");
     pieces.rest("server's RSA key");
 }
@@ -10189,15 +10194,15 @@ inline std::string trace_text(const TraceEvent& event, std::string_view who, boo
             std::string name(piece.name);
             name.resize(std::max(name.size(), std::size_t{20}), ' ');
             text += concat(indent, name, " ");
-            bool hidden = piece.secret && !secrets;
-            if (hidden)
+            if (piece.secret && !secrets) {
                 text += concat("(", piece.bytes.size(), " bytes: --trace-secrets shows them)");
-            else if (!piece.value.empty())
+            } else if (!piece.value.empty()) {
                 text += piece.value;
-            else
+            } else {
                 text += to_hex(piece.bytes.first(std::min(most, piece.bytes.size())));
-            if (!hidden && piece.value.empty() && piece.bytes.size() > most)
-                text += concat("... (", piece.bytes.size(), " bytes)");
+                if (piece.bytes.size() > most)
+                    text += concat("... (", piece.bytes.size(), " bytes)");
+            }
             text += '\n';
         }
     };
@@ -10229,11 +10234,12 @@ class TraceLog {
     // Any thread.
     void write(const TraceEvent& event, std::string_view who) {
         if (event.layer == TraceEvent::Layer::secret && !secrets_) return;
+        const std::string story = trace_text(event, who, secrets_);
         std::lock_guard lock(mutex_);
         std::chrono::duration<double> since = Clock::now() - start_;
         std::ostringstream time;
         time << std::fixed << std::setprecision(6) << since.count();
-        std::string text = concat(time.str(), " ", trace_text(event, who, secrets_), "\n");
+        std::string text = concat(time.str(), " ", story, "\n");
         if (file_ < 0)
             std::cerr << text;
         else if (detail::write_all_at(file_, as_bytes(text), written_))
@@ -10253,8 +10259,7 @@ class TraceLog {
 
 // For the flags --trace and --trace-secrets: a function that makes a Tracer for somebody, empty
 // ones if no trace is wanted. Throws Error.
-inline std::function<Tracer(std::string_view who)> tracer_from(const std::string& path,
-                                                               bool secrets) {
+inline TracerFor tracer_from(const std::string& path, bool secrets) {
     if (path.empty() && secrets) throw Error("--trace-secrets belongs to --trace.");
     if (path.empty()) return [](std::string_view) { return Tracer(); };
     auto log = std::make_shared<TraceLog>(path, secrets);

@@ -1213,10 +1213,9 @@ std::chrono::seconds wait_limit_from(const cxxopts::ParseResult& flags) {
         "--wait-limit", flags["wait-limit"].as<std::string>(), 0, 1'000'000));
 }
 
-using TracerFor = std::function<chatsecure::Tracer(std::string_view who)>;
-
 // One attempt. Nothing if the login was refused and a person may try again.
-std::optional<int> chat(const cxxopts::ParseResult& flags, SignIn sign_in, const TracerFor& trace) {
+std::optional<int> chat(const cxxopts::ParseResult& flags, SignIn sign_in,
+                        const chatsecure::TracerFor& trace) {
     chatsecure::ClientOptions options = options_from(flags);
     options.ask_about_server = sign_in.interactive;
     if (flags.count("server-key") > 0)
@@ -1251,7 +1250,7 @@ int run(const cxxopts::ParseResult& flags) {
                        chatsecure::is_terminal(0) && chatsecure::is_terminal(1)};
     bool asks = given.interactive && given.password_file.empty() &&
                 std::getenv("CHATSECURE_PASSWORD") == nullptr;
-    const TracerFor trace =
+    const chatsecure::TracerFor trace =
         chatsecure::tracer_from(text_of(flags, "trace"), flags.count("trace-secrets") > 0);
     for (int tries = 1;; ++tries) {
         std::optional<int> code = chat(flags, given, trace);

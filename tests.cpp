@@ -7845,20 +7845,23 @@ class TraceCollector {
     std::vector<Traced> events_;
 };
 
+std::unique_ptr<FilePerson> traced_person(Room& room, TraceCollector& traces,
+                                          const std::string& user, bool registers,
+                                          std::uint16_t port = 0) {
+    return std::make_unique<FilePerson>(room, user, port, [&](ClientOptions& options) {
+        options.trace = traces.of(user);
+        options.register_account = registers;
+    });
+}
+
 // A whole visit: to everybody, in private, a file, and the end.
 std::vector<Traced> traced_conversation() {
     TraceCollector traces;  // outlives those who tell it
     Room room({"alice"}, [&](ServerOptions& options) {
         options.trace = [&](std::string_view) { return traces.of("server"); };
     });
-    auto person = [&](const std::string& user) {
-        return std::make_unique<FilePerson>(room, user, std::uint16_t{0},
-                                            [&](ClientOptions& options) {
-                                                options.trace = traces.of(user);
-                                                options.register_account = user == "bob";
-                                            });
-    };
-    std::unique_ptr<FilePerson> alice = person("alice"), bob = person("bob");
+    std::unique_ptr<FilePerson> alice = traced_person(room, traces, "alice", false),
+                                bob = traced_person(room, traces, "bob", true);
     alice->chat.meet("bob");
     bob->chat.meet("alice");
     alice->chat->post(Say{"hello, everybody"});
@@ -15817,16 +15820,10 @@ Recording recorded_conversation() {
         };
     });
     give_identity(room.homes.path / "alice", "alice", 2);
-    auto person = [&](const std::string& user, std::uint16_t port) {
-        return std::make_unique<FilePerson>(room, user, port, [&](ClientOptions& options) {
-            options.trace = traces.of(user);
-            options.register_account = user == "alice";
-        });
-    };
-    std::unique_ptr<FilePerson> bob = person("bob", 0);
+    std::unique_ptr<FilePerson> bob = traced_person(room, traces, "bob", false);
     bob->chat.next<LoggedIn>();
     Proxy tap((*room.server)->port());
-    std::unique_ptr<FilePerson> alice = person("alice", tap.port());
+    std::unique_ptr<FilePerson> alice = traced_person(room, traces, "alice", true, tap.port());
     all.server_key = alice->chat.next<LoggedIn>().server_key;
     bob->chat.meet("alice");
     alice->chat->post(Say{"Good morning, everybody!"});
@@ -16476,8 +16473,7 @@ namespace {
 
 int write_illustrated(const std::string& path) {
     std::string page = Illustration(recorded_conversation()).written();
-    if (!(std::ofstream(path, std::ios::binary) << page << std::flush))
-        throw Error(concat("Cannot write ", path, "."));
+    write_file(path_of(path), as_bytes(page), FileMode::readable_by_all);
     return 0;
 }
 
