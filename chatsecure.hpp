@@ -3081,7 +3081,8 @@ inline Message take_message(Reader& record) {
 //      server announced for this login; and that it is not B's own, nor one that B has met under
 //      another number. Otherwise B uses nothing that this login sends. Then the pin (see below): of
 //      somebody whose identity has changed, or whose card is older than one that B has seen, B
-//      keeps the Open and the last texts, and drops the rest, until its user has decided.
+//      keeps the Open and the first texts and offers of files, and drops the rest, until its user
+//      has decided.
 //   3. B takes one Open from each login, on the interactive lane, before anything sealed; its card
 //      must be the one that B knows. Otherwise it is dropped, with a complaint. If it does not
 //      open, B looks at nothing more of this login: each try costs an RSA operation.
@@ -3619,10 +3620,10 @@ class PinStore {
         pin = Pin{card.fingerprint, not_far_ahead(card.issued), verified, false};
         dirty_ = true;
     }
-    void mark_verified(const std::string& user) {
+    void set_verified(const std::string& user, bool verified) {
         Pin& pin = pins_.at(user);
         note_not_only_met(pin);
-        pin.verified = true;
+        pin.verified = verified;
         dirty_ = true;
     }
 
@@ -6834,8 +6835,8 @@ class Server {
         if (!added)
             throw Refusal(GoodbyeReason::name_taken,
                           concat("The name \"", account.user,
-                                 "\" is taken. Choose another, or log "
-                                 "in without --register if it is yours."));
+                                 "\" is taken. Choose another; or, if it is yours, log in "
+                                 "instead of registering."));
         info(concat("registered \"", account.user, "\" from ", s.address));
         s.connection.send(Registered{});
     }
@@ -7219,7 +7220,7 @@ struct ListPeople {};  // answered by People
 // confirmed.
 struct Verify {
     std::string user;
-    bool confirm = false;  // "the numbers agree": remember it
+    std::optional<bool> agree{};  // the two numbers: true is remembered, false takes that back
     std::optional<Fingerprint> compared{};
 };
 struct Trust {  // accept the identity that `user` has now; if `compared` is given, only that one
@@ -7422,6 +7423,10 @@ class KnownServers {
 // The user's data directory, as the system has it: chapter 14. Empty if there is none (never one
 // below the current directory: the identity would then depend on where a program is started).
 inline std::filesystem::path default_home();
+
+// Where people look for what they have received: the desktop's folder, or the directory "downloads"
+// where there is none.
+inline std::filesystem::path default_downloads();
 
 struct ClientOptions {
     std::string host = "localhost";
@@ -7677,10 +7682,11 @@ struct Peer {
     std::shared_ptr<BulkLane> bulk;        // once a file goes to them
     std::optional<PairReceiver> receiver;  // once they have opened to us
     bool unheard = false;                  // an Open of theirs did not open: nothing more is tried
-    // What came while their identity is not trusted: shown after Trust. The last are not kept.
+    // What came while their identity is not trusted, a text or the offer of a file: shown after
+    // Trust. The last are not kept.
     struct HeldBack {
+        std::variant<Text, OpenedPayload> what;
         bool to_room = false;
-        Text text;
     };
     std::vector<HeldBack> held_back;
     std::size_t held_bytes = 0, held_count = 0;
@@ -8376,8 +8382,8 @@ class Client final : private FileHost {
         if (peer == nullptr) return;
         std::string user = peer->user;
         if (peer->held_count > 0)
-            emit(Complaint{user, concat(user, " left: ", peer->held_count,
-                                        " messages that were held back are gone.")});
+            emit(Complaint{user, concat(user, " left: what was held back is gone (",
+                                        peer->held_count, " in all).")});
         link_->remove(id);
         files_->peer_left(id, user);
         for (auto& [number, message] : written_) {
@@ -8433,7 +8439,7 @@ class Client final : private FileHost {
                 peer.standing = Peer::Standing::changed;
                 emit(Complaint{peer.user,
                                concat("The server showed an old key card of ", peer.user,
-                                      ", from an earlier login. It is not used, unless you /trust ",
+                                      ", from an earlier login. It is not used, unless you trust ",
                                       peer.user, ": perhaps a clock there was wrong.")});
                 break;
         }
@@ -8530,6 +8536,7 @@ class Client final : private FileHost {
                 return;
             case Kind::file_offer:
                 if (ignored_.contains(peer.user)) return;
+                if (!trusted) return hold_back(peer, {std::move(opened)});
                 [[fallthrough]];
             case Kind::file_accept:
             case Kind::file_credit:
@@ -8559,7 +8566,7 @@ class Client final : private FileHost {
     // Shows it, once, and confirms it if it was for us alone.
     void receive_text(Peer& peer, bool to_room, const Text& text) {
         if (ignored_.contains(peer.user)) return;
-        if (peer.standing != Peer::Standing::trusted) return hold_back(peer, to_room, text);
+        if (peer.standing != Peer::Standing::trusted) return hold_back(peer, {text, to_room});
         // The name belongs to it: one person may have two accounts with one identity.
         const std::pair sender(peer.user, peer.card->fingerprint.digest);
         if (shown_.size() >= max_identities && !shown_.contains(sender)) return;
@@ -8574,16 +8581,19 @@ class Client final : private FileHost {
         }
         if (!to_room) receipts_due_.push_back({event, peer.id, text.id});
     }
-    void hold_back(Peer& peer, bool to_room, const Text& text) {
+    void hold_back(Peer& peer, Peer::HeldBack held) {
         if (peer.standing != Peer::Standing::changed) return;
         if (is_worth_telling(++peer.held_count))
             emit(Complaint{
                 peer.user,
-                concat(peer.held_count, peer.held_count == 1 ? " message" : " messages", " of ",
-                       peer.user, " held back until you /trust ", peer.user, ".")});
-        peer.held_bytes += text.words.size();
+                concat("Something came from ", peer.user,
+                       ", and is held back until you trust the new identity",
+                       peer.held_count == 1 ? "." : concat(" (", peer.held_count, " so far)."))});
+        const auto* text = std::get_if<Text>(&held.what);
+        peer.held_bytes +=
+            text != nullptr ? text->words.size() : std::get<OpenedPayload>(held.what).body.size();
         if (peer.held_back.size() < 100 && peer.held_bytes < 4 * max_text_bytes)
-            peer.held_back.push_back({to_room, text});
+            peer.held_back.push_back(std::move(held));
     }
 
     // ---- Delivery -------------------------------------------------------------------------------
@@ -8951,7 +8961,8 @@ class Client final : private FileHost {
         // Of somebody whose identity has changed, the number to compare is the new one's.
         Fingerprint mine = login_.identity().public_key().fingerprint();
         Fingerprint theirs = changed ? peer->card->fingerprint : pin->fingerprint;
-        if (verify.confirm) {
+        if (verify.agree == false) login_.pins().set_verified(verify.user, false);
+        if (verify.agree == true) {
             auto told = told_numbers_.find(verify.user);
             bool other = verify.compared               ? *verify.compared != theirs
                          : told != told_numbers_.end() ? told->second != theirs
@@ -8960,7 +8971,7 @@ class Client final : private FileHost {
                 throw Error(concat("What you compared is not the identity that is known of ",
                                    verify.user, ": /verify ", verify.user, " again."));
             if (changed) accept_identity(*peer);  // compared and trusted in one act
-            login_.pins().mark_verified(verify.user);
+            login_.pins().set_verified(verify.user, true);
             pin = login_.pins().find(verify.user);
             changed = false;
         }
@@ -8992,11 +9003,15 @@ class Client final : private FileHost {
         std::vector<Peer::HeldBack> held_back = std::exchange(peer.held_back, {});
         peer.held_bytes = 0;
         if (count == 0) return;
-        emit(Notice{concat(
-            "Of ", peer.user, ", ", count, " messages were held back",
-            count == held_back.size() ? "" : concat("; the first ", held_back.size(), " were kept"),
-            ". Here they are:")});
-        for (const Peer::HeldBack& held : held_back) receive_text(peer, held.to_room, held.text);
+        emit(Notice{concat("What ", peer.user, " has sent meanwhile",
+                           count == held_back.size() ? ":"
+                                                     : concat(" (", count, " in all; the first ",
+                                                              held_back.size(), " were kept):"))});
+        for (Peer::HeldBack& held : held_back)
+            if (const auto* text = std::get_if<Text>(&held.what))
+                receive_text(peer, held.to_room, *text);
+            else
+                files_->receive(as_file_peer(peer), std::get<OpenedPayload>(std::move(held.what)));
     }
 
     bool perform(const Ignore& ignore) {
@@ -9006,10 +9021,9 @@ class Client final : private FileHost {
             throw Error(concat("There is nobody called ", ignore.user, " here."));
         bool now = ignored_.insert(ignore.user).second;
         if (!now) ignored_.erase(ignore.user);
-        emit(Notice{concat("Messages of ", ignore.user,
-                           now ? " are hidden, and not kept, until you leave "
-                                 "or /ignore them again."
-                               : " are shown again.")});
+        emit(Notice{concat(
+            "What ", ignore.user, " writes and offers is ",
+            now ? "hidden, and not kept, until you leave or do this once more." : "shown again.")});
         return true;
     }
 
@@ -9519,6 +9533,14 @@ inline TerminalSize terminal_size();
 
 inline std::tm local_time(std::time_t time);
 
+// As a clock or a calendar on the wall says it; `format` is that of strftime().
+inline std::string time_text(std::chrono::system_clock::time_point time, const char* format) {
+    std::tm local = local_time(std::chrono::system_clock::to_time_t(time));
+    std::array<char, 64> text{};
+    std::strftime(text.data(), text.size(), format, &local);
+    return text.data();
+}
+
 // Waits until standard input has something (if `want_input`), or `waker` was woken, or
 // `timeout_ms` is over (-1: never).
 struct Readiness {
@@ -9617,7 +9639,8 @@ inline constexpr std::array<CommandHelp, 15> command_help{{
     {"/msg USER TEXT", "to one person"},
     {"/reply TEXT", "to whom you last exchanged private messages with"},
     {"/who", "who is online"},
-    {"/verify USER", "the safety number to compare; \"/verify USER ok\" when it agrees"},
+    {"/verify USER",
+     "the safety number to compare; \"/verify USER ok\" when it agrees, \"no\" ends that"},
     {"/trust USER", "accept the new identity of somebody whose identity has changed"},
     {"/ignore USER", "hide what somebody writes; again to show it"},
     {"/room verified", "write to everybody you have verified only; \"/room everyone\" ends that"},
@@ -9656,6 +9679,16 @@ inline std::filesystem::path path_from(std::string_view text) {
     if (std::filesystem::path::preferred_separator == '\\' && decoded.find(':') == 2)
         decoded.erase(0, 1);
     return path_of(decoded);
+}
+
+// The address of a file (RFC 8089), for a desktop to open; path_from() is the way back.
+inline std::string file_address(const std::filesystem::path& path) {
+    std::string address = "file://";
+    for (char c : std::filesystem::absolute(path).string()) {
+        bool safe = c == '/' || (c > 0 && std::isalnum(c) != 0);
+        address += safe ? std::string(1, c) : "%" + to_hex(as_bytes(std::string_view(&c, 1)));
+    }
+    return address;
 }
 
 // Several paths, as people type them, or as a terminal pastes files that are dropped on it: with
@@ -9764,6 +9797,81 @@ inline std::vector<CommandHelp> help_asked(std::string_view line) {
     return found;
 }
 
+// A part of a text, in bytes.
+struct Span {
+    std::size_t begin = 0, end = 0;
+};
+
+// Where the links of a text are. Only what a browser takes, and only ASCII: a letter of another
+// alphabet in an address may look like one of ours and lead elsewhere.
+inline std::vector<Span> find_links(std::string_view text) {
+    std::vector<Span> links;
+    for (std::size_t at = 0; (at = text.find("http", at)) != text.npos;) {
+        std::string_view rest = text.substr(at);
+        std::size_t host = rest.starts_with("https://") ? 8 : rest.starts_with("http://") ? 7 : 0;
+        auto ends = [](char c) { return c <= ' ' || c > '~' || c == '<' || c == '>' || c == '"'; };
+        auto size =
+            static_cast<std::size_t>(std::find_if(rest.begin(), rest.end(), ends) - rest.begin());
+        while (size > 0 && std::string_view(".,;:!?)]}'").find(rest[size - 1]) != text.npos) --size;
+        if (host > 0 && size > host) links.push_back({at, at + size});
+        at += std::max<std::size_t>(size, 4);
+    }
+    return links;
+}
+
+// How what is being typed may go on: the words that may be meant, and what can be inserted without
+// a choice, which is what they all begin with, beyond what is there.
+struct Completion {
+    std::vector<std::string> words{};
+    std::string insert{};
+
+    Completion(std::string_view begun, std::vector<std::string> candidates)
+        : words(std::move(candidates)) {
+        std::erase_if(words, [&](const std::string& word) { return !word.starts_with(begun); });
+        if (words.empty()) return;
+        std::string common = words[0];
+        for (const std::string& other : words)
+            while (!other.starts_with(common)) common.pop_back();
+        insert = common.substr(begun.size());
+    }
+};
+
+// Completes a path; folders end with "/". Reads the folder; one that cannot be read has no files.
+inline Completion complete_path(std::string_view begun) {
+    std::size_t name = begun.rfind('/') + 1;  // npos + 1 is 0
+    std::string folder(begun.substr(0, name));
+    std::vector<std::string> files;
+    std::error_code failure;
+    std::filesystem::directory_iterator entry(path_from(folder.empty() ? "./" : folder), failure);
+    for (; !failure && entry != std::filesystem::directory_iterator(); entry.increment(failure)) {
+        std::string file = entry->path().filename().string();
+        if (name == begun.size() && file.starts_with('.')) continue;  // only if one asks for them
+        std::error_code unknown;
+        files.push_back(concat(folder, file, entry->is_directory(unknown) ? "/" : ""));
+    }
+    std::sort(files.begin(), files.end());
+    return {begun, std::move(files)};
+}
+
+// Completes the word at the end of `before`: a command at the beginning of a line, a path behind
+// "/file USER", one of the `names` everywhere else. A blank follows the only word that fits.
+inline Completion complete(std::string_view before, const std::vector<std::string>& names) {
+    std::string_view word = before.substr(before.find_last_of(" \n") + 1);  // npos + 1 is 0
+    auto completed = [&]() -> Completion {
+        if (before.starts_with("/file ") && before.find(' ', 6) != before.npos)
+            return complete_path(word);
+        if (before.empty()) return {word, {}};
+        if (!before.starts_with('/') || before != word) return {word, names};
+        std::vector<std::string> commands;
+        for (const CommandHelp& help : command_help)
+            commands.emplace_back(help.usage.substr(0, help.usage.find(' ')));
+        return {word, std::move(commands)};
+    };
+    Completion found = completed();
+    if (found.words.size() == 1 && !found.words[0].ends_with('/')) found.insert += ' ';
+    return found;
+}
+
 // Whether a text speaks of `user`: has the name in it as a word, in large letters or small ones.
 inline bool mentions(std::string_view text, std::string_view user) {
     std::string lower = lower_case(text);
@@ -9848,9 +9956,10 @@ inline std::optional<Command> parse_command(std::string_view line, std::string_v
     }
     if (command == "/verify" || command == "/trust" || command == "/ignore") {
         std::string_view user = take_word();
-        bool ok = command == "/verify" && line == "ok";
-        need(!user.empty() && (line.empty() || ok), concat(command, " USER"));
-        if (command == "/verify") return Verify{fold_name(user), ok};
+        bool ok = command == "/verify" && line == "ok", no = command == "/verify" && line == "no";
+        need(!user.empty() && (line.empty() || ok || no), concat(command, " USER"));
+        if (ok || no) return Verify{fold_name(user), ok};
+        if (command == "/verify") return Verify{fold_name(user)};
         if (command == "/trust") return Trust{fold_name(user)};
         return Ignore{fold_name(user)};
     }
@@ -10765,6 +10874,12 @@ inline std::filesystem::path default_home() {
     const wchar_t* data = ::_wgetenv(L"APPDATA");
     return data != nullptr ? std::filesystem::path(data) / "ChatSecure" : std::filesystem::path();
 }
+inline std::filesystem::path default_downloads() {
+    const wchar_t* profile = ::_wgetenv(L"USERPROFILE");
+    std::filesystem::path folder =
+        std::filesystem::path(profile != nullptr ? profile : L"") / "Downloads";
+    return std::filesystem::is_directory(folder) ? folder : "downloads";
+}
 
 #else
 
@@ -11075,6 +11190,24 @@ inline std::filesystem::path default_home() {
     data = home / ".local" / "share" / "chatsecure";
 #endif
     return home.is_absolute() ? data : std::filesystem::path();
+}
+inline std::filesystem::path default_downloads() {
+    const char *set = std::getenv("XDG_DOWNLOAD_DIR"), *home_is = std::getenv("HOME");
+    if (set != nullptr && *set != '\0') return set;
+    if (home_is == nullptr) return "downloads";
+    std::filesystem::path home = home_is;
+    std::string content;
+    try {
+        if (auto bytes = read_file(home / ".config" / "user-dirs.dirs", 1U << 20))
+            content = to_string(*bytes);
+    } catch (const Error&) {  // as if there were none
+    }
+    std::istringstream in(content);
+    const std::string name = "XDG_DOWNLOAD_DIR=\"$HOME/";  // and then: Downloads"
+    for (std::string line; std::getline(in, line);)
+        if (line.starts_with(name) && line.size() > name.size() + 1 && line.ends_with('"'))
+            return home / line.substr(name.size(), line.size() - name.size() - 1);
+    return std::filesystem::is_directory(home / "Downloads") ? home / "Downloads" : "downloads";
 }
 
 #endif

@@ -9,7 +9,6 @@
 
 #include <clocale>
 #include <csignal>
-#include <ctime>
 #include <cxxopts.hpp>
 #include <iostream>
 
@@ -483,15 +482,11 @@ class Printer {
     // `mark` stands at the end of the line, and keeps out of the way.
     std::string format(const Line& line, std::chrono::system_clock::time_point time,
                        const std::string& mark = "") const {
-        std::time_t seconds = std::chrono::system_clock::to_time_t(time);
-        std::tm local = chatsecure::local_time(seconds);
-        std::array<char, 16> clock{};
-        std::strftime(clock.data(), clock.size(), "%H:%M", &local);
         std::string name = line.text.substr(0, line.name), rest = line.text.substr(line.name);
         if (line.tone == Tone::mention) name = in("7", name);
         if (!name.empty()) name = in(concat("1;38;5;", colour_of(line.speaker)), name);
         const char* tone = renditions.at(static_cast<std::size_t>(line.tone));
-        return concat(in("2", clock.data()), " ", name, in(tone, rest),
+        return concat(in("2", chatsecure::time_text(time, "%H:%M")), " ", name, in(tone, rest),
                       mark.empty() ? "" : in("2", "  " + mark));
     }
     // `text` in a colour or another way to stand out (ECMA-48, "select graphic rendition").
@@ -513,7 +508,7 @@ class Printer {
 // What the terminal needs from whoever uses it.
 struct TerminalUser {
     std::function<bool()> show_events;  // prints what has come; false when the client has ended
-    std::function<std::vector<std::string>(std::string_view)> complete;  // candidates for a word
+    std::function<std::vector<std::string>()> names;  // that can be completed
 };
 
 // What is pasted comes between brackets when a terminal is asked for them, for it may have been
@@ -747,19 +742,13 @@ class Terminal {
 
     static unsigned char on_complete(EditLine* editor, int) {
         Terminal* self = of(editor);
-        std::string before = before_cursor(editor);
-        std::vector<std::string> candidates = self->user_.complete(before);
-        if (candidates.empty()) return CC_ERROR;
-        std::size_t word = before.size() - (before.find_last_of(' ') + 1);  // npos + 1 is 0
-        std::string common = candidates[0];
-        for (const std::string& candidate : candidates)
-            while (!candidate.starts_with(common)) common.pop_back();
-        if (candidates.size() == 1 && !common.ends_with('/')) common += ' ';
-        if (common.size() > word) {
-            el_insertstr(editor, common.substr(word).c_str());
+        auto [words, insert] = chatsecure::complete(before_cursor(editor), self->user_.names());
+        if (words.empty()) return CC_ERROR;
+        if (!insert.empty()) {
+            el_insertstr(editor, insert.c_str());
         } else {
             self->editing_ = true;
-            self->print(chatsecure::listed(candidates));
+            self->print(chatsecure::listed(words));
             self->editing_ = false;
         }
         return CC_REFRESH;
@@ -832,7 +821,8 @@ class Conversation {
           printer_(colour),
           bell_(bell),
           terminal_({[this] { return show_events(); },
-                     [this](std::string_view before) { return complete(before); }}) {}
+                     [this] { return std::vector<std::string>(others_.begin(), others_.end()); }}) {
+    }
 
     // `logged_in` is the event that began it.
     int run(const Event& logged_in) {
@@ -988,53 +978,16 @@ class Conversation {
         return false;
     }
 
-    // The files that a path may mean.
-    static std::vector<std::string> complete_path(std::string_view begun) {
-        std::size_t slash = begun.rfind('/');
-        std::string directory(slash == begun.npos ? "" : begun.substr(0, slash + 1));
-        std::string_view name = begun.substr(directory.size());
-        std::filesystem::path where =
-            directory.empty() ? std::filesystem::path(".") : chatsecure::path_from(directory);
-        std::vector<std::string> candidates;
-        std::error_code failure;  // then there is nothing to offer
-        std::filesystem::directory_iterator entry(where, failure), end;
-        for (; !failure && entry != end; entry.increment(failure)) {
-            std::string file = entry->path().filename().string();
-            if (!file.starts_with(name) || (name.empty() && file.starts_with('.'))) continue;
-            std::error_code unknown;
-            candidates.push_back(concat(directory, file, entry->is_directory(unknown) ? "/" : ""));
-        }
-        std::sort(candidates.begin(), candidates.end());
-        return candidates;
-    }
-
-    // Commands at the beginning of a line, files behind /file USER, names everywhere else.
-    std::vector<std::string> complete(std::string_view before) const {
-        std::size_t begin = before.find_last_of(' ') + 1;  // npos + 1 is 0
-        std::string_view word = before.substr(begin);
-        if (before.starts_with("/file ") && before.find(' ', 6) != before.npos)
-            return complete_path(word);
-        std::vector<std::string> candidates;
-        if (word.starts_with('/') && begin == 0) {
-            for (const auto& help : command_help) {
-                std::string_view command = help.usage.substr(0, help.usage.find(' '));
-                if (command.starts_with(word)) candidates.emplace_back(command);
-            }
-        } else if (!before.empty()) {
-            for (const std::string& name : others_)
-                if (name.starts_with(word)) candidates.push_back(name);
-        }
-        return candidates;
-    }
-
     // Says goodbye if there is somebody to say it to. A second Ctrl-C does not wait for the answer.
     // What was written and not delivered is named before the end.
     int leave() {
         asked_to_leave = false;
-        if (lost_ == 0)
+        if (lost_ == 0) {
+            terminal_.print("* saying goodbye, which may take some seconds; Ctrl-C does not wait");
             client_.post(chatsecure::Leave{});
-        else
+        } else {
             client_.stop();
+        }
         while (show_events()) {
             if (asked_to_leave) client_.stop();
             wait_for_input(false, -1);
@@ -1105,8 +1058,10 @@ chatsecure::SecretBytes ask_new_password(const std::string& user) {
 chatsecure::SecretBytes complete_sign_in(SignIn& sign_in) {
     if (sign_in.user.empty()) {
         if (!sign_in.register_account) {
-            std::string choice = ask("Log in, or register a new account? [L/r] ");
-            sign_in.register_account = choice.starts_with('r') || choice.starts_with('R');
+            std::string choice;
+            do choice = chatsecure::lower_case(ask("Log in, or register a new account? [L/r] "));
+            while (choice.size() > 1 || (!choice.empty() && choice != "l" && choice != "r"));
+            sign_in.register_account = choice == "r";
         }
         sign_in.user = ask_name();
     }

@@ -2911,7 +2911,7 @@ TEST_CASE("chapter 8: another identity is a change, and stays one until the user
     TempDir dir;
     PinStore pins(dir.path / "known_users");
     pins.judge(card_of("bob", 1, 100));
-    pins.mark_verified("bob");
+    pins.set_verified("bob", true);
     for (std::uint64_t issued : {1U, 100U, 999U})
         CHECK(pins.judge(card_of("bob", 2, issued)) == PinStore::Verdict::changed);
     CHECK(pins.find("bob")->fingerprint == fingerprint_of(1));
@@ -2930,7 +2930,7 @@ TEST_CASE("chapter 8: pins are there again after a restart") {
     PinStore pins(path);
     pins.judge(card_of("bob", 1, 100));
     pins.keep(card_of("carol", 2, 101));
-    pins.mark_verified("bob");
+    pins.set_verified("bob", true);
     pins.save();
     CHECK(is_for_owner_alone(path));
     CHECK(read_text(path) == "bob " + fingerprint_of(1).text() + " 100 verified\ncarol " +
@@ -2962,7 +2962,7 @@ TEST_CASE("chapter 8: pins are written when something changed, and not otherwise
     CHECK_FALSE(writes(pins));
     pins.judge(card_of("bob", 1, 101));  // newer
     CHECK(writes(pins));
-    pins.mark_verified("bob");
+    pins.set_verified("bob", true);
     CHECK(writes(pins));
     pins.trust(card_of("bob", 2, 102));
     CHECK(writes(pins));
@@ -5316,6 +5316,60 @@ TEST_CASE("chapter 13: paths are understood as people type them and terminals pa
     if (home != nullptr) CHECK(paths("~/x") == concat(home, "/x|"));
 }
 
+TEST_CASE("chapter 13: an address of a file leads back to it") {
+    for (std::string path :
+         {"/tmp/a", "/tmp/with blank", "/tmp/100%", "/tmp/gr\u00fc\u00df'e?#&"}) {
+        std::string address = file_address(path_of(path));
+        CHECK(address.find_first_of(" '?#&") == address.npos);
+        CHECK(path_from(address) == path_of(path));
+    }
+}
+
+TEST_CASE("chapter 13: links are found, and what only looks like one is not") {
+    auto links = [](std::string_view text) {
+        std::string all;
+        for (const Span& link : find_links(text))
+            all += concat(text.substr(link.begin, link.end - link.begin), "|");
+        return all;
+    };
+    CHECK(links("see https://example.org/a?b=c#d.") == "https://example.org/a?b=c#d|");
+    CHECK(links("(http://a.example), <https://b.example>") ==
+          "http://a.example|https://b.example|");
+    CHECK(links("https://") == "");
+    CHECK(links("http:/a httpx://b ftp://c file:///etc/passwd javascript:x") == "");
+    CHECK(links("https://ex\u0430mple.org") == "https://ex|");  // that is no Latin a
+}
+
+TEST_CASE("chapter 13: Tab completes commands, names and paths") {
+    const std::vector<std::string> names{"bob", "bonnie", "carol"};
+    auto completed = [&](const std::string& before) {
+        Completion found = complete(before, names);
+        return concat(before, found.insert, "|", found.words.size());
+    };
+    CHECK(completed("/ms") == "/msg |1");
+    CHECK(completed("/re") == "/reply |1");
+    CHECK(completed("/") == concat("/|", command_help.size() - 1));
+    CHECK(completed("/msg c") == "/msg carol |1");
+    CHECK(completed("/msg b") == "/msg bo|2");
+    CHECK(completed("ask\nca") == "ask\ncarol |1");
+    CHECK(completed("/msg nobody") == "/msg nobody|0");
+    CHECK(completed("") == "|0");
+    TempDir folder;
+    std::filesystem::create_directory(folder.path / "letters");
+    for (std::string name : {"list.txt", "picture.png", ".hidden"})
+        write_text(folder.path / name, "");
+    const std::string begin = concat("/file bob ", folder.path.string(), "/");
+    CHECK(complete(begin, names).words.size() == 3);
+    CHECK(completed(begin + "p") == begin + "picture.png |1");
+    CHECK(completed(begin + "l") == begin + "l|2");
+    CHECK(completed(begin + "le") == begin + "letters/|1");
+    CHECK(completed(begin + ".h") == begin + ".hidden |1");
+    CHECK(completed(begin + "letters/x") == begin + "letters/x|0");
+    CHECK(completed(begin + "nowhere/x") == begin + "nowhere/x|0");
+    write_text(folder.path / "with a blank", "");
+    CHECK(complete_path((folder.path / "with a").string()).insert == " blank");
+}
+
 TEST_CASE("chapter 13: lines become commands, or a sentence that helps") {
     auto say = [](std::string_view line) { return std::get<Say>(*parse_command(line, "")).text; };
     CHECK(say("hello") == "hello");
@@ -5325,7 +5379,9 @@ TEST_CASE("chapter 13: lines become commands, or a sentence that helps") {
     CHECK(tell.user == "bob");
     CHECK(tell.text == "hi  there ");
     CHECK(std::get<Tell>(*parse_command("/reply yes", "carol")).user == "carol");
-    CHECK(std::get<Verify>(*parse_command("/verify bob ok", "")).confirm);
+    CHECK(std::get<Verify>(*parse_command("/verify bob ok", "")).agree == true);
+    CHECK(std::get<Verify>(*parse_command("/verify bob no", "")).agree == false);
+    CHECK_FALSE(std::get<Verify>(*parse_command("/verify bob", "")).agree);
     auto accept = [](std::string_view line) {
         AcceptFile file = std::get<AcceptFile>(*parse_command(line, ""));
         return concat(file.number, "|", file.name);
@@ -5348,7 +5404,7 @@ TEST_CASE("chapter 13: lines become commands, or a sentence that helps") {
                                    "/msg b!b hi",
                                    "/reply",
                                    "/verify",
-                                   "/verify bob no",
+                                   "/verify bob maybe",
                                    "/trust a b",
                                    "/room",
                                    "/room verified bob",
@@ -7146,8 +7202,14 @@ TEST_CASE(
         server.send(Delivered{
             LoginId{3}, Lane::interactive,
             after.seal(Lane::interactive, Kind::text, Text{id, std::to_string(id)}.encoded())});
-    CHECK(alice.next<Complaint>().text == "1 message of bob held back until you /trust bob.");
-    CHECK(alice.next<Complaint>().text == "2 messages of bob held back until you /trust bob.");
+    CHECK(alice.next<Complaint>().text ==
+          "Something came from bob, and is held back until you trust the new identity.");
+    CHECK(alice.next<Complaint>().text ==
+          "Something came from bob, and is held back until you trust the new identity (2 so far).");
+    server.send(Delivered{
+        LoginId{3}, Lane::interactive,
+        after.seal(Lane::interactive, Kind::file_offer, encode(FileOffer{1, "plan", 9, 0}))});
+    alice.next<Complaint>();
     alice->post(ListPeople{});
     CHECK_FALSE(alice.next<People>().people.at(1).verified);  // that was another identity
     alice->post(Verify{"bob", true});
@@ -7155,13 +7217,22 @@ TEST_CASE(
     alice->post(Verify{"bob"});
     CHECK(alice.next<SafetyNumber>().theirs == test_key(0).public_key().fingerprint());
     alice->post(Verify{"bob", true});  // compared, and trusted, in one act
+    CHECK(alice.next<Notice>().text.starts_with("From now on bob is "));
+    CHECK(alice.next<Notice>().text == "What bob has sent meanwhile:");
     CHECK(alice.next_private().text == "1");
     CHECK(alice.next_private().text == "2");
+    FileEvent offered = alice.next<FileEvent>();
+    CHECK(offered.phase == FileEvent::Phase::offered);
+    CHECK(offered.file.name == "plan");
     CHECK(alice.next<SafetyNumber>().verified);
     alice->post(ListPeople{});
     Person bob = alice.next<People>().people.at(1);
     CHECK(bob.verified);
     CHECK(bob.trusted);
+    alice->post(Verify{"bob", false});  // on second thoughts
+    CHECK_FALSE(alice.next<SafetyNumber>().verified);
+    alice->post(ListPeople{});
+    CHECK_FALSE(alice.next<People>().people.at(1).verified);
 }
 
 TEST_CASE("P4: what is written for verified people stays for them, whatever is typed next") {
@@ -13553,10 +13624,14 @@ int check_gui() {
     if (std::filesystem::exists(downloads / "second.bin"))
         throw Error("It was saved all the same.");
 
-    step("a file is sent");
-    window->click("input");
-    window->type(concat("/file bob ", (here.homes.path / "first.bin").string()));
-    window->key("Return");
+    step("a file is sent: chosen by a path that is typed, and completed");
+    window->click("File\u2026");
+    (*window)->wait_for("asks-for-file");
+    window->type((here.homes.path / "no such file").string());
+    window->key("Return");  // says so
+    window->key("ctrl+a");
+    window->type((here.homes.path / "first.b").string());
+    window->key("Tab Return");
     bob->wait_for("alice offers file");
     bob->write("/accept\n");
     (*window)->wait_for("file-done to bob first.bin");
@@ -13574,9 +13649,12 @@ int check_gui() {
     window->click("I compared the number");
     window->click("Mark as verified");
     (*window)->wait_for("verified bob");
+    window->click("Not verified after all");
+    (*window)->wait_for("place Mark as verified ");
 
-    step("a button of the details ignores bob, a banner says so, and what he writes is hidden");
-    window->click("Ignore them");
+    step("the menu of the list ignores bob, a banner says so, and what he writes is hidden");
+    window->click("row-bob", "3");
+    window->key("Down Down Down Return");
     (*window)->wait_for("place You ignore bob.");
     bob->write("/msg alice nobody hears me\n");
     bob->wait_for("you -> alice: nobody hears me\n");
@@ -13640,6 +13718,11 @@ int check_gui() {
     window->type("is it you?");  // goes to the input, although the list was clicked
     window->key("Return");
     (*window)->wait_for("blocked bob");
+    (*window)->wait_for("shown bob | *: Not sent, and still in the line below");
+    window->click("row-Everyone");
+    (*window)->wait_for("place Not read by bob: ");
+    window->click("row-bob");
+    (*window)->wait_for("chosen bob");
     window->click("I compared the number");
     window->click("Trust the new identity");
     (*window)->wait_for("verified bob");  // compared and trusted: both in one act
@@ -14703,7 +14786,7 @@ class Scene {
         alice_->wait_for("mallory joined");
         if (attack.ignored) {
             alice_->write("/ignore mallory\n");
-            alice_->wait_for("of mallory are hidden");
+            alice_->wait_for("What mallory writes and offers is hidden");
         }
         pings_.emplace(*alice_, *bob_);
         alice_->follow([this](std::string_view line) { alice_reads(line); });
