@@ -11,19 +11,19 @@
 //      ConversationView     draw_message, draw_file: where it is drawn; handle: where clicks go
 //      PeopleList           the list on the left
 //      MessageInput         the keys of the input line
+//      FileChooser          asks for a file
 //      SignIn, MainWindow   the two windows: what stands where
 //      App                  between the windows and the engine: events in, commands out
 //
-// While the windows are open nothing here waits for the network, a disk or a key: the engine's
-// threads do that, and wake this one with Fl::awake.
+// While the windows are open nothing here waits for the network, a disk or a key (except to list
+// the folder that somebody looks into): the engine's threads do that, and wake this one with
+// Fl::awake.
 
 #include "chatsecure.hpp"
 
 #include <clocale>
 #include <cmath>
-#include <ctime>
 #include <cxxopts.hpp>
-#include <fstream>
 #include <future>
 #include <iostream>
 
@@ -32,9 +32,9 @@
 #include <FL/Fl_Button.H>
 #include <FL/Fl_Check_Button.H>
 #include <FL/Fl_Double_Window.H>
+#include <FL/Fl_Hold_Browser.H>
 #include <FL/Fl_Menu_Item.H>
 #include <FL/Fl_Multiline_Input.H>
-#include <FL/Fl_Native_File_Chooser.H>
 #include <FL/Fl_RGB_Image.H>
 #include <FL/Fl_Scroll.H>
 #include <FL/Fl_Secret_Input.H>
@@ -56,7 +56,7 @@
 namespace {
 
 using chatsecure::concat;
-using chatsecure::visible, chatsecure::visible_lines;
+using chatsecure::Span, chatsecure::visible, chatsecure::visible_lines;
 using Time = std::chrono::system_clock::time_point;
 
 // ---- How it looks: set here and nowhere else ----------------------------------------------------
@@ -108,7 +108,7 @@ Fl_Color colour_of(const std::string& person) {
     return colours[chatsecure::person_colour(person, colours.size())] << 8;
 }
 
-// Fills the table; FLTK's own widgets (menus, check marks, the file chooser) take from it as well.
+// Fills the table; FLTK's own widgets (menus, check marks, scroll bars) take from it as well.
 void set_theme() {
     Fl_Color place = ink::window;
     for (unsigned shade : theme[style.dark ? 1 : 0]) Fl::set_color(place++, shade << 8);
@@ -239,9 +239,6 @@ void draw_text(std::string_view text, int x, int y, int width) {
 
 // Where lines of `text` begin and end, if they are at most `width` wide in the current font. They
 // break at spaces; a word that is too long for a line, between two letters.
-struct Span {
-    std::size_t begin = 0, end = 0;
-};
 std::vector<Span> wrap(std::string_view text, int width) {
     std::vector<Span> lines;
     for (std::size_t begin = 0;;) {
@@ -267,14 +264,7 @@ std::vector<Span> wrap(std::string_view text, int width) {
     }
 }
 
-std::string time_text(Time time, const char* format) {
-    std::time_t seconds = std::chrono::system_clock::to_time_t(time);
-    std::tm local = chatsecure::local_time(seconds);
-    std::array<char, 64> text{};
-    std::strftime(text.data(), text.size(), format, &local);
-    return text.data();
-}
-std::string day_text(Time time) { return time_text(time, "%A, %e %B %Y"); }
+std::string day_text(Time time) { return chatsecure::time_text(time, "%A, %e %B %Y"); }
 
 // Everybody has a face: the first letter of the name in the person's colour.
 void draw_avatar(const std::string& name, int x, int y, int size) {
@@ -443,6 +433,9 @@ struct Conversation {
 };
 
 using chatsecure::FileEvent;
+bool is_over(const FileEvent& card) {
+    return card.phase == FileEvent::Phase::finished || card.phase == FileEvent::Phase::stopped;
+}
 bool has_bar(const FileEvent& card) {
     using enum FileEvent::Phase;
     return card.phase == queued || card.phase == started || card.phase == progress ||
@@ -469,6 +462,7 @@ class Model {
   public:
     std::map<std::string, Conversation> conversations{{"", {}}};  // by name
     std::string current;                                          // the one that is shown
+    bool connected = false;
 
     const Conversation& shown() const { return conversations.at(current); }
     Conversation& person(const std::string& user) {
@@ -500,6 +494,7 @@ class Model {
         return names;
     }
     void all_offline() {
+        connected = false;
         for (auto& [name, c] : conversations) c.online = false;
     }
     unsigned unread() const {
@@ -509,6 +504,7 @@ class Model {
     }
     std::string subtitle() const {
         const Conversation& c = shown();
+        if (!connected) return "no connection";
         if (current.empty()) {
             std::size_t here = online().size();
             return here == 0   ? "nobody else is online"
@@ -532,9 +528,21 @@ class Model {
         auto found = cards_.find(number);
         return found == cards_.end() ? nullptr : &found->second;
     }
-    bool is_any_moving() const {
+    // Whether a file would be cut off by leaving, or an offer withdrawn.
+    bool is_any_open() const {
         return std::any_of(cards_.begin(), cards_.end(),
-                           [](const auto& card) { return has_bar(card.second); });
+                           [](const auto& card) { return !is_over(card.second); });
+    }
+    bool is_any_half_typed() const {
+        return std::any_of(conversations.begin(), conversations.end(),
+                           [](const auto& entry) { return !entry.second.draft.empty(); });
+    }
+    // Who is here and does not read what is said to everybody, because their identity has changed.
+    std::vector<std::string> left_out() const {
+        std::vector<std::string> names;
+        for (const auto& [name, c] : conversations)
+            if (c.online && !c.trusted) names.push_back(name);
+        return names;
     }
 
   private:
@@ -562,10 +570,7 @@ std::string describe(const FileEvent& card) {
         return card.file.sending
                    ? concat("Sent \u2713", point, size)
                    : concat("Saved \u2713", point, size, point, visible(card.path.string()));
-    if (card.bytes_per_second < 1) return size;
-    auto rate = static_cast<std::uint64_t>(card.bytes_per_second);
-    return concat(readable_size(card.done), " of ", size, point, readable_size(rate), "/s", point,
-                  chatsecure::time_left(card.file.size - card.done, card.bytes_per_second));
+    return card.bytes_per_second < 1 ? size : chatsecure::progress_text(card);
 }
 
 // ---- What the windows want done -----------------------------------------------------------------
@@ -610,23 +615,6 @@ class Wishes {
 //      | (B)    bob  10:32                                         |
 //      |        [ a bubble         ]                               |
 //      |                                          [ one of ours  ] |
-
-// Where the links of a text are. Only what a browser takes, and only ASCII: a letter of another
-// alphabet in an address may look like one of ours and lead elsewhere.
-std::vector<Span> find_links(std::string_view text) {
-    std::vector<Span> links;
-    for (std::size_t at = 0; (at = text.find("http", at)) != text.npos;) {
-        std::string_view rest = text.substr(at);
-        std::size_t host = rest.starts_with("https://") ? 8 : rest.starts_with("http://") ? 7 : 0;
-        auto ends = [](char c) { return c <= ' ' || c > '~' || c == '<' || c == '>' || c == '"'; };
-        auto size =
-            static_cast<std::size_t>(std::find_if(rest.begin(), rest.end(), ends) - rest.begin());
-        while (size > 0 && std::string_view(".,;:!?)]}'").find(rest[size - 1]) != text.npos) --size;
-        if (host > 0 && size > host) links.push_back({at, at + size});
-        at += std::max<std::size_t>(size, 4);
-    }
-    return links;
-}
 
 class ConversationView : public Fl_Widget {
   public:
@@ -771,11 +759,14 @@ class ConversationView : public Fl_Widget {
 
     int height_of(Entry& entry) {
         bool message = entry.kind == Entry::Kind::message;
-        int width = message ? bubble_width() : inner();
+        const FileEvent* card = model_.card(entry.file);
+        if (std::string story = card == nullptr ? "" : describe(*card); card && entry.text != story)
+            entry.text = story, entry.laid_out_for = -1;
+        int width = message ? bubble_width() : card != nullptr ? card_room() : inner();
         if (entry.laid_out_for != width * 1000 + style.zoom) {
             use_font(message ? text_size : small_size);
             entry.lines = wrap(entry.text, width);
-            entry.links = find_links(entry.text);
+            entry.links = chatsecure::find_links(entry.text);
             entry.laid_out_for = width * 1000 + style.zoom;
             entry.widest = 0;
             for (const Span& line : entry.lines)
@@ -784,8 +775,7 @@ class ConversationView : public Fl_Widget {
         int height = (entry.new_day ? day_height() : 0) +
                      (entry.is_said() && entry.first ? head_height() : 0);
         int lines = static_cast<int>(entry.lines.size());
-        if (entry.kind == Entry::Kind::file)
-            return height + card_height(model_.card(entry.file)) + gap / 2;
+        if (entry.kind == Entry::Kind::file) return height + card_height(entry, card) + gap / 2;
         if (!message) return height + lines * small_step() + 6;
         return height + lines * line_height() + padding + 3;
     }
@@ -844,7 +834,7 @@ class ConversationView : public Fl_Widget {
     // Who, and when: above the first of a group.
     void draw_head(const Entry& entry, int& at) {
         int base = at + scaled(small_size) + 7, left = text_edge();
-        std::string time = time_text(entry.time, "%H:%M");
+        std::string time = chatsecure::time_text(entry.time, "%H:%M");
         use_font(small_size);
         if (entry.own) {
             left = right_edge() - width_of(time);
@@ -947,42 +937,45 @@ class ConversationView : public Fl_Widget {
         draw_round(left + offset, at, wide, step, 3, ink::selected);
     }
 
-    static int card_height(const FileEvent* card) {
+    int card_width() const { return std::min(inner(), scaled(440)); }
+    int card_room() const { return card_width() - scaled(30) - gap - 2 * padding; }  // for text
+    static int card_height(const Entry& entry, const FileEvent* card) {
         if (card == nullptr) return 0;
-        return scaled(text_size + small_size) + 27 + (has_bar(*card) ? 16 : 0) +
+        int text = scaled(text_size) + static_cast<int>(entry.lines.size()) * small_step();
+        return text + 23 + (has_bar(*card) ? 16 : 0) +
                (actions_of(*card).empty() ? 0 : scaled(26) + gap);
     }
     void draw_file(const Entry& entry, std::size_t number, int at) {
         const FileEvent* card = model_.card(entry.file);
         if (card == nullptr) return;
-        int wide = std::min(inner(), scaled(440)), high = card_height(card);
-        int left = entry.own ? right_edge() - wide : text_edge();
+        int wide = card_width(), high = card_height(entry, card), room = card_room();
+        int left = entry.own ? right_edge() - wide : text_edge(),
+            text_x = left + wide - padding - room;
         rows_.push_back({number, 0, 0, left, at, high});
         draw_round(left, at, wide, high, 9, ink::line);
         draw_round(left + 1, at + 1, wide - 2, high - 2, 8, ink::panel);
-        int icon = draw_icon(card->file.name, left + padding, at + padding);
-        int text_x = left + padding + icon + gap, text_width = wide - icon - gap - 2 * padding;
+        draw_icon(card->file.name, left + padding, at + padding);
         fl_color(ink::text);
         use_font(text_size, bold);
-        draw_text(chatsecure::visible(card->file.name), text_x, at + scaled(text_size) + 7,
-                  text_width);
+        draw_text(chatsecure::visible(card->file.name), text_x, at + scaled(text_size) + 7, room);
         use_font(small_size);
-        fl_color(card->phase == FileEvent::Phase::stopped ? ink::warning : ink::quiet);
-        draw_text(describe(*card), text_x, at + scaled(text_size + small_size) + 14, text_width);
-        int below = at + scaled(text_size + small_size) + 25;
+        int below = at + scaled(text_size) + 12;
+        draw_lines(entry, number, text_x, below, small_step(),
+                   card->phase == FileEvent::Phase::stopped ? ink::warning : ink::quiet);
+        below += static_cast<int>(entry.lines.size()) * small_step() + 8;
         if (has_bar(*card)) {
             double share = static_cast<double>(card->done) /
                            static_cast<double>(std::max<std::uint64_t>(card->file.size, 1));
-            draw_round(text_x, below, text_width, 8, 4, ink::line);
-            int full = static_cast<int>(share * text_width);
+            draw_round(text_x, below, room, 8, 4, ink::line);
+            int full = static_cast<int>(share * room);
             if (full > 7) draw_round(text_x, below, full, 8, 4, ink::accent);
             below += 16;
         }
         for (Action action : actions_of(*card)) draw_action(action, entry.file, text_x, below);
     }
 
-    // A sheet of paper in the colour of its kind, with the end of its name. Gives its width.
-    static int draw_icon(const std::string& name, int left, int at) {
+    // A sheet of paper in the colour of its kind, with the end of its name.
+    static void draw_icon(const std::string& name, int left, int at) {
         std::string end = std::filesystem::path(name).extension().string();
         Fl_Color paper = end.empty() ? ink::quiet : colour_of(end);
         int wide = scaled(30), high = scaled(34);
@@ -993,7 +986,6 @@ class ConversationView : public Fl_Widget {
         std::string label =
             fitting(end.size() > 1 ? chatsecure::visible(end.substr(1)) : "file", wide - 2);
         fl_draw(label.c_str(), left, at + 6, wide, high - 6, FL_ALIGN_CENTER, nullptr, 0);
-        return wide;
     }
 
     void draw_action(Action action, unsigned file, int& button_x, int at) {
@@ -1257,7 +1249,9 @@ class PeopleList : public Fl_Widget {
                 take_focus();
                 auto row = static_cast<std::size_t>(Fl::event_y() - y() - gap + scroll_) /
                            static_cast<std::size_t>(row_height());
-                if (row < rows.size()) wishes_.choose(rows[row]->name);
+                if (row >= rows.size()) return 1;
+                wishes_.choose(rows[row]->name);
+                if (Fl::event_button() == FL_RIGHT_MOUSE && !model_.current.empty()) show_menu();
                 return 1;
             }
             case FL_MOUSEWHEEL: {
@@ -1268,6 +1262,7 @@ class PeopleList : public Fl_Widget {
                 return 1;
             }
             case FL_KEYBOARD:
+                if (Fl::event_key() == FL_Menu && !model_.current.empty()) return show_menu(), 1;
                 if (Fl::event_key() != FL_Up && Fl::event_key() != FL_Down) return 0;
                 return step(Fl::event_key() == FL_Down ? 1 : -1), 1;
             default:
@@ -1287,6 +1282,14 @@ class PeopleList : public Fl_Widget {
     }
 
   private:
+    // What can be done with whoever is chosen.
+    void show_menu() {
+        pop_up({{"Details", [this] { wishes_.toggle_details(); }},
+                {"Offer a file\u2026", [this] { wishes_.send_file(); }},
+                {model_.shown().ignored ? "Ignore no longer" : "Ignore",
+                 [this] { wishes_.toggle_ignored(); }}},
+               Fl::event_x(), Fl::event_y());
+    }
     // In a narrow window there is room for the faces only.
     void draw_row(const Conversation& c, int at) {
         bool current = c.name == model_.current, narrow = w() < 100;
@@ -1319,6 +1322,10 @@ class PeopleList : public Fl_Widget {
             right = narrow ? x() + 8 : right - scaled(16);
             fl_color(c.trusted ? ink::online : ink::warning);
             draw_at(c.trusted ? "\u2713" : "!", right, narrow ? at + scaled(14) : base);
+        }
+        if (c.ignored) {  // crossed out
+            fl_color(ink::warning);
+            fl_line(left, at + high / 2, narrow ? left + face : right - gap, at + high / 2);
         }
         if (narrow) return;
         use_font(text_size, c.unread > 0 || c.name.empty() ? bold : plain);
@@ -1425,29 +1432,14 @@ class MessageInput : public InputField<Fl_Multiline_Input> {
         put(at_ < history_.size() ? history_[at_] : draft_);
     }
 
-    // Completes the word before the cursor: a name or, as the first word, a command. False if there
-    // is no word: then Tab moves on.
+    // False if there is no word before the cursor: then Tab moves on.
     bool complete() {
         std::string before(value(), static_cast<std::size_t>(cursor()));
-        std::size_t space = before.find_last_of(" \n");
-        std::string word = before.substr(space == before.npos ? 0 : space + 1);
-        if (word.empty()) return false;
-        std::vector<std::string> found;
-        for (const auto& help : chatsecure::command_help) {
-            std::string_view command = help.usage.substr(0, help.usage.find(' '));
-            if (word == before && word[0] == '/' && command.starts_with(word))
-                found.emplace_back(command);
-        }
+        if (before.empty() || before.ends_with(' ') || before.ends_with('\n')) return false;
+        std::vector<std::string> names;
         for (const auto& [name, c] : model_.conversations)
-            if (!name.empty() && name.starts_with(word)) found.push_back(name);
-        if (found.empty()) return true;
-        std::string common = found[0];
-        for (const std::string& other : found)
-            common.erase(
-                std::mismatch(common.begin(), common.end(), other.begin(), other.end()).first,
-                common.end());
-        if (found.size() == 1) common += ' ';
-        insert(common.substr(word.size()).c_str());
+            if (!name.empty()) names.push_back(name);
+        insert(chatsecure::complete(before, names).insert.c_str());
         do_callback();
         return true;
     }
@@ -1535,7 +1527,18 @@ void draw_field_box(int x, int y, int w, int h, Fl_Color colour) {
     draw_round(x + edge, y + edge, w - 2 * edge, h - 2 * edge, radius - edge, colour);
 }
 
-// Asks in a window before `parent`; what goes on behind it goes on. Enter and Escape mean `no`.
+// Shows a window before another one until it is hidden; what goes on behind it goes on.
+void show_before(const Fl_Window& parent, Fl_Window& window, Fl_Widget& focus) {
+    window.position(parent.x() + (parent.w() - window.w()) / 2,
+                    parent.y() + (parent.h() - window.h()) / 2);
+    window.color(ink::panel);
+    window.set_modal();
+    window.show();
+    focus.take_focus();
+    while (window.shown() != 0) Fl::wait();
+}
+
+// Asks in a window before `parent`. Enter and Escape mean `no`.
 bool ask(const Fl_Window& parent, const std::string& question, const char* yes, const char* no) {
     const int width = 420;
     bool answer = false;
@@ -1549,19 +1552,98 @@ bool ask(const Fl_Window& parent, const std::string& question, const char* yes, 
     Button no_button(
         no, [&] { window.hide(); }, true);
     window.end();
-    int high = text.wanted_height(width - 40), height = high + 66;
-    window.resize(parent.x() + (parent.w() - width) / 2, parent.y() + (parent.h() - height) / 2,
-                  width, height);
+    int high = text.wanted_height(width - 40), height = high + 84;
+    window.size(width, height);
     text.resize(20, 20, width - 40, high);
     yes_button.resize(width - 240, height - 50, 105, 34);
     no_button.resize(width - 125, height - 50, 105, 34);
-    window.color(ink::panel);
-    window.set_modal();
-    window.show();
-    no_button.take_focus();
-    while (window.shown() != 0) Fl::wait();
+    show_before(parent, window, no_button);
     return answer;
 }
+
+// Asks for a file: by a path that is typed, which Tab and the list below it help to complete.
+// (FLTK's own chooser takes no path that begins with /, and GTK's stops our events.)
+class FileChooser : public Fl_Double_Window {
+  public:
+    FileChooser(const std::string& title, const std::filesystem::path& folder)
+        : Fl_Double_Window(520, 400, "ChatSecure"), title_(text_size, ink::text, bold, title) {
+        end();
+        title_.resize(20, 18, w() - 40, 24);
+        path_.resize(20, 46, w() - 40, 34);
+        path_.textsize(text_size);
+        path_.when(FL_WHEN_CHANGED | FL_WHEN_ENTER_KEY_ALWAYS);
+        path_.callback(call<FileChooser, &FileChooser::edited>, this);
+        list_.resize(20, 88, w() - 40, 230);
+        list_.type(FL_HOLD_BROWSER);
+        list_.format_char(0);
+        list_.textsize(text_size);
+        list_.when(FL_WHEN_RELEASE_ALWAYS | FL_WHEN_ENTER_KEY_ALWAYS);
+        list_.callback(call<FileChooser, &FileChooser::picked>, this);
+        error_.resize(20, 324, w() - 40, 18);
+        cancel_.resize(w() - 240, h() - 50, 105, 34);
+        offer_.resize(w() - 125, h() - 50, 105, 34);
+        enter((folder.empty() ? std::filesystem::current_path() : folder).string());
+        path_.mark(0);  // another path that is typed replaces it
+    }
+    // The path of a file that is there; empty: none was chosen.
+    std::filesystem::path choose(const Fl_Window& parent) {
+        show_before(parent, *this, path_);
+        return chosen_;
+    }
+    int handle(int event) override {
+        if (event == FL_KEYBOARD && Fl::event_key() == FL_Tab && Fl::focus() == &path_ &&
+            (Fl::event_state() & FL_SHIFT) == 0)
+            if (std::string more = completion().insert; !more.empty())
+                return set(path_.value() + more), 1;
+        return Fl_Double_Window::handle(event);
+    }
+
+  private:
+    static bool is_enter() { return Fl::event_key() == FL_Enter || Fl::event_key() == FL_KP_Enter; }
+    chatsecure::Completion completion() const { return chatsecure::complete_path(path_.value()); }
+    void set(const std::string& path) {
+        path_.value(path.c_str());
+        fill();
+    }
+    void enter(const std::string& folder) { set(folder.ends_with('/') ? folder : folder + '/'); }
+    void fill() {
+        std::string_view path = path_.value();
+        std::size_t folder = path.rfind('/') + 1;  // npos + 1 is 0
+        error_.set("");
+        list_.clear();
+        list_.add("../");
+        for (const std::string& word : completion().words) list_.add(word.substr(folder).c_str());
+    }
+    void edited() { Fl::event() == FL_KEYBOARD&& is_enter() ? take() : fill(); }
+    // A click enters a folder, and a second one takes a file; of the keys, Enter does both.
+    void picked() {
+        bool by_key = Fl::event() == FL_KEYBOARD;
+        if (list_.value() == 0 || (by_key && !is_enter())) return;
+        std::string name = list_.text(list_.value()), path = path_.value();
+        path.erase(path.rfind('/') + 1);
+        if (name == "../")
+            return enter(std::filesystem::absolute(path).parent_path().parent_path().string());
+        if (name.ends_with('/')) return enter(path + name);
+        path_.value((path + name).c_str());
+        if (by_key || Fl::event_clicks() > 0) take();
+    }
+    void take() {
+        std::filesystem::path path = chatsecure::path_from(path_.value());
+        std::error_code failure;
+        if (std::filesystem::is_directory(path, failure)) return enter(path.string());
+        if (!std::filesystem::exists(path, failure)) return error_.set("There is no such file.");
+        chosen_ = path;
+        hide();
+    }
+
+    Text title_;
+    InputField<Fl_Input> path_{"path"};
+    Fl_Hold_Browser list_{0, 0, 0, 0};
+    Text error_{small_size, ink::warning};
+    Button cancel_{"Cancel", [this] { hide(); }};
+    Button offer_{"Offer", [this] { take(); }, true};
+    std::filesystem::path chosen_;
+};
 
 // A fingerprint in pieces that an eye can compare.
 std::string grouped(const chatsecure::Fingerprint& fingerprint) {
@@ -1577,9 +1659,9 @@ class SignIn : public Fl_Double_Window {
     explicit SignIn(Wishes& wishes) : Fl_Double_Window(420, 480, "ChatSecure"), wishes_(wishes) {
         end();
         color(ink::window);
-        for (auto* field : {&password_, &repeat_}) {
-            field->when(FL_WHEN_ENTER_KEY_ALWAYS);
-            field->callback(call<SignIn, &SignIn::submit>, this);
+        for (Fl_Input* field : fields()) {
+            field->when(FL_WHEN_CHANGED | FL_WHEN_ENTER_KEY_ALWAYS);
+            field->callback(call<SignIn, &SignIn::edited>, this);
         }
         show_password_.callback(call<SignIn, &SignIn::layout>, this);
         register_.callback(call<SignIn, &SignIn::layout>, this);
@@ -1663,10 +1745,26 @@ class SignIn : public Fl_Double_Window {
         Fl_Double_Window::draw();
         wishes_.drawn();
     }
+    int handle(int event) override {
+        if (event != FL_SHORTCUT || !is_window_key() || Fl::event_key() != 'q')
+            return Fl_Double_Window::handle(event);
+        return wishes_.close(), 1;
+    }
 
   private:
     bool is_new() const { return register_.value() != 0; }
     std::array<Fl_Input*, 4> fields() { return {&server_, &name_, &password_, &repeat_}; }
+    // What was said of another text is not true any more. Enter goes on to what is still empty.
+    void edited() {
+        if (Fl::event_key() != FL_Enter && Fl::event_key() != FL_KP_Enter) return clear_errors();
+        bool behind = false;
+        for (Fl_Input* field : fields()) {
+            if (behind && field->visible() != 0 && field->size() == 0)
+                return static_cast<void>(field->take_focus());
+            behind = behind || field == Fl::focus();
+        }
+        submit();
+    }
     void clear_errors() {
         for (Text& error : errors_) error.set("");
         show_warning("");
@@ -1721,12 +1819,12 @@ class SignIn : public Fl_Double_Window {
                                 Text{small_size, ink::quiet, plain, "The password once more"}};
     InputField<Fl_Input> server_{"server"}, name_{"name"};
     InputField<Fl_Secret_Input> password_{"password"};
-    Fl_Check_Button show_password_{0, 0, 0, 0, "Show"};
     InputField<Fl_Secret_Input> repeat_{"repeat"};
     std::array<Text, 4> errors_{Text{small_size, ink::warning}, Text{small_size, ink::warning},
                                 Text{small_size, ink::warning}, Text{small_size, ink::warning}};
     Fl_Check_Button register_{0, 0, 0, 0, "This is a new account"};
     Button enter_{"Log in", [this] { submit(); }, true};
+    Fl_Check_Button show_password_{0, 0, 0, 0, "Show"};  // not between the fields, for Tab
     Text status_{small_size, ink::quiet};
     Text warning_{small_size, ink::warning, bold, "", ink::alarm};
     Text key_title_{small_size + 1, ink::text, plain,
@@ -1745,7 +1843,8 @@ class Details : public Fl_Scroll {
   public:
     struct Content {
         std::string title{}, story{}, number{}, prints{};
-        const char* act = nullptr;     // what a comparison allows
+        const char* act = nullptr;     // what a comparison allows,
+        bool compares = true;          // or what takes it back
         const char* ignore = nullptr;  // or the other way round
         friend bool operator==(const Content&, const Content&) = default;
     };
@@ -1765,7 +1864,7 @@ class Details : public Fl_Scroll {
         story_.set(content.story);
         number_.set(content.number);
         prints_.set(content.prints);
-        show_if(compared_, content.act != nullptr);
+        show_if(compared_, content.act != nullptr && content.compares);
         show_if(act_, content.act != nullptr);
         show_if(ignore_, content.ignore != nullptr);
         act_.copy_label(content.act);
@@ -1795,7 +1894,7 @@ class Details : public Fl_Scroll {
 
   private:
     Content content_;
-    void ticked() { activate_if(act_, compared_.value() != 0); }
+    void ticked() { activate_if(act_, compared_.value() != 0 || !content_.compares); }
 
     Wishes& wishes_;
     Text title_{text_size, ink::text, bold};
@@ -1881,6 +1980,9 @@ class MainWindow : public Fl_Double_Window {
     }
     int handle(int event) override {
         if ((event == FL_SHORTCUT || event == FL_KEYBOARD) && key(event)) return 1;
+        if (event == FL_PUSH && banner_.visible() != 0 && Fl::event_inside(&banner_) != 0 &&
+            !has_details())
+            return wishes_.toggle_details(), 1;  // where what it says can be mended
         return Fl_Double_Window::handle(event);
     }
 
@@ -2028,7 +2130,8 @@ Details::Content describe(const Conversation& c) {
     } else if (known) {
         if (c.verified) content.story = "\u2713 You have compared the number.";
         content.prints = concat("Identity:\n", grouped(c.number->theirs));
-        content.act = c.verified ? nullptr : "Mark as verified";
+        content.act = c.verified ? "Not verified after all" : "Mark as verified";
+        content.compares = !c.verified;
     }
     if (!c.changed) content.ignore = c.ignored ? "Ignore no longer" : "Ignore them";
     return content;
@@ -2125,17 +2228,6 @@ void ask_for_attention([[maybe_unused]] Fl_Window& window, [[maybe_unused]] bool
     XSetWMHints(fl_display, fl_xid(&window), hints);
     XFree(hints);
 #endif
-}
-
-// A path as a file:// address.
-std::string file_address(const std::filesystem::path& path) {
-    std::string address = "file://";
-    for (char c : std::filesystem::absolute(path).string()) {
-        bool safe = c == '/' || (c > 0 && std::isalnum(c) != 0);
-        address += safe ? std::string(1, c)
-                        : "%" + chatsecure::to_hex(chatsecure::as_bytes(std::string_view(&c, 1)));
-    }
-    return address;
 }
 
 // ---- Between the windows and the engine ---------------------------------------------------------
@@ -2241,7 +2333,7 @@ class App final : Wishes {
     void on(const chatsecure::MakingIdentity&) { sign_in_.set_busy("Making your key \u2026"); }
     void on(const chatsecure::LoggedIn& e) {
         for (const std::string& user : e.others) model_.person(user).online = true;
-        online_ = true;
+        model_.connected = true;
         no_connection_.clear();
         set_state(concat("online as ", e.user), ink::online);
         ask_about_people();
@@ -2257,8 +2349,8 @@ class App final : Wishes {
                     "else. To write to one person, choose them on the left."));
     }
     void on(const chatsecure::ConnectionLost& e) {
+        if (model_.connected) note("The connection is lost.");  // not at each attempt
         model_.all_offline();
-        if (std::exchange(online_, false)) note("The connection is lost.");  // not at each attempt
         no_connection_ = concat("There is no connection. ", visible(e.reason),
                                 " What you write is sent when it is back.");
         show_waiting();
@@ -2297,7 +2389,7 @@ class App final : Wishes {
         Conversation* c = model_.find(e.to);
         std::string text = c == nullptr ? "" : c->mark(e);
         reports_.line(concat("mark ", chatsecure::delivery_mark(e.state), " ", visible(e.text)));
-        if (!online_ && !over_) show_waiting();
+        if (!model_.connected && !over_) show_waiting();
         if (e.state != failed) return;
         if (quitting_ && !quiet_loss_) ++lost_;
         warn(c == nullptr ? model_.current : e.to,  // perhaps a slip: nobody is called so
@@ -2498,6 +2590,10 @@ class App final : Wishes {
     std::string banner() const {
         const Conversation& c = model_.shown();
         if (!no_connection_.empty()) return no_connection_;
+        if (std::vector<std::string> out = model_.left_out(); c.name.empty() && !out.empty())
+            return concat("Not read by ", chatsecure::listed(out),
+                          ": their identity has changed, and you have not trusted the new one. "
+                          "Choose them on the left to compare.");
         if (!c.trusted)
             return concat("The identity of ", c.name,
                           " has changed. Nothing is sent to or shown from ", c.name,
@@ -2511,7 +2607,7 @@ class App final : Wishes {
     // False, with a sentence in the conversation, if the engine does not take it.
     bool post(chatsecure::Command command) {
         if (client_->try_post(std::move(command))) {
-            if (!online_) show_waiting();
+            if (!model_.connected) show_waiting();
             return true;
         }
         warn(model_.current, over_ ? "You are not connected any more: this was not done."
@@ -2582,6 +2678,8 @@ class App final : Wishes {
     // It stays in the input, and what has to be done first is shown.
     bool blocked(const Conversation& to) {
         reports_.line(concat("blocked ", to.name));
+        warn(to.name, concat("Not sent, and still in the line below: the identity of ", to.name,
+                             " has changed. Details says how to go on."));
         main_.show_details(true);
         show_details();
         return false;
@@ -2593,15 +2691,20 @@ class App final : Wishes {
             text += concat("\n", help.usage, ": ",
                            to_one ? concat("to ", model_.current, " alone") : help.meaning);
         }
-        note(concat(text,
-                    "\n \nKeys:\nEnter, Shift-Enter: send; a new line\n"
-                    "Up, Tab: recall what you wrote; complete a name or a command\n"
-                    "Ctrl-PageUp, Ctrl-PageDown: the conversation before, the next\n"
-                    "Ctrl-O, Ctrl-D, Ctrl-Q: offer a file; details; quit\n"
-                    "Ctrl +, Ctrl \u2212, Ctrl 0: larger, smaller, usual letters\n"
-                    "PageUp, PageDown: read back\n"
-                    "Tab to the conversation, then Left, Right, Enter: buttons and links; Menu: "
-                    "what else can be done"));
+        note(concat(
+            text,
+            "\n \nKeys:\nEnter, Shift-Enter: send; a new line\n"
+            "Up, Tab: recall what you wrote; complete a name or a command\n"
+            "Ctrl-PageUp, Ctrl-PageDown: the conversation before, the next\n"
+            "Ctrl-O, Ctrl-D, Ctrl-Q: offer a file; details; quit\n"
+            "Ctrl +, Ctrl \u2212, Ctrl 0: larger, smaller, usual letters\n"
+            "PageUp, PageDown: read back\n"
+            "Tab to the conversation, then Left, Right, Enter: buttons and links; Menu: "
+            "what else can be done\n \n"
+            "Marks:\n\u2026, \u2713, \u2713\u2713, !: it waits; is on its way; was shown to its "
+            "reader; was not delivered\n"
+            "In the list, \u2713, !, crossed out: verified; another identity than before; "
+            "ignored"));
         refresh();
     }
 
@@ -2612,8 +2715,8 @@ class App final : Wishes {
         if (action == Action::save) post(chatsecure::AcceptFile{number, ""});
         if (action == Action::decline) post(chatsecure::DeclineFile{number});
         if (action == Action::cancel) post(chatsecure::CancelFile{number});
-        if (action == Action::open) open(file_address(card->path));
-        if (action == Action::open_folder) open(file_address(card->path.parent_path()));
+        if (action == Action::open) open(chatsecure::file_address(card->path));
+        if (action == Action::open_folder) open(chatsecure::file_address(card->path.parent_path()));
     }
     // With the program that the desktop has for it.
     void open(const std::string& address) {
@@ -2622,6 +2725,8 @@ class App final : Wishes {
         if (fl_open_uri(address.c_str(), problem.data(), static_cast<int>(problem.size())) == 0)
             warn(model_.current,
                  concat("Cannot open ", visible(address), ": ", visible(problem.data())));
+        else  // and what became of that, nobody tells us
+            note(concat("The desktop was asked to open ", visible(address)));
         refresh();
     }
     // Whoever sends a link chooses where it leads; whoever clicks sees that first, all of it.
@@ -2653,11 +2758,12 @@ class App final : Wishes {
             reports_.line_soon("asks-to-whom");
             return main_.pop_up_at_file(people);
         }
-        Fl_Native_File_Chooser chooser(Fl_Native_File_Chooser::BROWSE_FILE);
-        std::string title = concat("A file for ", model_.current);
-        chooser.title(title.c_str());
+        FileChooser chooser(concat("A file for ", model_.current), folder_);
         reports_.line_soon("asks-for-file");
-        if (chooser.show() == 0) offer(chooser.filename());
+        std::filesystem::path path = chooser.choose(main_);
+        if (path.empty()) return;
+        folder_ = path.parent_path();
+        offer(path);
     }
     // Absolute paths, or file:// addresses, one on each line.
     void drop_files(const std::string& text) override {
@@ -2691,7 +2797,7 @@ class App final : Wishes {
     void settle() override {
         const Conversation& c = model_.shown();
         if (!c.knows_number()) return;
-        post(chatsecure::Verify{c.name, true, c.number->theirs});
+        post(chatsecure::Verify{c.name, !c.verified, c.number->theirs});
         ask_about_people();
     }
     void toggle_ignored() override {
@@ -2754,16 +2860,20 @@ class App final : Wishes {
             if (client_) client_->stop();
             return;
         }
-        bool moving = model_.is_any_moving(), unsent = !over_ && client_->waiting() > 0;
-        if ((moving || unsent) && !quitting_) {
-            reports_.line_soon(moving ? "asks-about-leaving" : "asks-about-messages");
-            std::string files = moving ? "Files are on their way. They can go on next time. " : "";
-            std::string texts = unsent ? "What waits to be sent is lost if you leave now." : "";
-            if (!ask(main_, files + texts, "Leave", "Stay")) return reports_.line("stays");
+        bool unsent = !over_ && client_->waiting() > 0;
+        model_.person(model_.current).draft = main_.input.value();
+        std::string open;
+        if (!over_ && model_.is_any_open())
+            open += "Files are offered or on their way: an offer ends, the rest can go on later. ";
+        if (unsent) open += "Messages wait to be sent: they are lost. ";
+        if (model_.is_any_half_typed()) open += "You have begun to write something: it is lost.";
+        if (!open.empty() && !quitting_) {
+            reports_.line_soon("asks-about-leaving");
+            if (!ask(main_, open, "Leave", "Stay")) return reports_.line("stays");
         }
         // Asked twice, or nobody is there to say goodbye to. Otherwise the engine waits a little
         // for what is still on its way; what is lost without our having said so keeps the window.
-        if (std::exchange(quitting_, true) || over_ || !online_ ||
+        if (std::exchange(quitting_, true) || over_ || !model_.connected ||
             !client_->try_post(chatsecure::Leave{})) {
             client_->stop();
             quit_ = true;
@@ -2792,9 +2902,10 @@ class App final : Wishes {
     bool people_changed_ = false;  // and to be sent once more
     bool who_ = false;             // and its answer to be shown
     std::string reply_to_, title_;
+    std::filesystem::path folder_;                  // where the last file was chosen
     std::string no_connection_;                     // why; empty: there is one
     Time time_ = std::chrono::system_clock::now();  // of the event that is being handled
-    bool registering_ = false, online_ = false, over_ = false, quitting_ = false, quit_ = false;
+    bool registering_ = false, over_ = false, quitting_ = false, quit_ = false;
     std::size_t lost_ = 0;     // messages that failed while we were leaving,
     bool quiet_loss_ = false;  // which the user had not agreed to
     SignIn sign_in_{*this};
@@ -2802,20 +2913,6 @@ class App final : Wishes {
     std::atomic<bool> woken_ = false;             // take_events is on its way
     std::unique_ptr<chatsecure::Client> client_;  // last: its thread uses the line above
 };
-
-// Where people look for what they have received: the desktop's own folder, where there is one.
-std::filesystem::path default_downloads() {
-    const char *set = std::getenv("XDG_DOWNLOAD_DIR"), *home_is = std::getenv("HOME");
-    if (set != nullptr && *set != '\0') return set;
-    if (home_is == nullptr) return "downloads";
-    std::filesystem::path home = home_is;
-    std::ifstream in(home / ".config" / "user-dirs.dirs");
-    const std::string name = "XDG_DOWNLOAD_DIR=\"$HOME/";  // and then: Downloads"
-    for (std::string line; std::getline(in, line);)
-        if (line.starts_with(name) && line.size() > name.size() + 1 && line.ends_with('"'))
-            return home / line.substr(name.size(), line.size() - name.size() - 1);
-    return std::filesystem::is_directory(home / "Downloads") ? home / "Downloads" : "downloads";
-}
 
 cxxopts::Options make_options() {
     cxxopts::Options options("gui_client_fltk", "The ChatSecure client in a window.\n");
@@ -2834,7 +2931,7 @@ cxxopts::Options make_options() {
     add("home", "directory of identities, pins and settings",
         text()->default_value(chatsecure::default_home().string()), "DIR");
     add("downloads", "where received files go; made when needed",
-        text()->default_value(default_downloads().string()), "DIR");
+        text()->default_value(chatsecure::default_downloads().string()), "DIR");
     add("trace", "write what the program does, layer by layer, into a file (trace.txt)",
         text()->implicit_value("trace.txt"), "FILE");
     add("trace-secrets", "and the keys of this run: to look at it, not to talk in it");
@@ -2900,6 +2997,5 @@ int main(int argc, char** argv) {
     display->set_current();
 #endif
     Fl_Window::default_icon(static_cast<Fl_RGB_Image*>(&disc(64, FL_BLUE)));  // in the taskbar
-    Fl::option(Fl::OPTION_FNFC_USES_GTK, false);  // GTK's chooser stops our events while it is open
     return App(std::move(flags)).run();
 }
