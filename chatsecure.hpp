@@ -9052,6 +9052,7 @@ class Client final : private FileHost {
                                " is offered. Quote a path that has blanks."));
         }
         login_.pins().keep(*peer->card);
+        send_written();  // who writes "here it is" before has it read before
         for (auto& source : sources) files_->offer(as_file_peer(*peer), std::move(source));
         return true;
     }

@@ -7235,6 +7235,19 @@ TEST_CASE(
     CHECK_FALSE(alice.next<People>().people.at(1).verified);
 }
 
+TEST_CASE("chapter 12: what is written before a file is offered is read before the offer") {
+    Room room({"alice", "bob"});
+    TempDir files;
+    write_text(files.path / "plan", "a plan");
+    Chatter alice(room.options("alice")), bob(room.options("bob"));
+    bob.next<LoggedIn>();
+    alice.meet("bob");
+    alice->post(Tell{"bob", "here it is"});  // both wait for his card
+    alice->post(SendFile{"bob", {files.path / "plan"}});
+    CHECK(bob.next_private().text == "here it is");
+    bob.next_file(FileEvent::Phase::offered);
+}
+
 TEST_CASE("P4: what is written for verified people stays for them, whatever is typed next") {
     Room room({"alice", "bob"});
     Chatter alice(room.options("alice")), bob(room.options("bob"));
