@@ -1279,9 +1279,8 @@ inline Socket connect_to(const std::string& host, std::uint16_t port, Millisecon
         socket.set_chat_options();
         return socket;
     } catch (const NetworkError& e) {
-        throw NetworkError(concat("Cannot connect to ", visible(host), " port ", port, ": ",
-                                  e.what(),
-                                  ". Is the server running, and are host and port right?"));
+        throw NetworkError(
+            concat("Cannot connect to ", visible(host), " port ", port, ": ", e.what(), "."));
     }
 }
 
@@ -2482,7 +2481,7 @@ inline void check_new_password(ByteView password) {
                                [](std::uint8_t byte) { return byte < 0x20 || byte == 0x7f; });
     if (!length || control) throw Error("A password is text, without control characters.");
     if (*length < min_password_characters)
-        throw Error(concat("This password is too weak: it has ", *length,
+        throw Error(concat("This password is too short: it has ", *length,
                            *length == 1 ? " character, and " : " characters, and ",
                            min_password_characters,
                            " are the least. A few random words are good."));
@@ -4651,6 +4650,10 @@ class FileTransfers {
     void tick(Clock::time_point now) {
         for (auto it = transfers_.begin(); it != transfers_.end();) {
             Transfer& t = (it++)->second;  // it may be forgotten
+            if (now >= stands_still(t)) {  // no rate that is not true any more
+                t.progress.bytes_per_second = 0;
+                tell(t, FileEvent::Phase::progress);
+            }
             if (now < deadline(t)) continue;
             std::string_view user = t.info.user;
             if (t.state == FileState::offered)
@@ -4667,7 +4670,8 @@ class FileTransfers {
     // When tick() has something to do.
     Clock::time_point next_deadline() const {
         Clock::time_point next = Clock::time_point::max();
-        for (const auto& [number, t] : transfers_) next = std::min(next, deadline(t));
+        for (const auto& [number, t] : transfers_)
+            next = std::min({next, deadline(t), stands_still(t)});
         return next;
     }
 
@@ -4847,6 +4851,13 @@ class FileTransfers {
         std::uint64_t held = t.state == offered ? t.info.size : t.begun ? 0 : t.first;
         auto hashing = std::chrono::seconds(held / slow_disk);
         return t.progress.moved + options_.patience + hashing;
+    }
+
+    // When it is told that nothing moves.
+    static Clock::time_point stands_still(const Transfer& t) {
+        bool told_otherwise = t.state == FileState::moving && t.progress.bytes_per_second > 0;
+        return told_otherwise ? t.progress.told + std::chrono::seconds(2)
+                              : Clock::time_point::max();
     }
 
     // ---- Telling --------------------------------------------------------------------------------
@@ -7172,7 +7183,9 @@ class Server {
 // so what is written then waits until those who were there are back, or for those seconds.
 //
 // A receipt is sent when the FRONT END has dealt with a message, which the engine learns when it
-// asks for the event after that. A program that is killed before has confirmed nothing.
+// asks for the event after that. A program that is killed before has confirmed nothing. What comes
+// from somebody who is ignored is not confirmed either; their program may send it again, and so its
+// id is remembered: it stays hidden.
 //
 // Complaints. Another member can send nonsense as fast as the server lets it. So what is wrong with
 // what somebody sends is told a few times, then only when its number has become ten times as large,
@@ -8013,9 +8026,12 @@ class Login {
             throw Halt(
                 StopReason::local_trouble,
                 concat("Your identity key does not open: ", e.what(),
-                       " If the account's password was changed, the file still has the old "
-                       "one: change it with \"openssl pkcs8 -topk8 -v2 aes256\", or move the "
-                       "file away to get a new identity, which others will have to trust."));
+                       registering_
+                           ? " You have an account of this name here: log in, with its "
+                             "password, instead of registering, or choose another name."
+                           : " If the account's password was changed, the file still has the old "
+                             "one: change it with \"openssl pkcs8 -topk8 -v2 aes256\", or move the "
+                             "file away to get a new identity, which others will have to trust."));
         }
         identity_saved_ = identity_.has_value();
     }
@@ -8198,7 +8214,12 @@ class Client final : private FileHost {
                 reason = e.what();
             }
             if (mail_.is_stopping() || quit_sent_) return;
-            if (!login_.has_been_online()) throw Halt(StopReason::cannot_connect, reason);
+            if (!login_.has_been_online())
+                throw Halt(StopReason::cannot_connect,
+                           concat(reason, reason.starts_with("Cannot connect")
+                                              ? " Is the server running, and are host and port "
+                                                "right?"
+                                              : ""));
             end_link();
             if (options_.reconnect_tries > 0 && ++tries > options_.reconnect_tries)
                 throw Halt(StopReason::cannot_connect,
@@ -8564,14 +8585,17 @@ class Client final : private FileHost {
     }
 
     // Shows it, once, and confirms it if it was for us alone.
+    // What is ignored is not confirmed, so it may come again: it stays hidden.
     void receive_text(Peer& peer, bool to_room, const Text& text) {
-        if (ignored_.contains(peer.user)) return;
         if (peer.standing != Peer::Standing::trusted) return hold_back(peer, {text, to_room});
         // The name belongs to it: one person may have two accounts with one identity.
         const std::pair sender(peer.user, peer.card->fingerprint.digest);
         if (shown_.size() >= max_identities && !shown_.contains(sender)) return;
-        ShownIds& shown = shown_[sender];
+        auto& [shown, hidden] = shown_[sender];
+        bool ignored = ignored_.contains(peer.user);
         ShownIds::Verdict verdict = shown.judge(text.id);
+        if (ignored && verdict == ShownIds::Verdict::fresh) hidden.add(text.id);
+        if (ignored || hidden.judge(text.id) == ShownIds::Verdict::shown) return;
         std::uint64_t event = last_event_;  // if it came before, its event is among those until now
         if (verdict == ShownIds::Verdict::too_old) return;
         if (verdict == ShownIds::Verdict::fresh) {
@@ -8582,7 +8606,7 @@ class Client final : private FileHost {
         if (!to_room) receipts_due_.push_back({event, peer.id, text.id});
     }
     void hold_back(Peer& peer, Peer::HeldBack held) {
-        if (peer.standing != Peer::Standing::changed) return;
+        if (peer.standing != Peer::Standing::changed || ignored_.contains(peer.user)) return;
         if (is_worth_telling(++peer.held_count))
             emit(Complaint{
                 peer.user,
@@ -9127,7 +9151,10 @@ class Client final : private FileHost {
     Clock::time_point written_until_ = Clock::time_point::max();  // what waits in `written_`
     std::set<std::string> absent_;      // who was there before the connection was lost
     Clock::time_point online_since_{};  // and has been waited for from then on
-    std::map<std::pair<std::string, Digest>, ShownIds> shown_;  // while the program runs
+    struct Seen {
+        ShownIds shown, hidden;
+    };
+    std::map<std::pair<std::string, Digest>, Seen> shown_;  // while the program runs
     std::deque<ReceiptDue> receipts_due_;
     std::uint64_t last_event_ = 0;  // the number of the newest one
     struct Oddities {
@@ -9837,21 +9864,29 @@ struct Completion {
     }
 };
 
-// Completes a path; folders end with "/". Reads the folder; one that cannot be read has no files.
+// Completes a path; folders end with "/" and come first. Reads the folder; one that cannot be read
+// has no files.
 inline Completion complete_path(std::string_view begun) {
     std::size_t name = begun.rfind('/') + 1;  // npos + 1 is 0
     std::string folder(begun.substr(0, name));
-    std::vector<std::string> files;
+    std::vector<std::string> files, folders;
     std::error_code failure;
     std::filesystem::directory_iterator entry(path_from(folder.empty() ? "./" : folder), failure);
     for (; !failure && entry != std::filesystem::directory_iterator(); entry.increment(failure)) {
         std::string file = entry->path().filename().string();
         if (name == begun.size() && file.starts_with('.')) continue;  // only if one asks for them
         std::error_code unknown;
-        files.push_back(concat(folder, file, entry->is_directory(unknown) ? "/" : ""));
+        if (entry->is_directory(unknown))
+            folders.push_back(concat(folder, file, "/"));
+        else
+            files.push_back(folder + file);
     }
-    std::sort(files.begin(), files.end());
-    return {begun, std::move(files)};
+    for (std::vector<std::string>* names : {&folders, &files})
+        std::sort(names->begin(), names->end(), [](const auto& one, const auto& other) {
+            return lower_case(one) < lower_case(other);
+        });
+    folders.insert(folders.end(), files.begin(), files.end());
+    return {begun, std::move(folders)};
 }
 
 // Completes the word at the end of `before`: a command at the beginning of a line, a path behind
