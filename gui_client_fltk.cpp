@@ -202,8 +202,6 @@ class PangoDriver final : public Fl_Xlib_Graphics_Driver {
     PangoLayoutLine* line_of(const char* text, int size) {
         static PangoLayout* layout = pango_layout_new(
             pango_font_map_create_context(pango_xft_get_font_map(fl_display, fl_screen)));
-        pango_layout_set_auto_dir(layout, FALSE);  // each line of a text begins on the same side
-        pango_context_set_base_dir(pango_layout_get_context(layout), PANGO_DIRECTION_LTR);
         const char* name = Fl::get_font(fl_font());  // "Bsans" is the bold one of " sans"
         PangoFontDescription* wanted = pango_font_description_from_string(name + 1);
         pango_font_description_set_absolute_size(wanted, fl_size() * PANGO_SCALE);
@@ -343,6 +341,21 @@ class InputField : public Input {
     }
 };
 
+// A widget of FLTK with keys of our own: the function is asked first, and says whether it was one.
+template <class Widget>
+class WithKeys : public Widget {
+  public:
+    template <class... Rest>
+    explicit WithKeys(std::function<bool()> key, Rest... rest)
+        : Widget(rest...), key_(std::move(key)) {}
+    int handle(int event) override {
+        return event == FL_KEYBOARD && key_() ? 1 : Widget::handle(event);
+    }
+
+  private:
+    std::function<bool()> key_;
+};
+
 // The keys that mean the same wherever the focus stands.
 bool is_window_key() {
     constexpr std::array<int, 11> keys{FL_Page_Up, FL_Page_Down, 'o', 'd',         'q',        '+',
@@ -375,7 +388,7 @@ void pop_up(const std::vector<MenuLine>& lines, int x, int y, bool upwards = fal
 struct Entry {
     enum class Kind { message, system, warning, file } kind = Kind::message;
     std::string from{}, text{};
-    bool own = false;
+    bool own = false, mentions_us = false;
     Time time{};
     std::uint64_t id = 0;                         // of a message of our own
     std::optional<chatsecure::Delivery> state{};  // and what has become of it
@@ -533,9 +546,11 @@ class Model {
         return std::any_of(cards_.begin(), cards_.end(),
                            [](const auto& card) { return !is_over(card.second); });
     }
-    bool is_any_half_typed() const {
-        return std::any_of(conversations.begin(), conversations.end(),
-                           [](const auto& entry) { return !entry.second.draft.empty(); });
+    std::vector<std::string> half_typed() const {
+        std::vector<std::string> names;
+        for (const auto& [name, c] : conversations)
+            if (!c.draft.empty()) names.push_back(c.title());
+        return names;
     }
     // Who is here and does not read what is said to everybody, because their identity has changed.
     std::vector<std::string> left_out() const {
@@ -687,6 +702,10 @@ class ConversationView : public Fl_Widget {
         fl_pop_clip();
         if (!at_end_) draw_jump();
         fl_pop_clip();
+        if (Fl::focus() == this && focused_place() == places_.size()) {
+            fl_color(ink::accent);
+            fl_rect(x() + 1, y() + 1, w() - 2, h() - 2);
+        }
         if (at_end_ != was_at_end) return draw();  // read to the end: now from the other anchor
         if (Place bar = handle_of_bar(); shown_ < count())
             draw_round(bar.x, bar.y, bar.w, bar.h, 2, drag_ == Drag::bar ? ink::quiet : ink::line);
@@ -695,12 +714,15 @@ class ConversationView : public Fl_Widget {
     int handle(int event) override {
         switch (event) {
             case FL_FOCUS:
-            case FL_UNFOCUS:
-                if (event == FL_FOCUS && focused_place() == places_.size()) move_focus(1);
+            case FL_UNFOCUS:  // a key has brought it: to what it can press
+                if (event == FL_FOCUS && Fl::event() != FL_KEYBOARD) focused_.reset();
+                if (event == FL_FOCUS && Fl::event() == FL_KEYBOARD) move_focus(1);
                 redraw();
                 return 1;
             case FL_PUSH:
-                take_focus();
+                if (const Place* place = place_at(Fl::event_x(), Fl::event_y());
+                    place == nullptr || place->target.action == Action::open_link)
+                    take_focus();  // a button leaves the keyboard with whom it was
                 return push();
             case FL_DRAG:
             case FL_RELEASE:  // the last motion may come as a release only
@@ -858,7 +880,8 @@ class ConversationView : public Fl_Widget {
         int bottom = at + static_cast<int>(entry.lines.size()) * line_height() + padding;
         int from = std::max(at, y() - 2 * line_height());
         int to = std::min(bottom, y() + h() + 2 * line_height());
-        draw_round(left, from, wide, to - from, 9, entry.own ? ink::own : ink::other);
+        Fl_Color ground = entry.own ? ink::own : entry.mentions_us ? ink::selected : ink::other;
+        draw_round(left, from, wide, to - from, 9, ground);
         if (entry.own && bottom < y() + h() + line_height()) draw_mark(entry, left, bottom);
         use_font(text_size);
         draw_lines(entry, number, left + padding, at + padding / 2, line_height(), ink::text);
@@ -1251,7 +1274,7 @@ class PeopleList : public Fl_Widget {
                            static_cast<std::size_t>(row_height());
                 if (row >= rows.size()) return 1;
                 wishes_.choose(rows[row]->name);
-                if (Fl::event_button() == FL_RIGHT_MOUSE && !model_.current.empty()) show_menu();
+                if (Fl::event_button() == FL_RIGHT_MOUSE) show_menu(Fl::event_x(), Fl::event_y());
                 return 1;
             }
             case FL_MOUSEWHEEL: {
@@ -1262,7 +1285,8 @@ class PeopleList : public Fl_Widget {
                 return 1;
             }
             case FL_KEYBOARD:
-                if (Fl::event_key() == FL_Menu && !model_.current.empty()) return show_menu(), 1;
+                if (Fl::event_key() == FL_Menu)
+                    return show_menu(x() + w() / 2, row_y(chosen_row()) + row_height()), 1;
                 if (Fl::event_key() != FL_Up && Fl::event_key() != FL_Down) return 0;
                 return step(Fl::event_key() == FL_Down ? 1 : -1), 1;
             default:
@@ -1273,22 +1297,29 @@ class PeopleList : public Fl_Widget {
     // Chooses the next conversation, or the one before.
     void step(int by) {
         std::vector<const Conversation*> rows = model_.rows();
-        int row = 0, count = static_cast<int>(rows.size());
-        while (row < count && rows[static_cast<std::size_t>(row)]->name != model_.current) ++row;
-        row = std::clamp(row + by, 0, count - 1);
+        int row = std::clamp(chosen_row() + by, 0, static_cast<int>(rows.size()) - 1);
         scroll_ = std::clamp(scroll_, std::max((row + 1) * row_height() + 2 * gap - h(), 0),
                              row * row_height());
         wishes_.choose(rows[static_cast<std::size_t>(row)]->name);
     }
 
   private:
+    int row_y(int row) const { return y() + gap - scroll_ + row * row_height(); }
+    int chosen_row() const {
+        std::vector<const Conversation*> rows = model_.rows();
+        auto chosen = std::find_if(rows.begin(), rows.end(), [&](const Conversation* c) {
+            return c->name == model_.current;
+        });
+        return static_cast<int>(chosen - rows.begin());
+    }
     // What can be done with whoever is chosen.
-    void show_menu() {
+    void show_menu(int mx, int my) {
+        if (model_.current.empty()) return;
         pop_up({{"Details", [this] { wishes_.toggle_details(); }},
                 {"Offer a file\u2026", [this] { wishes_.send_file(); }},
                 {model_.shown().ignored ? "Ignore no longer" : "Ignore",
                  [this] { wishes_.toggle_ignored(); }}},
-               Fl::event_x(), Fl::event_y());
+               mx, my);
     }
     // In a narrow window there is room for the faces only.
     void draw_row(const Conversation& c, int at) {
@@ -1323,15 +1354,16 @@ class PeopleList : public Fl_Widget {
             fl_color(c.trusted ? ink::online : ink::warning);
             draw_at(c.trusted ? "\u2713" : "!", right, narrow ? at + scaled(14) : base);
         }
-        if (c.ignored) {  // crossed out
-            fl_color(ink::warning);
-            fl_line(left, at + high / 2, narrow ? left + face : right - gap, at + high / 2);
-        }
-        if (narrow) return;
         use_font(text_size, c.unread > 0 || c.name.empty() ? bold : plain);
         fl_color(c.online || c.name.empty() || current ? ink::text : ink::quiet);
-        left += face + gap + 2;
-        draw_text(c.title(), left, base, right - left - 4);
+        int name_x = left + face + gap + 2, room = narrow ? 0 : right - name_x - 4;
+        if (!narrow) draw_text(c.title(), name_x, base, room);
+        if (!c.ignored) return;  // crossed out: the name, or the face if there is nothing else
+        fl_color(ink::warning);
+        if (narrow)
+            fl_rectf(left - 3, at + high / 2 - 1, face + 6, 3);
+        else
+            fl_rectf(name_x - 3, at + high / 2, std::min(width_of(c.title()), room) + 6, 2);
     }
 
     const Model& model_;
@@ -1366,8 +1398,11 @@ class MessageInput : public InputField<Fl_Multiline_Input> {
         if (size() > 0) return;
         use_font(text_size);
         fl_color(ink::quiet);
-        std::string to = model_.current.empty() ? "everyone" : model_.current;
-        draw_text("Message " + to, x() + Fl::box_dx(box()) + 1,  // where the text will begin
+        const Conversation& c = model_.shown();
+        std::string to = c.name.empty() ? "everyone" : c.name;
+        bool away = !c.name.empty() && !c.online && model_.connected;
+        draw_text(concat("Message ", to, away ? ", who is not online" : ""),
+                  x() + Fl::box_dx(box()) + 1,  // where the text will begin
                   y() + Fl::box_dy(box()) + fl_height() - fl_descent(), w() - 20);
     }
     int handle(int event) override {
@@ -1432,16 +1467,17 @@ class MessageInput : public InputField<Fl_Multiline_Input> {
         put(at_ < history_.size() ? history_[at_] : draft_);
     }
 
-    // False if there is no word before the cursor: then Tab moves on.
+    // False if there is nothing to complete: then Tab moves on.
     bool complete() {
         std::string before(value(), static_cast<std::size_t>(cursor()));
         if (before.empty() || before.ends_with(' ') || before.ends_with('\n')) return false;
         std::vector<std::string> names;
         for (const auto& [name, c] : model_.conversations)
             if (!name.empty()) names.push_back(name);
-        insert(chatsecure::complete(before, names).insert.c_str());
+        std::string more = chatsecure::complete(before, names).insert;
+        insert(more.c_str());
         do_callback();
-        return true;
+        return !more.empty();
     }
 
     // FLTK 1.4 has another name for it.
@@ -1566,23 +1602,29 @@ bool ask(const Fl_Window& parent, const std::string& question, const char* yes, 
 class FileChooser : public Fl_Double_Window {
   public:
     FileChooser(const std::string& title, const std::filesystem::path& folder)
-        : Fl_Double_Window(520, 400, "ChatSecure"), title_(text_size, ink::text, bold, title) {
+        : Fl_Double_Window(scaled(460), scaled(340), "ChatSecure"),
+          title_(text_size, ink::text, bold, title) {
         end();
-        title_.resize(20, 18, w() - 40, 24);
-        path_.resize(20, 46, w() - 40, 34);
-        path_.textsize(text_size);
         path_.when(FL_WHEN_CHANGED | FL_WHEN_ENTER_KEY_ALWAYS);
         path_.callback(call<FileChooser, &FileChooser::edited>, this);
-        list_.resize(20, 88, w() - 40, 230);
+        path_.textsize(scaled(text_size));
         list_.type(FL_HOLD_BROWSER);
         list_.format_char(0);
-        list_.textsize(text_size);
-        list_.when(FL_WHEN_RELEASE_ALWAYS | FL_WHEN_ENTER_KEY_ALWAYS);
+        list_.textsize(scaled(text_size));
+        list_.scrollbar.color(ink::panel);
+        list_.when(FL_WHEN_CHANGED | FL_WHEN_RELEASE_ALWAYS);
         list_.callback(call<FileChooser, &FileChooser::picked>, this);
-        error_.resize(20, 324, w() - 40, 18);
-        cancel_.resize(w() - 240, h() - 50, 105, 34);
-        offer_.resize(w() - 125, h() - 50, 105, 34);
-        enter((folder.empty() ? std::filesystem::current_path() : folder).string());
+        int high = scaled(text_size) + 16, wide = offer_.wanted_width() + gap;
+        Column column{margin, margin, w() - 2 * margin};
+        column.put(title_);
+        column.put(path_, high);
+        column.put(list_, h() - column.y - high - scaled(small_size) - 4 * gap);
+        error_.resize(margin, column.y, column.w, scaled(small_size) + 4);
+        offer_.resize(w() - margin - wide, h() - margin - high, wide, high);
+        cancel_.resize(offer_.x() - gap - wide, offer_.y(), wide, high);
+        std::error_code failure;
+        bool home = std::filesystem::is_directory(chatsecure::path_from("~/"), failure);
+        enter(!folder.empty() ? folder.string() : home ? "~" : ".");
         path_.mark(0);  // another path that is typed replaces it
     }
     // The path of a file that is there; empty: none was chosen.
@@ -1590,16 +1632,22 @@ class FileChooser : public Fl_Double_Window {
         show_before(parent, *this, path_);
         return chosen_;
     }
-    int handle(int event) override {
-        if (event == FL_KEYBOARD && Fl::event_key() == FL_Tab && Fl::focus() == &path_ &&
-            (Fl::event_state() & FL_SHIFT) == 0)
-            if (std::string more = completion().insert; !more.empty())
-                return set(path_.value() + more), 1;
-        return Fl_Double_Window::handle(event);
-    }
 
   private:
-    static bool is_enter() { return Fl::event_key() == FL_Enter || Fl::event_key() == FL_KP_Enter; }
+    bool key_of_path() {
+        if (Fl::event_key() == FL_Down) return list_.take_focus() != 0;
+        return Fl::event_key() == FL_Tab && Fl::event_shift() == 0 && complete();
+    }
+    bool key_of_list() { return is_enter() && (take(), true); }
+    bool complete() {
+        std::string more = completion().insert;
+        if (!more.empty()) set(path_.value() + more);
+        return !more.empty();
+    }
+    static bool is_enter() {
+        return Fl::event() == FL_KEYBOARD &&
+               (Fl::event_key() == FL_Enter || Fl::event_key() == FL_KP_Enter);
+    }
     chatsecure::Completion completion() const { return chatsecure::complete_path(path_.value()); }
     void set(const std::string& path) {
         path_.value(path.c_str());
@@ -1607,41 +1655,42 @@ class FileChooser : public Fl_Double_Window {
     }
     void enter(const std::string& folder) { set(folder.ends_with('/') ? folder : folder + '/'); }
     void fill() {
-        std::string_view path = path_.value();
-        std::size_t folder = path.rfind('/') + 1;  // npos + 1 is 0
+        std::string path = path_.value();
+        folder_ = path.substr(0, path.rfind('/') + 1);  // npos + 1 is 0
         error_.set("");
         list_.clear();
         list_.add("../");
-        for (const std::string& word : completion().words) list_.add(word.substr(folder).c_str());
+        for (const std::string& word : completion().words)
+            list_.add(word.substr(folder_.size()).c_str());
     }
-    void edited() { Fl::event() == FL_KEYBOARD&& is_enter() ? take() : fill(); }
-    // A click enters a folder, and a second one takes a file; of the keys, Enter does both.
+    void edited() { is_enter() ? take() : fill(); }
+    // Shows what is chosen as the path; a second click takes it.
     void picked() {
-        bool by_key = Fl::event() == FL_KEYBOARD;
-        if (list_.value() == 0 || (by_key && !is_enter())) return;
-        std::string name = list_.text(list_.value()), path = path_.value();
-        path.erase(path.rfind('/') + 1);
-        if (name == "../")
-            return enter(std::filesystem::absolute(path).parent_path().parent_path().string());
-        if (name.ends_with('/')) return enter(path + name);
-        path_.value((path + name).c_str());
-        if (by_key || Fl::event_clicks() > 0) take();
+        if (list_.value() == 0) return;
+        bool twice = Fl::event() != FL_KEYBOARD && Fl::event_clicks() > 0;
+        path_.value((folder_ + list_.text(list_.value())).c_str());
+        if (twice) take();
     }
     void take() {
+        Fl::event_clicks(0);  // the next one is for another list
         std::filesystem::path path = chatsecure::path_from(path_.value());
         std::error_code failure;
-        if (std::filesystem::is_directory(path, failure)) return enter(path.string());
+        if (std::filesystem::is_directory(path, failure)) {
+            path = std::filesystem::absolute(path).lexically_normal();  // without ".."
+            return enter(path.string());
+        }
         if (!std::filesystem::exists(path, failure)) return error_.set("There is no such file.");
         chosen_ = path;
         hide();
     }
 
     Text title_;
-    InputField<Fl_Input> path_{"path"};
-    Fl_Hold_Browser list_{0, 0, 0, 0};
+    WithKeys<InputField<Fl_Input>> path_{[this] { return key_of_path(); }, "path"};
+    WithKeys<Fl_Hold_Browser> list_{[this] { return key_of_list(); }, 0, 0, 0, 0};
     Text error_{small_size, ink::warning};
     Button cancel_{"Cancel", [this] { hide(); }};
     Button offer_{"Offer", [this] { take(); }, true};
+    std::string folder_;  // that is listed
     std::filesystem::path chosen_;
 };
 
@@ -1901,7 +1950,7 @@ class Details : public Fl_Scroll {
     Text story_{small_size, ink::text};
     Text number_{number_size, ink::text, fixed_pitch, "", ink::field};
     Text prints_{small_size - 1, ink::text, fixed_pitch};
-    Fl_Check_Button compared_{0, 0, 0, 0, "I compared the number"};
+    Fl_Check_Button compared_{0, 0, 0, 0, "I compared all of it: it is the same"};
     Button act_{"", [this] { wishes_.settle(); }};
     Button ignore_{"", [this] { wishes_.toggle_ignored(); }};
     Button close_{"\u2715", [this] { wishes_.toggle_details(); }};
@@ -2034,6 +2083,7 @@ class MainWindow : public Fl_Double_Window {
             if (key == FL_Page_Down) list.step(1);
             if (key == 'o') wishes_.send_file();
             if (key == 'd') wishes_.toggle_details();
+            if (key == 'd' && has_details()) details.take_focus();
             if (key == '+' || key == '=' || key == FL_KP + '+') wishes_.zoom(1);
             if (key == '-' || key == FL_KP + '-') wishes_.zoom(-1);
             if (key == '0') wishes_.zoom(0);
@@ -2041,7 +2091,7 @@ class MainWindow : public Fl_Double_Window {
             return true;
         }
         if (key == FL_Escape) {  // never closes the window
-            if (middle() == 0) wishes_.toggle_details();
+            if (has_details()) wishes_.toggle_details();
             return input.take_focus(), true;
         }
         if (event == FL_KEYBOARD && is_text() && input.readonly() == 0 && input.visible() != 0)
@@ -2117,7 +2167,8 @@ Details::Content describe(const Conversation& c) {
                 "Choose a person on the left to see their identity."};
     Details::Content content{c.name};
     bool known = c.knows_number();
-    content.story = known ? "Compare the safety number by telephone, or face to face."
+    content.story = known ? "Compare all of the safety number, by telephone or face to face. If "
+                            "yours is another one, somebody reads along: do not trust it."
                     : c.online
                         ? "Asking for the safety number \u2026"
                         : concat(c.name, " is offline: the safety number is there when they are.");
@@ -2337,7 +2388,7 @@ class App final : Wishes {
         no_connection_.clear();
         set_state(concat("online as ", e.user), ink::online);
         ask_about_people();
-        if (e.again) return note("Connected again.");
+        if (e.again) return note("", "Connected again.");
         flags_.form.password = {};  // wiped, as the field's
         sign_in_.forget_password();
         sign_in_.hide();
@@ -2346,29 +2397,37 @@ class App final : Wishes {
         main_.input.take_focus();
         note(concat("You are ", e.user, " at ", visible(e.server),
                     ". Everything written here is read by everyone who is online, and by nobody "
-                    "else. To write to one person, choose them on the left."));
+                    "else; nothing of it is kept when you leave. To write to one person, choose "
+                    "them on the left."));
     }
     void on(const chatsecure::ConnectionLost& e) {
-        if (model_.connected) note("The connection is lost.");  // not at each attempt
+        if (model_.connected) note("", "The connection is lost.");  // not at each attempt
         model_.all_offline();
         no_connection_ = concat("There is no connection. ", visible(e.reason),
                                 " What you write is sent when it is back.");
         show_waiting();
     }
     void on(const chatsecure::PersonJoined& e) {
-        model_.person(e.user).online = true;
         model_.person(e.user).number_asked = false;
-        note("", concat(e.user, " joined"));
+        come_or_go(e.user, true);
         ask_about_people();
     }
-    void on(const chatsecure::PersonLeft& e) {
-        model_.person(e.user).online = false;
-        note("", concat(e.user, " left"));
+    void on(const chatsecure::PersonLeft& e) { come_or_go(e.user, false); }
+    // Told where one may be writing to them, too.
+    void come_or_go(const std::string& user, bool here) {
+        Conversation& c = model_.person(user);
+        c.online = here;
+        std::string what = concat(user, here ? " joined" : " left");
+        note("", what);
+        if (!c.entries.empty()) note(user, what);
     }
     void on(const chatsecure::RoomMessage& e) {
         check_trust(e.from);
-        add("",
-            {.from = e.from, .text = visible_lines(e.text), .own = e.own, .id = e.own ? e.id : 0});
+        add("", {.from = e.from,
+                 .text = visible_lines(e.text),
+                 .own = e.own,
+                 .mentions_us = !e.own && chatsecure::mentions(e.text, client_->user()),
+                 .id = e.own ? e.id : 0});
     }
     void on(const chatsecure::PrivateMessage& e) {
         reply_to_ = e.peer;
@@ -2411,8 +2470,8 @@ class App final : Wishes {
     }
     void on(const chatsecure::IdentityPinned& e) {
         model_.person(e.user).number_asked = false;
-        note(e.user, concat("First contact with ", e.user,
-                            ". Whoever wants to be certain compares the safety number: Details."));
+        note(e.user, concat("First contact with ", e.user, ". To be certain that it is ", e.user,
+                            ", compare the safety number: Details."));
         show_details();
     }
     void on(const chatsecure::IdentityChanged& e) {
@@ -2431,6 +2490,9 @@ class App final : Wishes {
         c.number = e;
         if (e.verified && std::exchange(c.changed, std::nullopt)) c.trusted = true;  // in one act
         check_trust(e.user);
+        if (e.verified != c.verified)
+            note(e.user,
+                 concat(e.user, e.verified ? " is verified." : " is not verified any more."));
         set_verified(c, e.verified);
         reports_.line(concat("safety-number ", e.user, " ", e.digits));
         if (e.user == std::exchange(verifying_, "")) {  // a line asked for it
@@ -2525,11 +2587,12 @@ class App final : Wishes {
         const Entry& added = c.add(std::move(entry));
         if (where == model_.current) main_.view.update(added.own);
         bool seen = where == model_.current && is_reading();
+        bool for_us = from_others && (!where.empty() || added.mentions_us);
         if (news && !seen) ++c.unread;
         if (from_others && !seen && settings_["sound"] == "1") fl_beep(FL_BEEP_MESSAGE);
-        if (from_others && !seen && !where.empty()) {
+        if (for_us && !seen) {
             ask_for_attention(main_, true);
-            reports_.line(concat("attention ", where));
+            reports_.line(concat("attention ", c.title()));
         }
         if (added.new_day) reports_.line(concat("day ", c.title(), " | ", day_text(added.time)));
         const FileEvent* card = model_.card(added.file);
@@ -2592,12 +2655,12 @@ class App final : Wishes {
         if (!no_connection_.empty()) return no_connection_;
         if (std::vector<std::string> out = model_.left_out(); c.name.empty() && !out.empty())
             return concat("Not read by ", chatsecure::listed(out),
-                          ": their identity has changed, and you have not trusted the new one. "
-                          "Choose them on the left to compare.");
+                          ", nor is shown what they write: their identity has changed, and you "
+                          "have not trusted the new one. Choose them on the left.");
         if (!c.trusted)
             return concat("The identity of ", c.name,
                           " has changed. Nothing is sent to or shown from ", c.name,
-                          " until you have compared the new one: Details.");
+                          " until you trust the new one: Details.");
         return c.ignored ? concat("You ignore ", c.name, ". What they write is hidden: Details.")
                          : "";
     }
@@ -2650,6 +2713,7 @@ class App final : Wishes {
     bool send_line(const std::string& line) override {
         using namespace chatsecure;
         try {
+            if (!command_of(line).empty()) main_.view.update(true);  // to where its answer will be
             if (!help_asked(line).empty()) return show_help(), true;
             if (is_command(line, "/quit")) return close(), true;
             std::optional<Command> command = parse_command(line, reply_to_);
@@ -2678,8 +2742,9 @@ class App final : Wishes {
     // It stays in the input, and what has to be done first is shown.
     bool blocked(const Conversation& to) {
         reports_.line(concat("blocked ", to.name));
-        warn(to.name, concat("Not sent, and still in the line below: the identity of ", to.name,
-                             " has changed. Details says how to go on."));
+        warn(to.name, concat("Nothing goes to ", to.name,
+                             ": the identity has changed. Details says "
+                             "how to go on; what you wrote is still in the line below."));
         main_.show_details(true);
         show_details();
         return false;
@@ -2691,20 +2756,19 @@ class App final : Wishes {
             text += concat("\n", help.usage, ": ",
                            to_one ? concat("to ", model_.current, " alone") : help.meaning);
         }
-        note(concat(
-            text,
-            "\n \nKeys:\nEnter, Shift-Enter: send; a new line\n"
-            "Up, Tab: recall what you wrote; complete a name or a command\n"
-            "Ctrl-PageUp, Ctrl-PageDown: the conversation before, the next\n"
-            "Ctrl-O, Ctrl-D, Ctrl-Q: offer a file; details; quit\n"
-            "Ctrl +, Ctrl \u2212, Ctrl 0: larger, smaller, usual letters\n"
-            "PageUp, PageDown: read back\n"
-            "Tab to the conversation, then Left, Right, Enter: buttons and links; Menu: "
-            "what else can be done\n \n"
-            "Marks:\n\u2026, \u2713, \u2713\u2713, !: it waits; is on its way; was shown to its "
-            "reader; was not delivered\n"
-            "In the list, \u2713, !, crossed out: verified; another identity than before; "
-            "ignored"));
+        note(concat(text,
+                    "\n \nKeys:\nEnter: send; with Shift: a new line\nUp: what you wrote before\n"
+                    "Tab: completes a name, a command, a path; or moves on\n"
+                    "Ctrl-PageUp, Ctrl-PageDown: the conversation before, the next\n"
+                    "Ctrl-O: offer a file\nCtrl-D: details\nCtrl-Q: quit\n"
+                    "Ctrl +, Ctrl \u2212, Ctrl 0: larger, smaller, usual letters\n"
+                    "PageUp, PageDown: read back\n"
+                    "Left, Right, Enter, in the conversation: its buttons and links\n"
+                    "Menu: what else can be done\n \n"
+                    "Marks:\n\u2026 it waits\n\u2713 it is on its way\n"
+                    "\u2713\u2713 it was shown to its reader\n! it was not delivered\n"
+                    "In the list: \u2713 verified, ! another identity than before, crossed out: "
+                    "ignored"));
         refresh();
     }
 
@@ -2715,18 +2779,19 @@ class App final : Wishes {
         if (action == Action::save) post(chatsecure::AcceptFile{number, ""});
         if (action == Action::decline) post(chatsecure::DeclineFile{number});
         if (action == Action::cancel) post(chatsecure::CancelFile{number});
-        if (action == Action::open) open(chatsecure::file_address(card->path));
-        if (action == Action::open_folder) open(chatsecure::file_address(card->path.parent_path()));
+        std::filesystem::path folder = card->path.parent_path();
+        if (action == Action::open) open(chatsecure::file_address(card->path), card->path.string());
+        if (action == Action::open_folder) open(chatsecure::file_address(folder), folder.string());
     }
     // With the program that the desktop has for it.
-    void open(const std::string& address) {
+    void open(const std::string& address, const std::string& name) {
         reports_.line(concat("opens ", address));
         std::array<char, 512> problem{};
         if (fl_open_uri(address.c_str(), problem.data(), static_cast<int>(problem.size())) == 0)
             warn(model_.current,
-                 concat("Cannot open ", visible(address), ": ", visible(problem.data())));
+                 concat("Cannot open ", visible(name), ": ", visible(problem.data())));
         else  // and what became of that, nobody tells us
-            note(concat("The desktop was asked to open ", visible(address)));
+            note(concat("The desktop was asked to open ", visible(name)));
         refresh();
     }
     // Whoever sends a link chooses where it leads; whoever clicks sees that first, all of it.
@@ -2736,7 +2801,7 @@ class App final : Wishes {
         reports_.line_soon(concat("asks-about-link ", address));
         if (!ask(main_, concat("Open this in your browser?\n", address), "Open", "Cancel"))
             return reports_.line("stays");
-        open(address);
+        open(address, address);
     }
 
     void offer(const std::filesystem::path& path) {
@@ -2750,13 +2815,19 @@ class App final : Wishes {
         if (model_.current.empty()) {  // to whom?
             std::vector<MenuLine> people;
             for (const std::string& name : model_.online())
-                people.push_back({name, [this, name] {
+                people.push_back({"For " + name, [this, name] {
                                       choose(name);
                                       send_file();
                                   }});
             if (people.empty()) return note("Nobody else is online to take a file."), refresh();
             reports_.line_soon("asks-to-whom");
             return main_.pop_up_at_file(people);
+        }
+        const Conversation& c = model_.shown();
+        if (!c.trusted) return static_cast<void>(blocked(c)), refresh();
+        if (!c.online) {
+            warn(c.name, concat(c.name, " is not online. A file goes from hand to hand."));
+            return refresh();
         }
         FileChooser chooser(concat("A file for ", model_.current), folder_);
         reports_.line_soon("asks-for-file");
@@ -2799,6 +2870,7 @@ class App final : Wishes {
         if (!c.knows_number()) return;
         post(chatsecure::Verify{c.name, !c.verified, c.number->theirs});
         ask_about_people();
+        main_.input.take_focus();  // another Enter shall not take it back
     }
     void toggle_ignored() override {
         post(chatsecure::Ignore{model_.current});
@@ -2864,9 +2936,12 @@ class App final : Wishes {
         model_.person(model_.current).draft = main_.input.value();
         std::string open;
         if (!over_ && model_.is_any_open())
-            open += "Files are offered or on their way: an offer ends, the rest can go on later. ";
-        if (unsent) open += "Messages wait to be sent: they are lost. ";
-        if (model_.is_any_half_typed()) open += "You have begun to write something: it is lost.";
+            open +=
+                "Files are offered or on their way. What moves can go on next time; offers end. ";
+        if (unsent) open += "Messages wait to be sent: they will be lost. ";
+        if (std::vector<std::string> to = model_.half_typed(); !to.empty())
+            open += concat("What you have begun to write to ", chatsecure::listed(to),
+                           " will be lost.");
         if (!open.empty() && !quitting_) {
             reports_.line_soon("asks-about-leaving");
             if (!ask(main_, open, "Leave", "Stay")) return reports_.line("stays");

@@ -13712,7 +13712,7 @@ int check_gui() {
     window->click("Details");
     (*window)->wait_for("safety-number bob " + digits);
     window->click("Mark as verified");  // does nothing without a tick
-    window->click("I compared the number");
+    window->click("I compared all of it: it is the same");
     window->click("Mark as verified");
     (*window)->wait_for("verified bob");
     window->click("Not verified after all");
@@ -13784,12 +13784,12 @@ int check_gui() {
     window->type("is it you?");  // goes to the input, although the list was clicked
     window->key("Return");
     (*window)->wait_for("blocked bob");
-    (*window)->wait_for("shown bob | *: Not sent, and still in the line below");
+    (*window)->wait_for("shown bob | *: Nothing goes to bob");
     window->click("row-Everyone");
-    (*window)->wait_for("place Not read by bob: ");
+    (*window)->wait_for("place Not read by bob, ");
     window->click("row-bob");
     (*window)->wait_for("chosen bob");
-    window->click("I compared the number");
+    window->click("I compared all of it: it is the same");
     window->click("Trust the new identity");
     (*window)->wait_for("verified bob");  // compared and trusted: both in one act
     bob->write("/msg alice and?\n");
