@@ -3074,7 +3074,7 @@ inline Message take_message(Reader& record) {
 //   1. A has B's card (GetCard) and has sent its Open before it seals anything for B, also when
 //      that is a room message. If the Open comes back (Undelivered), B has not seen it, and A makes
 //      a new one, with a new secret, before the next thing; what was sealed under the first one B
-//      cannot open, and it stays unconfirmed.
+//      cannot open: it counts as come back, too.
 //   2. B takes the card from CardOf or from the Open, whichever comes first, and checks its
 //      signature, by the identity key that it holds; its name, which must be the one that the
 //      server announced for this login; and that it is not B's own, nor one that B has met under
@@ -3130,9 +3130,9 @@ inline Message take_message(Reader& record) {
 //     another program is there, which does not know what the one before has shown: so it is named
 //     to the user as not delivered, for otherwise it might be shown twice.
 //   - A room message is sent again with the same id if the connection broke before the server's
-//     Taken came: to those who were here when it was sent the first time, and not to who came later
-//     (they may have read newer messages, and would see this one behind them). Whoever has shown an
-//     id does not show it again.
+//     Taken came: to those who were here when it was sent the first time, with the same `run`, and
+//     not to who came later (they may have read newer messages, and would see this one behind
+//     them). Whoever has shown an id does not show it again.
 //   - What comes back (Undelivered) is not sent again: the user is told whom it did not reach.
 //
 // So a server that lies about who is here or what was delivered can cause a second transmission,
@@ -8241,7 +8241,7 @@ class Client final : private FileHost {
         last_tag_ = 0;
         quit_sent_ = false;
         somebody_came_ = true;  // the roster counts, too
-        std::erase_if(came_after_, [&](const auto& entry) {
+        std::erase_if(came_, [&](const auto& entry) {
             return !link_->by_name.contains(entry.first) && !absent_.contains(entry.first);
         });
         for (const auto& [user, id] : link_->by_name) note_newcomer(user);
@@ -8443,6 +8443,7 @@ class Client final : private FileHost {
             complain(peer.user, e.what());
             return;
         }
+        note_run(peer.user, peer.card->run);
         switch (login_.pins().judge(*peer.card)) {
             case PinStore::Verdict::first_seen:
                 emit(IdentityPinned{peer.user, peer.card->fingerprint});
@@ -8669,13 +8670,19 @@ class Client final : private FileHost {
     }
     // What was sent to everybody is not for who comes later, also if it has to be sent again: they
     // would read it behind what is written to them in the meantime. `absent_` are those who were
-    // here when we lost the connection: for them it was sent.
+    // here when we lost the connection: for them it was sent, if it is the same program of theirs
+    // that is back (another one does not know what the one before has shown).
     void note_newcomer(const std::string& user) {
-        if (absent_.erase(user) == 0) came_after_[user] = last_to_room_;
+        if (absent_.erase(user) == 0) came_[user].after = last_to_room_;
+    }
+    void note_run(const std::string& user, std::uint64_t run) {
+        Coming& coming = came_[user];
+        if (coming.run != 0 && coming.run != run) coming.after = last_to_room_;
+        coming.run = run;
     }
     bool came_too_late(const std::string& user, std::uint64_t id) const {
-        auto found = came_after_.find(user);
-        return found != came_after_.end() && id <= found->second;
+        auto found = came_.find(user);
+        return found != came_.end() && id <= found->second.after;
     }
 
     // The user has written something: from here on it is shown, sent, and not lost in silence.
@@ -8855,19 +8862,22 @@ class Client final : private FileHost {
         if (FileTransfers::is_file_tag(message.tag)) return files_->came_back(message.tag);
         Peer* peer = link_->find(message.to);
         if (peer == nullptr) return;
-        if (message.tag == 0) {
-            peer->sender.reset();  // our keys did not arrive: open again next time
+        if (message.tag == 0) {  // our keys: what was sealed with them since does not open either
+            peer->sender.reset();
             peer->bulk.reset();
-            return;
         }
-        for (auto it = written_.begin(); it != written_.end(); ++it)
-            if (it->second.state == Written::State::sent && it->second.tag == message.tag) {
-                if (!it->second.to.empty())
-                    return finish(it, Delivery::failed, "cannot keep up at the moment");
+        for (auto it = written_.begin(); it != written_.end();) {
+            auto here = it++;
+            const Written& written = here->second;
+            bool lost = message.tag != 0 ? written.tag == message.tag
+                                         : written.to.empty() || written.sent_to == message.to;
+            if (written.state != Written::State::sent || !lost) continue;
+            if (!written.to.empty())
+                finish(here, Delivery::failed, "cannot keep up at the moment");
+            else
                 complain(peer->user, concat("A message to everybody did not reach ", peer->user,
                                             ", who cannot keep up."));
-                return;
-            }
+        }
     }
 
     // ---- Leaving --------------------------------------------------------------------------------
@@ -9145,9 +9155,13 @@ class Client final : private FileHost {
     std::map<std::string, Fingerprint> told_numbers_;  // whose key each SafetyNumber was of
     std::deque<Command> jobs_;                         // that wait, in their order
     std::map<std::uint64_t, Written> written_;
-    std::uint64_t last_id_ = 0;                        // of what was written
-    std::uint64_t last_to_room_ = 0;                   // of what was sent to everybody
-    std::map<std::string, std::uint64_t> came_after_;  // `last_to_room_` when somebody came
+    std::uint64_t last_id_ = 0;       // of what was written
+    std::uint64_t last_to_room_ = 0;  // of what was sent to everybody
+    struct Coming {
+        std::uint64_t run = 0;    // of the program of somebody who has come,
+        std::uint64_t after = 0;  // and `last_to_room_` when it came
+    };
+    std::map<std::string, Coming> came_;
     Clock::time_point written_until_ = Clock::time_point::max();  // what waits in `written_`
     std::set<std::string> absent_;      // who was there before the connection was lost
     Clock::time_point online_since_{};  // and has been waited for from then on

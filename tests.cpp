@@ -7037,14 +7037,15 @@ TEST_CASE("P5: whatever is played back, under whatever number or name, nobody sa
     CHECK(alice.next_private().text == "really");
 }
 
+LoginId only_reader(const Fanout& message) {
+    CHECK(message.wrapped_keys.size() == Fanout::entry_bytes);
+    LoginId id{};
+    Reader(message.wrapped_keys.first(sizeof id), "a list of keys")(id);
+    return id;
+}
+
 TEST_CASE("P13: what is sent to everybody a second time is not for who came in between") {
     // They may have read newer messages by then, and would see this one behind those.
-    auto only_reader = [](const Fanout& message) {
-        CHECK(message.wrapped_keys.size() == Fanout::entry_bytes);
-        LoginId id{};
-        Reader(message.wrapped_keys.first(sizeof id), "a list of keys")(id);
-        return id;
-    };
     for (bool carol_is_back_before_us : {true, false}) {
         HostileServer server;
         TempDir home;
@@ -7072,6 +7073,77 @@ TEST_CASE("P13: what is sent to everybody a second time is not for who came in b
         show_cards({{LoginId{4}, "bob"}, {LoginId{5}, "carol"}}, 2);
         CHECK(only_reader(server.receive<Fanout>()) == LoginId{4});
     }
+}
+
+TEST_CASE("P13: what everybody was sent is not sent again to another program of the same person") {
+    for (bool same_program : {true, false}) {
+        HostileServer server;
+        TempDir home;
+        Chatter alice(options_for_hostile(server, home));
+        std::uint64_t issued = 0;
+        auto show_card = [&](std::uint64_t run) {
+            LoginId bob = server.receive<GetCard>().id;
+            server.send(CardOf{bob, LoginKeys(test_key(1), "bob", ++issued, run).card_bytes});
+        };
+        server.let_in({{2, "bob"}});
+        alice->post(Say{"once"});
+        show_card(7);
+        CHECK(only_reader(server.receive<Fanout>()) == LoginId{2});
+        server.begin_again();  // and there was no Taken
+        server.let_in({{3, "bob"}});
+        show_card(same_program ? 7 : 8);
+        if (same_program) {
+            CHECK(only_reader(server.receive<Fanout>()) == LoginId{3});
+            continue;
+        }
+        for (;;) {
+            DeliveryChanged changed = alice.next<DeliveryChanged>();
+            if (changed.state == Delivery::waiting) continue;
+            CHECK(changed.state == Delivery::failed);
+            CHECK(changed.reason == "nobody is here who was there when it was written");
+            break;
+        }
+    }
+}
+
+TEST_CASE(
+    "P13: what was sealed with keys that came back is named, and not sent behind newer things") {
+    HostileServer server;
+    TempDir home;
+    Chatter alice(options_for_hostile(server, home));
+    server.let_in({{2, "bob"}});
+    alice.next<LoggedIn>();
+    LoginKeys bob(test_key(2), "bob", 1000);
+    CheckedCard alice_card(server.alice_card(), "alice");
+    alice->post(Tell{"bob", "first"});
+    server.receive<GetCard>();
+    server.send(CardOf{LoginId{2}, bob.card_bytes});
+    server.receive<Send>();  // the Open, for which there was no room,
+    server.receive<Send>();  // and what he cannot open for that
+    server.send(Undelivered{LoginId{2}, 0});
+    for (;;) {
+        DeliveryChanged changed = alice.next<DeliveryChanged>();
+        if (changed.state != Delivery::failed) continue;
+        CHECK(changed.text == "first");
+        CHECK(changed.reason == "cannot keep up at the moment");
+        break;
+    }
+    alice->post(Tell{"bob", "second"});
+    OpenPayload parts = decode<OpenPayload>(server.receive<Send>().payload.subspan(1), "an open");
+    PairReceiver at_bob(bob, alice_card, parts.encapsulated);
+    Send sent = server.receive<Send>();
+    OpenedPayload opened = at_bob.open(sent.lane, ByteView(to_bytes(sent.payload)).subspan(1));
+    CHECK(Text::decoded(opened.body).value().words == "second");
+    server.send(Left{LoginId{2}});  // and he is back, with the same program
+    LoginKeys back(test_key(2), "bob", 2000);
+    server.send(Joined{LoginId{3}, "bob"});
+    server.receive<GetCard>();
+    server.send(CardOf{LoginId{3}, back.card_bytes});
+    parts = decode<OpenPayload>(server.receive<Send>().payload.subspan(1), "an open");
+    PairReceiver at_back(back, alice_card, parts.encapsulated);
+    sent = server.receive<Send>();
+    opened = at_back.open(sent.lane, ByteView(to_bytes(sent.payload)).subspan(1));
+    CHECK(Text::decoded(opened.body).value().words == "second");  // and "first" does not follow
 }
 
 // What the first Open and Sealed that somebody sends to `reader` confirm.
