@@ -17055,6 +17055,42 @@ void fuzz_command(ByteView input) {
     });
 }
 
+// What a layer may tell of: whatever has come, and what was inside. All of it can be explained.
+void fuzz_explain(ByteView input) {
+    using Layer = TraceEvent::Layer;
+    Dice dice(input);
+    TraceEvent event{static_cast<Layer>(dice.byte() % 7),
+                     static_cast<TraceEvent::Way>(dice.byte() % 3),
+                     {},
+                     {},
+                     "a key",
+                     dice.number(8)};
+    Bytes message;
+    if (event.layer == Layer::message) {
+        append_fields(message, static_cast<std::uint8_t>(event.number), to_bytes(dice.rest()));
+        event.number = message[0];
+        event.wire = message;
+        event.plain = event.wire.subspan(message_header_bytes);
+    } else {
+        event.wire = dice.blob();
+        event.plain = dice.rest();
+    }
+    TraceStory story = explain(event);
+    require(event.layer == Layer::secret || all_bytes(story.outside) == to_bytes(event.wire),
+            "each byte that travels has one name");
+    require(story.inside.empty() || all_bytes(story.inside) == to_bytes(event.plain),
+            "each byte inside has one name");
+    for (bool secrets : {false, true}) {
+        std::string text = trace_text(event, "alice", secrets);
+        std::size_t lines = 0;
+        for (Dice left(as_bytes(text)); !left.empty(); ++lines) {
+            std::string_view line = left.line();
+            require(visible(line) == line, "a trace drives no screen");
+        }
+        require(lines == 1 + story.outside.size() + story.inside.size(), "a line for each piece");
+    }
+}
+
 // ---- Chapter 9: the machine ---------------------------------------------------------------------
 
 // Two honest machines, and everything between them as the input says.
@@ -17397,6 +17433,7 @@ constexpr Target targets[]{
     {"size", fuzz_size},
     {"host_port", fuzz_host_port},
     {"command", fuzz_command},
+    {"explain", fuzz_explain},
 };
 
 // ---- Seeds --------------------------------------------------------------------------------------
@@ -17527,9 +17564,12 @@ void write_seeds(const std::filesystem::path& corpus) {
     auto save_texts = [&](const std::string& target, std::initializer_list<std::string> texts) {
         for (const std::string& text : texts) save(target, as_bytes(text));
     };
-    Room room({"alice", "bob"});
+    TraceCollector traces;  // outlives those who tell it
+    Room room({"alice", "bob"},
+              [&](ServerOptions& o) { o.trace = [&](auto who) { return traces.of(who); }; });
     Proxy tap((*room.server)->port());
-    FilePerson alice(room, "alice", tap.port());
+    FilePerson alice(room, "alice", tap.port(),
+                     [&](ClientOptions& o) { o.trace = traces.of("alice"); });
     alice.chat.next<LoggedIn>();
     Recorder bob((*room.server)->port(), save);
     bob.meet_alice();
@@ -17565,6 +17605,16 @@ void write_seeds(const std::filesystem::path& corpus) {
         save("client", join(Bytes{0, wire[0]}, blob_of(ByteView(wire).subspan(5))));
     }
     alice.chat.leave();
+    std::set<std::string> told;
+    for (const Traced& traced : traces.all()) {
+        if (!told.insert(explain(traced.event()).title).second) continue;
+        Bytes seed;
+        append_fields(seed, static_cast<std::uint8_t>(traced.layer),
+                      static_cast<std::uint8_t>(traced.way), traced.number);
+        if (traced.layer != TraceEvent::Layer::message) append(seed, blob_of(traced.wire));
+        append(seed, traced.plain);
+        save("explain", seed);
+    }
 
     for (bool from_client : {true, false}) {
         Bytes stream = tap.recorded(from_client);
