@@ -1139,6 +1139,13 @@ TEST_CASE("chapter 2: shutting down wakes a writer in another thread") {
     CHECK(ended);
 }
 
+TEST_CASE("chapter 2: nobody waits for a socket that was shut down here, whatever for") {
+    auto [a, b] = socket_pair();  // the other side says nothing to it
+    a.shut_down();
+    for (short events : {short{POLLIN}, short{POLLOUT}, short{0}})
+        CHECK(a.wait(events, Clock::now() + long_enough));
+}
+
 TEST_CASE("chapter 2: writing to a connection that the other side closed is an error, no signal") {
     auto [a, b] = socket_pair();
     b = Socket();
