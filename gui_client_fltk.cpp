@@ -274,7 +274,10 @@ std::string time_text(Time time, const char* format) {
     std::strftime(text.data(), text.size(), format, &local);
     return text.data();
 }
-std::string day_text(Time time) { return time_text(time, "%A, %e %B %Y"); }
+std::string day_text(Time time) {  // (Windows knows no %e, a day without a zero)
+    std::tm local = chatsecure::local_time(std::chrono::system_clock::to_time_t(time));
+    return concat(time_text(time, "%A, "), local.tm_mday, time_text(time, " %B %Y"));
+}
 
 // Everybody has a face: the first letter of the name in the person's colour.
 void draw_avatar(const std::string& name, int x, int y, int size) {
