@@ -13347,6 +13347,12 @@ class Window {
     void resize(int width, int height) {
         xdotool(concat("windowsize ", window, " ", width, " ", height));
     }
+    // With Escape, a dialog that is not there yet, and takes no keys at first.
+    void close(const std::string& title) {
+        std::string find = concat("xdotool search --onlyvisible --name '", title, "' 2>&1");
+        shell(concat("export DISPLAY=", number_, "; until ", find, "; do :; done; while ", find,
+                     "; do xdotool key Escape; done"));
+    }
     // How late the window's own timer has been, at worst.
     std::string slowest() { return line_with(gui_->output(), "slowest ").substr(8); }
     // Types into a field, over what is there.
@@ -13364,8 +13370,10 @@ class Window {
     }
 
   private:
+    // (While its title changes, it may have none.)
     static constexpr const char* window =
-        "$(xdotool search --onlyvisible --name ChatSecure | tail -1)";
+        "$(for again in 1 2 3 4 5 6 7 8 9; do"
+        " xdotool search --onlyvisible --name ChatSecure && break; done | tail -1)";
     static std::string program(const std::string& name) {
         std::string path = shell("command -v " + name + " || true");
         if (path.empty())
@@ -13403,6 +13411,7 @@ double contrast(unsigned letters, unsigned ground) {
 // Each step is proved by what the other side received, or by what the window says that it shows.
 int check_gui() {
     raise_descriptor_limit();
+    const bool x11 = std::getenv("NOT_X11") == nullptr;  // it has another way to tell the desktop
     int steps = 0;
     auto step = [&](std::string_view what) { show(concat("  ", ++steps, ". ", what, "\n")); };
     Installation here({"bob"});
@@ -13495,16 +13504,20 @@ int check_gui() {
     (*window)->wait_for("opens https://example.org/plan\n");
 
     step("what is said begins with its date, once a day");
-    auto day = std::chrono::system_clock::to_time_t(std::chrono::system_clock::now());
-    std::array<char, 64> date{};
-    std::strftime(date.data(), date.size(), "day Everyone | %A, %e %B %Y\n", std::localtime(&day));
-    std::string after = (*window)->output();
-    std::size_t first = after.find(date.data());
+    std::tm day = local_time(std::time(nullptr));
+    auto in_words = [&](const char* format) {
+        std::array<char, 64> text{};
+        std::strftime(text.data(), text.size(), format, &day);
+        return std::string(text.data());
+    };
+    std::string after = (*window)->output(), date = concat("day Everyone | ", in_words("%A, "),
+                                                           day.tm_mday, in_words(" %B %Y\n"));
+    std::size_t first = after.find(date);
     if (first == after.npos) throw Error("There is no date.");
-    if (after.find(date.data(), first + 1) != after.npos) throw Error("There are two dates.");
+    if (after.find(date, first + 1) != after.npos) throw Error("There are two dates.");
 
     step("the window can be as small as 480 x 360, and says so");
-    if (!contains(window->property("WM_NORMAL_HINTS"), "minimum size: 480 by 360"))
+    if (x11 && !contains(window->property("WM_NORMAL_HINTS"), "minimum size: 480 by 360"))
         throw Error("It says something else.");
 
     step("larger letters, and the usual ones again");
@@ -13519,7 +13532,10 @@ int check_gui() {
     window->key("Down Return");
     (*window)->wait_for("chosen bob");
     (*window)->wait_for("asks-for-file");
-    window->key("Escape");
+    if (x11)
+        window->key("Escape");
+    else
+        window->close("A file for bob");
     window->click("row-Everyone");
     (*window)->wait_for("chosen Everyone");
 
@@ -13527,12 +13543,12 @@ int check_gui() {
     bob->write("/msg alice look here\n");
     (*window)->wait_for("attention bob");
     auto is_urgent = [&] { return contains(window->property("WM_HINTS"), "urgency hint"); };
-    if (!is_urgent()) throw Error("The taskbar does not hear of it.");
+    if (x11 && !is_urgent()) throw Error("The taskbar does not hear of it.");
 
     step("private messages, both ways, and the sender sees that hers has arrived");
     window->click("row-bob");
     (*window)->wait_for("chosen bob");
-    if (is_urgent()) throw Error("It was read, and still asks for attention.");
+    if (x11 && is_urgent()) throw Error("It was read, and still asks for attention.");
     window->click("input");
     window->type("for you alone");
     window->key("Return");
