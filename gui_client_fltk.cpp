@@ -2185,7 +2185,7 @@ class App final : Wishes {
         options.register_account = registering_ = form.register_account;
         options.ask_about_server = true;
         options.on_event = [this] {
-            if (!woken_.exchange(true)) Fl::awake(&App::take_events, this);
+            if (!woken_.exchange(true)) Fl::awake(&App::take_events_soon, this);
         };
         settings_["server"] = form.server;
         settings_["user"] = options.user;
@@ -2218,6 +2218,9 @@ class App final : Wishes {
 
     // ---- Events: in this thread, some at a time -------------------------------------------------
 
+    // A handler of Fl::awake must send the window no message, and in Windows a new title is one:
+    // FLTK would hand on that message again, when what it points to is gone. A timer may.
+    static void take_events_soon(void* data) { Fl::add_timeout(0, &App::take_events, data); }
     static void take_events(void* data) {
         auto* self = static_cast<App*>(data);
         self->woken_ = false;
