@@ -13483,6 +13483,7 @@ int check_gui() {
     window->type(", you said");
     window->key("Return");
     bob->wait_for("alice: Hello, you said\n");
+    (*window)->wait_for("place text Hello, you said ");  // now all have their new places
     window->click("text Hello from the terminal", "3");
     window->key("Down Down Return");  // Reply
     window->type("good morning");
