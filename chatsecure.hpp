@@ -10643,11 +10643,22 @@ inline std::ptrdiff_t send_some(SocketHandle s, ByteView bytes) {
     auto size = static_cast<int>(std::min<std::size_t>(bytes.size(), 1 << 30));
     return ::send(s, reinterpret_cast<const char*>(bytes.data()), size, 0);
 }
+// WSAPoll() tells what the other side does, and not that a thread of ours has shut a socket down.
+// Reading tells (and MSG_PEEK takes nothing away): so that is what who waits looks at each second.
+inline int shut_down_here(std::span<PollEntry> entries) {
+    return static_cast<int>(std::ranges::count_if(entries, [](PollEntry& entry) {
+        char byte = 0;
+        bool over = ::recv(entry.fd, &byte, 1, MSG_PEEK) < 0 && ::WSAGetLastError() == WSAESHUTDOWN;
+        if (over) entry.revents = POLLHUP;
+        return over;
+    }));
+}
 inline int poll_sockets(std::span<PollEntry> entries, int timeout_ms) {
-    constexpr int second = 1000;  // wine has been seen to miss the end of a stream: look again
+    constexpr int second = 1000;
     for (;; timeout_ms -= timeout_ms < 0 ? 0 : second) {
         int now = timeout_ms < 0 ? second : std::min(timeout_ms, second);
         int events = ::WSAPoll(entries.data(), static_cast<ULONG>(entries.size()), now);
+        if (events == 0) events = shut_down_here(entries);
         if (events != 0 || now == timeout_ms) return events;
     }
 }

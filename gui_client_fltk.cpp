@@ -262,7 +262,11 @@ std::vector<Span> wrap(std::string_view text, int width) {
     }
 }
 
-std::string day_text(Time time) { return chatsecure::time_text(time, "%A, %e %B %Y"); }
+std::string day_text(Time time) {  // (Windows knows no %e, a day without a zero)
+    std::string day = chatsecure::time_text(time, "%d");
+    return concat(chatsecure::time_text(time, "%A, "), day.substr(day.starts_with('0') ? 1 : 0),
+                  chatsecure::time_text(time, " %B %Y"));
+}
 
 // Everybody has a face: the first letter of the name in the person's colour.
 void draw_avatar(const std::string& name, int x, int y, int size) {
@@ -2325,7 +2329,7 @@ class App final : Wishes {
         options.register_account = registering_ = form.register_account;
         options.ask_about_server = true;
         options.on_event = [this] {
-            if (!woken_.exchange(true)) Fl::awake(&App::take_events, this);
+            if (!woken_.exchange(true)) Fl::awake(&App::take_events_soon, this);
         };
         settings_["server"] = form.server;
         settings_["user"] = options.user;
@@ -2358,6 +2362,9 @@ class App final : Wishes {
 
     // ---- Events: in this thread, some at a time -------------------------------------------------
 
+    // A handler of Fl::awake must send the window no message, and in Windows a new title is one:
+    // FLTK would hand on that message again, when what it points to is gone. A timer may.
+    static void take_events_soon(void* data) { Fl::add_timeout(0, &App::take_events, data); }
     static void take_events(void* data) {
         auto* self = static_cast<App*>(data);
         self->woken_ = false;
