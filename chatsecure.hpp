@@ -9725,8 +9725,9 @@ inline std::filesystem::path path_from(std::string_view text) {
 
 // The address of a file (RFC 8089), for a desktop to open; path_from() is the way back.
 inline std::string file_address(const std::filesystem::path& path) {
-    std::string address = "file://";
-    for (char c : std::filesystem::absolute(path).string()) {
+    std::string text = std::filesystem::absolute(path).generic_string();
+    std::string address = text.starts_with('/') ? "file://" : "file:///";  // of a drive: C:/
+    for (char c : text) {
         bool safe = c == '/' || (c > 0 && std::isalnum(c) != 0);
         address += safe ? std::string(1, c) : "%" + to_hex(as_bytes(std::string_view(&c, 1)));
     }

@@ -1628,7 +1628,7 @@ class FileChooser : public Fl_Double_Window {
         cancel_.resize(offer_.x() - gap - wide, offer_.y(), wide, high);
         std::error_code failure;
         bool home = std::filesystem::is_directory(chatsecure::path_from("~/"), failure);
-        enter(!folder.empty() ? folder.string() : home ? "~" : ".");
+        enter(!folder.empty() ? folder.generic_string() : home ? "~" : ".");
         path_.mark(0);  // another path that is typed replaces it
     }
     // The path of a file that is there; empty: none was chosen.
@@ -1681,7 +1681,7 @@ class FileChooser : public Fl_Double_Window {
         std::error_code failure;
         if (std::filesystem::is_directory(path, failure)) {
             path = std::filesystem::absolute(path).lexically_normal();  // without ".."
-            return enter(path.string());
+            return enter(path.generic_string());
         }
         if (!std::filesystem::exists(path, failure)) return error_.set("There is no such file.");
         chosen_ = path;

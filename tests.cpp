@@ -5327,7 +5327,7 @@ TEST_CASE("chapter 13: an address of a file leads back to it") {
          {"/tmp/a", "/tmp/with blank", "/tmp/100%", "/tmp/gr\u00fc\u00df'e?#&"}) {
         std::string address = file_address(path_of(path));
         CHECK(address.find_first_of(" '?#&") == address.npos);
-        CHECK(path_from(address) == path_of(path));
+        CHECK(path_from(address) == std::filesystem::absolute(path_of(path)));
     }
 }
 
