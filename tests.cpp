@@ -16953,6 +16953,10 @@ void fuzz_visible(ByteView input) {
         require(!drives_the_screen(take_code_point(left)), "what is visible drives no screen");
     require(utf8_length(shown).has_value(), "what is visible is UTF-8");
     require(visible(shown) == shown, "what is visible stays as it is");
+    for (const Span& link : find_links(shown))
+        require(link.begin + 8 <= link.end && link.end <= shown.size() &&
+                    std::string_view(shown).substr(link.begin).starts_with("http"),
+                "a link is a part of its text");
 }
 void fuzz_name(ByteView input) {
     std::string_view text = as_text(input);
