@@ -3074,14 +3074,15 @@ inline Message take_message(Reader& record) {
 //   1. A has B's card (GetCard) and has sent its Open before it seals anything for B, also when
 //      that is a room message. If the Open comes back (Undelivered), B has not seen it, and A makes
 //      a new one, with a new secret, before the next thing; what was sealed under the first one B
-//      cannot open: it counts as come back, too.
+//      cannot open. Its texts count as come back, too; an offer of a file is given up when nobody
+//      answers, and a receipt is sent again when its text comes again.
 //   2. B takes the card from CardOf or from the Open, whichever comes first, and checks its
 //      signature, by the identity key that it holds; its name, which must be the one that the
 //      server announced for this login; and that it is not B's own, nor one that B has met under
 //      another number. Otherwise B uses nothing that this login sends. Then the pin (see below): of
 //      somebody whose identity has changed, or whose card is older than one that B has seen, B
-//      keeps the Open and the first texts and offers of files, and drops the rest, until its user
-//      has decided.
+//      keeps the Open and the first texts and offers of files (100, of at most 128 KiB together),
+//      and drops the rest, until its user has decided.
 //   3. B takes one Open from each login, on the interactive lane, before anything sealed; its card
 //      must be the one that B knows. Otherwise it is dropped, with a complaint. If it does not
 //      open, B looks at nothing more of this login: each try costs an RSA operation.
@@ -4652,6 +4653,8 @@ class FileTransfers {
             Transfer& t = (it++)->second;  // it may be forgotten
             if (now >= stands_still(t)) {  // no rate that is not true any more
                 t.progress.bytes_per_second = 0;
+                t.progress.told = now;
+                t.progress.told_done = t.progress.done;
                 tell(t, FileEvent::Phase::progress);
             }
             if (now < deadline(t)) continue;
@@ -8023,15 +8026,18 @@ class Login {
         try {
             identity_ = RsaPrivateKey::load(identity_file(), options_.password);
         } catch (const Error& e) {
-            throw Halt(
-                StopReason::local_trouble,
-                concat("Your identity key does not open: ", e.what(),
-                       registering_
-                           ? " You have an account of this name here: log in, with its "
-                             "password, instead of registering, or choose another name."
-                           : " If the account's password was changed, the file still has the old "
+            std::string sentence =
+                registering_
+                    ? concat(
+                          "This computer knows an account of this name here already: log in "
+                          "with its password, instead of registering, or choose another name. "
+                          "If the server does not know it any more, move its file away. (",
+                          e.what(), ")")
+                    : concat("Your identity key does not open: ", e.what(),
+                             " If the account's password was changed, the file still has the old "
                              "one: change it with \"openssl pkcs8 -topk8 -v2 aes256\", or move the "
-                             "file away to get a new identity, which others will have to trust."));
+                             "file away to get a new identity, which others will have to trust.");
+            throw Halt(StopReason::local_trouble, sentence);
         }
         identity_saved_ = identity_.has_value();
     }
@@ -8262,6 +8268,7 @@ class Client final : private FileHost {
         for (auto& [id, message] : written_)
             if (message.state == Written::State::sent)
                 wait_again(id, message, "until the connection is back");
+        for (const auto& [id, peer] : link_->peers) tell_held_back_is_gone(peer);
         link_.reset();
     }
 
@@ -8398,13 +8405,17 @@ class Client final : private FileHost {
 
     // ---- People ---------------------------------------------------------------------------------
 
+    // Their login ends, and with it what was held back.
+    void tell_held_back_is_gone(const Peer& peer) {
+        if (peer.held_count == 0) return;
+        emit(Complaint{peer.user, concat("What was held back of ", peer.user, " is gone (",
+                                         peer.held_count, " in all).")});
+    }
     void remove_peer(LoginId id) {
         Peer* peer = link_->find(id);
         if (peer == nullptr) return;
         std::string user = peer->user;
-        if (peer->held_count > 0)
-            emit(Complaint{user, concat(user, " left: what was held back is gone (",
-                                        peer->held_count, " in all).")});
+        tell_held_back_is_gone(*peer);
         link_->remove(id);
         files_->peer_left(id, user);
         for (auto& [number, message] : written_) {
@@ -8548,28 +8559,32 @@ class Client final : private FileHost {
     void receive_sealed(Peer& peer, Lane lane, OpenedPayload opened) {
         if (!check_opened(peer, opened)) return;
         if ((opened.kind == Kind::file_chunk) != (lane == Lane::bulk)) return;
-        bool trusted = peer.standing == Peer::Standing::trusted;
         switch (opened.kind) {
             case Kind::text:
                 if (auto text = Text::decoded(opened.body)) receive_text(peer, false, *text);
                 return;
             case Kind::receipt:
-                if (trusted) receive_receipt(peer, opened.body);
+                if (peer.standing == Peer::Standing::trusted) receive_receipt(peer, opened.body);
                 return;
             case Kind::file_offer:
-                if (ignored_.contains(peer.user)) return;
-                if (!trusted) return hold_back(peer, {std::move(opened)});
-                [[fallthrough]];
             case Kind::file_accept:
             case Kind::file_credit:
             case Kind::file_chunk:
             case Kind::file_over:
-                if (trusted) files_->receive(as_file_peer(peer), std::move(opened));
-                return;
+                return receive_file(peer, std::move(opened));
             case Kind::room_key:  // belongs into a RoomDelivered
                 return;
         }
         // any other: from a newer program
+    }
+    // Of somebody who is not trusted, offers wait, and so does their withdrawal.
+    void receive_file(Peer& peer, OpenedPayload opened) {
+        bool offer = opened.kind == Kind::file_offer;
+        if (offer && ignored_.contains(peer.user)) return;
+        if (peer.standing == Peer::Standing::trusted)
+            files_->receive(as_file_peer(peer), std::move(opened));
+        else if (offer || opened.kind == Kind::file_over)
+            hold_back(peer, {std::move(opened)});
     }
 
     void receive_room(const RoomDelivered& message) {
@@ -8588,18 +8603,19 @@ class Client final : private FileHost {
     // Shows it, once, and confirms it if it was for us alone.
     // What is ignored is not confirmed, so it may come again: it stays hidden.
     void receive_text(Peer& peer, bool to_room, const Text& text) {
-        if (peer.standing != Peer::Standing::trusted) return hold_back(peer, {text, to_room});
         // The name belongs to it: one person may have two accounts with one identity.
         const std::pair sender(peer.user, peer.card->fingerprint.digest);
         if (shown_.size() >= max_identities && !shown_.contains(sender)) return;
         auto& [shown, hidden] = shown_[sender];
-        bool ignored = ignored_.contains(peer.user);
         ShownIds::Verdict verdict = shown.judge(text.id);
-        if (ignored && verdict == ShownIds::Verdict::fresh) hidden.add(text.id);
-        if (ignored || hidden.judge(text.id) == ShownIds::Verdict::shown) return;
+        bool fresh = verdict == ShownIds::Verdict::fresh, ignored = ignored_.contains(peer.user);
+        bool was_hidden = hidden.judge(text.id) != ShownIds::Verdict::fresh;
+        if (fresh && ignored && !was_hidden) hidden.add(text.id);
+        if (ignored || (fresh && was_hidden)) return;
+        if (peer.standing != Peer::Standing::trusted) return hold_back(peer, {text, to_room});
         std::uint64_t event = last_event_;  // if it came before, its event is among those until now
         if (verdict == ShownIds::Verdict::too_old) return;
-        if (verdict == ShownIds::Verdict::fresh) {
+        if (fresh) {
             shown.add(text.id);
             event = to_room ? emit(RoomMessage{peer.user, text.words, false, text.id})
                             : emit(PrivateMessage{peer.user, text.words, false, text.id});
@@ -8607,16 +8623,17 @@ class Client final : private FileHost {
         if (!to_room) receipts_due_.push_back({event, peer.id, text.id});
     }
     void hold_back(Peer& peer, Peer::HeldBack held) {
-        if (peer.standing != Peer::Standing::changed || ignored_.contains(peer.user)) return;
-        if (is_worth_telling(++peer.held_count))
+        if (peer.standing != Peer::Standing::changed) return;
+        const auto* sealed = std::get_if<OpenedPayload>(&held.what);
+        bool counts = sealed == nullptr || sealed->kind == Kind::file_offer;
+        if (counts && is_worth_telling(++peer.held_count))
             emit(Complaint{
                 peer.user,
                 concat("Something came from ", peer.user,
                        ", and is held back until you trust the new identity",
                        peer.held_count == 1 ? "." : concat(" (", peer.held_count, " so far)."))});
-        const auto* text = std::get_if<Text>(&held.what);
         peer.held_bytes +=
-            text != nullptr ? text->words.size() : std::get<OpenedPayload>(held.what).body.size();
+            sealed != nullptr ? sealed->body.size() : std::get<Text>(held.what).words.size();
         if (peer.held_back.size() < 100 && peer.held_bytes < 4 * max_text_bytes)
             peer.held_back.push_back(std::move(held));
     }
@@ -8863,9 +8880,11 @@ class Client final : private FileHost {
         Peer* peer = link_->find(message.to);
         if (peer == nullptr) return;
         if (message.tag == 0) {  // our keys: what was sealed with them since does not open either
+            if (peer->sender == nullptr) return;  // once for each time that we opened to them
             peer->sender.reset();
             peer->bulk.reset();
         }
+        bool told = false;
         for (auto it = written_.begin(); it != written_.end();) {
             auto here = it++;
             const Written& written = here->second;
@@ -8874,7 +8893,7 @@ class Client final : private FileHost {
             if (written.state != Written::State::sent || !lost) continue;
             if (!written.to.empty())
                 finish(here, Delivery::failed, "cannot keep up at the moment");
-            else
+            else if (!std::exchange(told, true))
                 complain(peer->user, concat("A message to everybody did not reach ", peer->user,
                                             ", who cannot keep up."));
         }
@@ -9045,7 +9064,7 @@ class Client final : private FileHost {
             if (const auto* text = std::get_if<Text>(&held.what))
                 receive_text(peer, held.to_room, *text);
             else
-                files_->receive(as_file_peer(peer), std::get<OpenedPayload>(std::move(held.what)));
+                receive_file(peer, std::get<OpenedPayload>(std::move(held.what)));
     }
 
     bool perform(const Ignore& ignore) {
@@ -9087,6 +9106,10 @@ class Client final : private FileHost {
         }
         login_.pins().keep(*peer->card);
         send_written();  // who writes "here it is" before has it read before
+        for (const auto& [id, message] : written_)
+            if (message.state == Written::State::waiting &&
+                (message.to.empty() || message.to == file.user))
+                return false;
         for (auto& source : sources) files_->offer(as_file_peer(*peer), std::move(source));
         return true;
     }
@@ -9343,6 +9366,9 @@ inline std::size_t parts_done(std::uint64_t done, std::uint64_t size, double par
 // How far a file is that is on its way: "43 % of 12.3 MB, 1.2 MB/s, 6 s left".
 inline std::string progress_text(const FileEvent& e) {
     std::string left = time_left(e.file.size - e.done, e.bytes_per_second);
+    if (e.phase == FileEvent::Phase::progress && e.bytes_per_second == 0)
+        return concat(parts_done(e.done, e.file.size, 100), " % of ", readable_size(e.file.size),
+                      ", nothing moves at the moment");
     return concat(parts_done(e.done, e.file.size, 100), " % of ", readable_size(e.file.size), ", ",
                   readable_size(static_cast<std::uint64_t>(e.bytes_per_second)), "/s",
                   left.empty() ? "" : ", ", left);
@@ -9684,7 +9710,7 @@ inline constexpr std::array<CommandHelp, 15> command_help{{
     {"/verify USER",
      "the safety number to compare; \"/verify USER ok\" when it agrees, \"no\" ends that"},
     {"/trust USER", "accept the new identity of somebody whose identity has changed"},
-    {"/ignore USER", "hide what somebody writes; again to show it"},
+    {"/ignore USER", "hide what somebody writes and offers; again to show it"},
     {"/room verified", "write to everybody you have verified only; \"/room everyone\" ends that"},
     {"/file USER PATH...", "offer files to somebody; quote a path that has blanks"},
     {"/accept [N] [NAME]", "take an offered file, under another name if one is given"},
@@ -9875,6 +9901,7 @@ struct Completion {
         std::string common = words[0];
         for (const std::string& other : words)
             while (!other.starts_with(common)) common.pop_back();
+        while (!utf8_length(common) && common.size() > begun.size()) common.pop_back();
         insert = common.substr(begun.size());
     }
 };
@@ -9888,7 +9915,8 @@ inline Completion complete_path(std::string_view begun) {
     std::error_code failure;
     std::filesystem::directory_iterator entry(path_from(folder.empty() ? "./" : folder), failure);
     for (; !failure && entry != std::filesystem::directory_iterator(); entry.increment(failure)) {
-        std::string file = entry->path().filename().string();
+        std::u8string utf8 = entry->path().filename().u8string();
+        std::string file(utf8.begin(), utf8.end());
         if (name == begun.size() && file.starts_with('.')) continue;  // only if one asks for them
         std::error_code unknown;
         if (entry->is_directory(unknown))
@@ -10647,12 +10675,15 @@ inline std::ptrdiff_t send_some(SocketHandle s, ByteView bytes) {
 // WSAPoll() tells what the other side does, and not that a thread of ours has shut a socket down.
 // Reading tells (and MSG_PEEK takes nothing away): so that is what who waits looks at each second.
 inline int shut_down_here(std::span<PollEntry> entries) {
-    return static_cast<int>(std::ranges::count_if(entries, [](PollEntry& entry) {
+    int found = 0;
+    for (PollEntry& entry : entries) {
         char byte = 0;
-        bool over = ::recv(entry.fd, &byte, 1, MSG_PEEK) < 0 && ::WSAGetLastError() == WSAESHUTDOWN;
-        if (over) entry.revents = POLLHUP;
-        return over;
-    }));
+        if (::recv(entry.fd, &byte, 1, MSG_PEEK) >= 0 || ::WSAGetLastError() != WSAESHUTDOWN)
+            continue;
+        entry.revents = POLLHUP;
+        ++found;
+    }
+    return found;
 }
 inline int poll_sockets(std::span<PollEntry> entries, int timeout_ms) {
     constexpr int second = 1000;
@@ -10940,7 +10971,8 @@ inline std::filesystem::path default_downloads() {
     const wchar_t* profile = ::_wgetenv(L"USERPROFILE");
     std::filesystem::path folder =
         std::filesystem::path(profile != nullptr ? profile : L"") / "Downloads";
-    return std::filesystem::is_directory(folder) ? folder : "downloads";
+    std::error_code failure;  // then there is none
+    return std::filesystem::is_directory(folder, failure) ? folder : "downloads";
 }
 
 #else
@@ -11269,7 +11301,9 @@ inline std::filesystem::path default_downloads() {
     for (std::string line; std::getline(in, line);)
         if (line.starts_with(name) && line.size() > name.size() + 1 && line.ends_with('"'))
             return home / line.substr(name.size(), line.size() - name.size() - 1);
-    return std::filesystem::is_directory(home / "Downloads") ? home / "Downloads" : "downloads";
+    std::error_code failure;  // then there is none
+    bool is_there = std::filesystem::is_directory(home / "Downloads", failure);
+    return is_there ? home / "Downloads" : "downloads";
 }
 
 #endif

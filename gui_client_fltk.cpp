@@ -297,6 +297,12 @@ void draw_face(int x, int y, int w, int h, const std::string& label, bool import
     fl_draw(text.c_str(), x, y, w, h, FL_ALIGN_CENTER, nullptr, 0);
 }
 
+// The event is a press of Enter.
+bool is_enter() {
+    return Fl::event() == FL_KEYBOARD &&
+           (Fl::event_key() == FL_Enter || Fl::event_key() == FL_KP_Enter);
+}
+
 // A flat button with round corners. Tab reaches it, Space and Enter press it.
 class Button : public Fl_Button {
   public:
@@ -316,13 +322,14 @@ class Button : public Fl_Button {
                   value() != 0, active_r() != 0);
     }
     int handle(int event) override {
-        if (event == FL_KEYBOARD && Fl::focus() == this &&
-            (Fl::event_key() == FL_Enter || Fl::event_key() == FL_KP_Enter)) {
+        if (event == FL_KEYBOARD && Fl::focus() == this && is_enter()) {
             press_();
             return 1;
         }
         // After a click the keyboard stays with whom it was, for whoever types goes on typing.
-        if (event == FL_FOCUS && Fl::event() == FL_PUSH) return 0;
+        if (event == FL_FOCUS && Fl::event() == FL_PUSH && Fl::event_inside(this) != 0) return 0;
+        // The first click may have moved another button to where the second one comes.
+        if (event == FL_PUSH && Fl::event_clicks() > 0) return 1;
         return Fl_Button::handle(event);
     }
 
@@ -483,7 +490,6 @@ class Model {
 
     const Conversation& shown() const { return conversations.at(current); }
     Conversation& person(const std::string& user) {
-        if (conversations.size() >= forget_at_) forget_strangers();
         Conversation& c = conversations[user];
         c.name = user;
         return c;
@@ -564,15 +570,18 @@ class Model {
         return names;
     }
 
-  private:
-    // Those who have left and never said a word: a server may announce names without end.
+    // Those who have left and never said a word: a server may announce names without end. (Called
+    // where nobody holds a reference to a conversation.)
     void forget_strangers() {
+        if (conversations.size() < forget_at_) return;
         std::erase_if(conversations, [&](const auto& entry) {
             const auto& [name, c] = entry;
             return !name.empty() && name != current && !c.online && c.trusted && c.entries.empty();
         });
         forget_at_ = 2 * conversations.size() + 1000;
     }
+
+  private:
     std::size_t forget_at_ = 5000;         // so many are too many
     std::map<unsigned, FileEvent> cards_;  // by number
 };
@@ -589,7 +598,7 @@ std::string describe(const FileEvent& card) {
         return card.file.sending
                    ? concat("Sent \u2713", point, size)
                    : concat("Saved \u2713", point, size, point, visible(card.path.string()));
-    return card.bytes_per_second < 1 ? size : chatsecure::progress_text(card);
+    return card.phase == progress ? chatsecure::progress_text(card) : size;
 }
 
 // ---- What the windows want done -----------------------------------------------------------------
@@ -719,8 +728,10 @@ class ConversationView : public Fl_Widget {
         switch (event) {
             case FL_FOCUS:
             case FL_UNFOCUS:  // a key has brought it: to what it can press
-                if (event == FL_FOCUS && Fl::event() != FL_KEYBOARD) focused_.reset();
-                if (event == FL_FOCUS && Fl::event() == FL_KEYBOARD) move_focus(1);
+                if (event == FL_FOCUS && Fl::event() != FL_KEYBOARD)
+                    focused_.reset();
+                else if (event == FL_FOCUS && focused_place() == places_.size() && !places_.empty())
+                    focused_ = places_.back().target;
                 redraw();
                 return 1;
             case FL_PUSH:
@@ -908,8 +919,10 @@ class ConversationView : public Fl_Widget {
                    entry.kind == Entry::Kind::warning ? ink::warning : ink::quiet);
     }
 
+    // Of a card, the text may have become a shorter one since `line` was laid out.
     static std::string_view part(const Entry& entry, const Span& line) {
-        return std::string_view(entry.text).substr(line.begin, line.end - line.begin);
+        std::size_t begin = std::min(line.begin, entry.text.size());
+        return std::string_view(entry.text).substr(begin, std::max(line.end, begin) - begin);
     }
 
     void draw_lines(const Entry& entry, std::size_t number, int left, int at, int step,
@@ -1085,8 +1098,10 @@ class ConversationView : public Fl_Widget {
             return drag_bar(my), 1;
         }
         const Place* place = place_at(mx, my);
-        if (place != nullptr && place->target.action != Action::open_link)
-            return press(place->target), 1;
+        if (place != nullptr && place->target.action != Action::open_link) {
+            if (Fl::event_clicks() == 0) press(place->target);  // "Open" comes where "Save" was
+            return 1;
+        }
         Point point = point_at(mx, my);
         selection_ = {point, point};
         if (Fl::event_clicks() > 0) select_word(point);
@@ -1169,7 +1184,7 @@ class ConversationView : public Fl_Widget {
             std::size_t begin = n == from.entry ? from.at : 0;
             std::size_t end = n == to.entry ? to.at : entry.text.size();
             if (!text.empty()) text += '\n';
-            text += entry.text.substr(begin, end - begin);
+            text += part(entry, {begin, end});
         }
         return text;
     }
@@ -1198,8 +1213,7 @@ class ConversationView : public Fl_Widget {
             show_menu(point_at(x(), y() + h()).entry, text_edge(), y() + h() / 2);
         else if (key == 'c' && Fl::event_command() != 0)
             copy_selection(1);
-        else if ((key == FL_Enter || key == FL_KP_Enter || key == ' ') &&
-                 focused_place() < places_.size())
+        else if ((is_enter() || key == ' ') && focused_place() < places_.size())
             press(*focused_);
         else
             return false;
@@ -1272,8 +1286,7 @@ class PeopleList : public Fl_Widget {
             case FL_UNFOCUS:
                 redraw();
                 return 1;
-            case FL_PUSH: {
-                take_focus();
+            case FL_PUSH: {  // leaves the keyboard with whom it was
                 auto row = static_cast<std::size_t>(Fl::event_y() - y() - gap + scroll_) /
                            static_cast<std::size_t>(row_height());
                 if (row >= rows.size()) return 1;
@@ -1420,7 +1433,9 @@ class MessageInput : public InputField<Fl_Multiline_Input> {
                 return 1;
             }
         }
-        return InputField::handle(event);
+        int taken = InputField::handle(event);
+        if (event == FL_FOCUS) mark(cursor());  // Tab selects nothing: a letter would replace it
+        return taken;
     }
 
     // What was not taken comes back, unless the line has got another text meanwhile.
@@ -1448,7 +1463,7 @@ class MessageInput : public InputField<Fl_Multiline_Input> {
         bool shift = (Fl::event_state() & FL_SHIFT) != 0;
         std::string_view before(value(), static_cast<std::size_t>(cursor()));
         if (key == FL_Tab) return !shift && complete();
-        if (key == FL_Enter || key == FL_KP_Enter) {
+        if (is_enter()) {
             if (!shift) return send(), true;
             replace(cursor(), mark(), "\n", 1);
             do_callback();
@@ -1478,10 +1493,12 @@ class MessageInput : public InputField<Fl_Multiline_Input> {
         std::vector<std::string> names;
         for (const auto& [name, c] : model_.conversations)
             if (!name.empty()) names.push_back(name);
-        std::string more = chatsecure::complete(before, names).insert;
-        insert(more.c_str());
+        chatsecure::Completion found = chatsecure::complete(before, names);
+        if (found.insert.empty()) return found.words.size() > 1;
+        mark(cursor());  // what is selected stays
+        insert(found.insert.c_str());
         do_callback();
-        return !more.empty();
+        return true;
     }
 
     // FLTK 1.4 has another name for it.
@@ -1609,6 +1626,7 @@ class FileChooser : public Fl_Double_Window {
         : Fl_Double_Window(scaled(460), scaled(340), "ChatSecure"),
           title_(text_size, ink::text, bold, title) {
         end();
+        copy_label(title.c_str());
         path_.when(FL_WHEN_CHANGED | FL_WHEN_ENTER_KEY_ALWAYS);
         path_.callback(call<FileChooser, &FileChooser::edited>, this);
         path_.textsize(scaled(text_size));
@@ -1639,7 +1657,11 @@ class FileChooser : public Fl_Double_Window {
 
   private:
     bool key_of_path() {
-        if (Fl::event_key() == FL_Down) return list_.take_focus() != 0;
+        if (Fl::event_key() == FL_Down) {
+            list_.value(std::min(list_.size(), 2));  // the first behind "../"
+            picked();
+            return list_.take_focus() != 0;
+        }
         return Fl::event_key() == FL_Tab && Fl::event_shift() == 0 && complete();
     }
     bool key_of_list() { return is_enter() && (take(), true); }
@@ -1647,10 +1669,6 @@ class FileChooser : public Fl_Double_Window {
         std::string more = completion().insert;
         if (!more.empty()) set(path_.value() + more);
         return !more.empty();
-    }
-    static bool is_enter() {
-        return Fl::event() == FL_KEYBOARD &&
-               (Fl::event_key() == FL_Enter || Fl::event_key() == FL_KP_Enter);
     }
     chatsecure::Completion completion() const { return chatsecure::complete_path(path_.value()); }
     void set(const std::string& path) {
@@ -1667,20 +1685,32 @@ class FileChooser : public Fl_Double_Window {
         for (const std::string& word : completion().words)
             list_.add(word.substr(folder_.size()).c_str());
     }
-    void edited() { is_enter() ? take() : fill(); }
+    // A path that is typed behind another one replaces it.
+    void edited() {
+        if (is_enter()) return take();
+        std::string path = path_.value();
+        std::size_t begin = std::max(path.rfind("//") + 1, path.rfind("/~/") + 1);  // npos + 1 is 0
+        if (begin > 0) path_.value(path.substr(begin).c_str());
+        fill();
+    }
     // Shows what is chosen as the path; a second click takes it.
     void picked() {
         if (list_.value() == 0) return;
         bool twice = Fl::event() != FL_KEYBOARD && Fl::event_clicks() > 0;
+        error_.set("");
         path_.value((folder_ + list_.text(list_.value())).c_str());
         if (twice) take();
+    }
+    void offer() {
+        take();
+        if (shown() != 0 && error_.is_empty()) error_.set("Choose a file in this folder.");
     }
     void take() {
         Fl::event_clicks(0);  // the next one is for another list
         std::filesystem::path path = chatsecure::path_from(path_.value());
         std::error_code failure;
         if (std::filesystem::is_directory(path, failure)) {
-            path = std::filesystem::absolute(path).lexically_normal();  // without ".."
+            path = std::filesystem::absolute(path, failure).lexically_normal();  // without ".."
             return enter(path.generic_string());
         }
         if (!std::filesystem::exists(path, failure)) return error_.set("There is no such file.");
@@ -1693,7 +1723,7 @@ class FileChooser : public Fl_Double_Window {
     WithKeys<Fl_Hold_Browser> list_{[this] { return key_of_list(); }, 0, 0, 0, 0};
     Text error_{small_size, ink::warning};
     Button cancel_{"Cancel", [this] { hide(); }};
-    Button offer_{"Offer", [this] { take(); }, true};
+    Button offer_{"Offer", [this] { offer(); }, true};
     std::string folder_;  // that is listed
     std::filesystem::path chosen_;
 };
@@ -1809,7 +1839,7 @@ class SignIn : public Fl_Double_Window {
     std::array<Fl_Input*, 4> fields() { return {&server_, &name_, &password_, &repeat_}; }
     // What was said of another text is not true any more. Enter goes on to what is still empty.
     void edited() {
-        if (Fl::event_key() != FL_Enter && Fl::event_key() != FL_KP_Enter) return clear_errors();
+        if (!is_enter()) return clear_errors();
         bool behind = false;
         for (Fl_Input* field : fields()) {
             if (behind && field->visible() != 0 && field->size() == 0)
@@ -1925,6 +1955,8 @@ class Details : public Fl_Scroll {
         ticked();
         resize(x(), y(), w(), h());
     }
+    // To where another Enter does no harm.
+    void take_harmless_focus() { close_.take_focus(); }
     void resize(int nx, int ny, int nw, int nh) override {
         Fl_Widget::resize(nx, ny, nw, nh);
         scroll_to(0, 0);
@@ -2000,9 +2032,10 @@ class MainWindow : public Fl_Double_Window {
     }
     bool has_details() const { return details.visible() != 0; }
     void show_details(bool show) {
+        bool inside = details.contains(Fl::focus()) != 0;
         show_if(details, show);
-        if (!show && Fl::focus() == nullptr) input.take_focus();
         layout();
+        if (!show && (inside || Fl::focus() == nullptr)) input.take_focus();
     }
 
     void resize(int nx, int ny, int nw, int nh) override {
@@ -2087,7 +2120,7 @@ class MainWindow : public Fl_Double_Window {
             if (key == FL_Page_Down) list.step(1);
             if (key == 'o') wishes_.send_file();
             if (key == 'd') wishes_.toggle_details();
-            if (key == 'd' && has_details()) details.take_focus();
+            if (key == 'd' && has_details()) details.take_harmless_focus();
             if (key == '+' || key == '=' || key == FL_KP + '+') wishes_.zoom(1);
             if (key == '-' || key == FL_KP + '-') wishes_.zoom(-1);
             if (key == '0') wishes_.zoom(0);
@@ -2188,7 +2221,7 @@ Details::Content describe(const Conversation& c) {
         content.act = c.verified ? "Not verified after all" : "Mark as verified";
         content.compares = !c.verified;
     }
-    if (!c.changed) content.ignore = c.ignored ? "Ignore no longer" : "Ignore them";
+    content.ignore = c.ignored ? "Ignore no longer" : "Ignore them";
     return content;
 }
 
@@ -2368,6 +2401,7 @@ class App final : Wishes {
     static void take_events(void* data) {
         auto* self = static_cast<App*>(data);
         self->woken_ = false;
+        self->model_.forget_strangers();
         int taken = 0;
         constexpr int at_once = 200;  // then the window has its turn
         for (; taken < at_once && self->client_; ++taken) {
@@ -2415,7 +2449,11 @@ class App final : Wishes {
         show_waiting();
     }
     void on(const chatsecure::PersonJoined& e) {
-        model_.person(e.user).number_asked = false;
+        Conversation& c = model_.person(e.user);
+        c.number_asked = false;
+        c.trusted = true;  // until this login's card tells otherwise
+        c.changed.reset();
+        c.number.reset();
         come_or_go(e.user, true);
         ask_about_people();
     }
@@ -2668,7 +2706,8 @@ class App final : Wishes {
             return concat("The identity of ", c.name,
                           " has changed. Nothing is sent to or shown from ", c.name,
                           " until you trust the new one: Details.");
-        return c.ignored ? concat("You ignore ", c.name, ". What they write is hidden: Details.")
+        return c.ignored ? concat("You ignore ", c.name,
+                                  ". What they write and offer is hidden: Details.")
                          : "";
     }
 
@@ -2730,7 +2769,7 @@ class App final : Wishes {
             if (const auto* tell = std::get_if<Tell>(&*command)) {
                 const Conversation* to = model_.find(tell->user);
                 if (to != nullptr && tell->user != model_.current) choose(tell->user);
-                if (to != nullptr && !to->trusted) return blocked(*to);
+                if (to != nullptr && !to->trusted) return blocked(to->name), false;
             }
             if (const auto* verify = std::get_if<Verify>(&*command)) verifying_ = verify->user;
             who_ = who_ || std::holds_alternative<ListPeople>(*command);
@@ -2746,15 +2785,14 @@ class App final : Wishes {
             return false;
         }
     }
-    // It stays in the input, and what has to be done first is shown.
-    bool blocked(const Conversation& to) {
-        reports_.line(concat("blocked ", to.name));
-        warn(to.name, concat("Nothing goes to ", to.name,
-                             ": the identity has changed. Details says "
-                             "how to go on; what you wrote is still in the line below."));
+    // What was written stays in the input, and what has to be done first is shown.
+    void blocked(const std::string& user) {
+        reports_.line(concat("blocked ", user));
+        warn(user, concat("Nothing goes to ", user,
+                          ": the identity has changed. Details says how to go on."));
         main_.show_details(true);
         show_details();
-        return false;
+        refresh();
     }
     void show_help() {
         std::string text = "Commands:";
@@ -2811,11 +2849,11 @@ class App final : Wishes {
         open(address, address);
     }
 
-    void offer(const std::filesystem::path& path) {
-        if (model_.current.empty())
+    void offer(const std::string& to, const std::filesystem::path& path) {
+        if (to.empty())
             warn("", "Files go to one person: choose one on the left.");
         else
-            post(chatsecure::SendFile{model_.current, {path}});
+            post(chatsecure::SendFile{to, {path}});
         refresh();
     }
     void send_file() override {
@@ -2831,17 +2869,18 @@ class App final : Wishes {
             return main_.pop_up_at_file(people);
         }
         const Conversation& c = model_.shown();
-        if (!c.trusted) return static_cast<void>(blocked(c)), refresh();
+        const std::string to = c.name;  // also if another one is chosen in the meantime
+        if (!c.trusted) return blocked(to);
         if (!c.online) {
             warn(c.name, concat(c.name, " is not online. A file goes from hand to hand."));
             return refresh();
         }
-        FileChooser chooser(concat("A file for ", model_.current), folder_);
+        FileChooser chooser(concat("A file for ", to), folder_);
         reports_.line_soon("asks-for-file");
         std::filesystem::path path = chooser.choose(main_);
         if (path.empty()) return;
         folder_ = path.parent_path();
-        offer(path);
+        offer(to, path);
     }
     // Absolute paths, or file:// addresses, one on each line.
     void drop_files(const std::string& text) override {
@@ -2854,7 +2893,7 @@ class App final : Wishes {
                 warn(model_.current, "Only files can be dropped here.");
                 return refresh();
             }
-            offer(path);
+            offer(model_.current, path);
         }
     }
 
@@ -2877,7 +2916,7 @@ class App final : Wishes {
         if (!c.knows_number()) return;
         post(chatsecure::Verify{c.name, !c.verified, c.number->theirs});
         ask_about_people();
-        main_.input.take_focus();  // another Enter shall not take it back
+        main_.details.take_harmless_focus();
     }
     void toggle_ignored() override {
         post(chatsecure::Ignore{model_.current});
@@ -2944,7 +2983,8 @@ class App final : Wishes {
         std::string open;
         if (!over_ && model_.is_any_open())
             open +=
-                "Files are offered or on their way. What moves can go on next time; offers end. ";
+                "Files are on their way, or offered: the former can go on next time, the offers "
+                "are withdrawn. ";
         if (unsent) open += "Messages wait to be sent: they will be lost. ";
         if (std::vector<std::string> to = model_.half_typed(); !to.empty())
             open += concat("What you have begun to write to ", chatsecure::listed(to),

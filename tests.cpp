@@ -7135,6 +7135,9 @@ TEST_CASE(
         CHECK(changed.reason == "cannot keep up at the moment");
         break;
     }
+    for (int i = 0; i < 100; ++i) server.send(Undelivered{LoginId{2}, 0});  // says nothing new
+    server.send(Ping{1});
+    server.receive<Pong>();
     alice->post(Tell{"bob", "second"});
     OpenPayload parts = decode<OpenPayload>(server.receive<Send>().payload.subspan(1), "an open");
     PairReceiver at_bob(bob, alice_card, parts.encapsulated);
@@ -7192,6 +7195,16 @@ TEST_CASE("P13: what is hidden stays hidden, also if it comes again, and is neve
     CHECK(alice.next_private().text == "and now?");
     CHECK_FALSE(alice.poll());
     CHECK(next_receipt(server, alice_card, bob) == "000000000000002a");
+
+    alice->post(Ignore{"bob"});  // more than is remembered one by one
+    alice.next<Notice>();
+    for (std::uint64_t id = 100; id < 700; ++id) send(id, "and again");
+    server.send(Ping{1});
+    server.receive<Pong>();
+    alice->post(Ignore{"bob"});
+    for (std::uint64_t id = 100; id < 700; ++id) send(id, concat("and again ", id));
+    send(700, "the end");
+    CHECK(alice.next_private().text == "the end");
 }
 
 TEST_CASE("P13: what is sent a second time is shown once, and confirmed each time") {
@@ -7344,6 +7357,101 @@ TEST_CASE(
     CHECK_FALSE(alice.next<SafetyNumber>().verified);
     alice->post(ListPeople{});
     CHECK_FALSE(alice.next<People>().people.at(1).verified);
+}
+
+// Alice knows bob, who is here with another identity.
+struct ChangedBob {
+    HostileServer server;
+    TempDir home;
+    Chatter alice{options_for_hostile(server, home)};
+    LoginKeys old{test_key(2), "bob", 1000}, changed{test_key(0), "bob", 2000};
+    std::optional<CheckedCard> alice_card;
+    std::optional<PairSender> sender;
+
+    ChangedBob() {
+        give_identity(home.path, "alice", 1);
+        server.let_in({{2, "bob"}});
+        alice.next<LoggedIn>();
+        alice_card.emplace(server.alice_card(), "alice");
+        open(2, old);
+        alice.next<IdentityPinned>();
+        server.send(Left{LoginId{2}});
+        server.send(Joined{LoginId{3}, "bob"});
+        open(3, changed);
+        alice.next<IdentityChanged>();
+    }
+    void open(std::uint32_t login, const LoginKeys& bob) {
+        Bytes opening;
+        sender.emplace(bob, *alice_card, opening);
+        server.send(Delivered{LoginId{login}, Lane::interactive, opening});
+    }
+    void send(Kind kind, const Bytes& body) {
+        server.send(
+            Delivered{LoginId{3}, Lane::interactive, sender->seal(Lane::interactive, kind, body)});
+    }
+    void say(std::uint64_t id, const std::string& words) {
+        send(Kind::text, Text{id, words}.encoded());
+    }
+    void offer(const std::string& name) {
+        send(Kind::file_offer, encode(FileOffer{1, name, 9, 0}));
+    }
+    void settle() {  // until all of it has been looked at
+        server.send(Ping{1});
+        server.receive<Pong>();
+    }
+    // What she is shown of him when she trusts him; then a last word.
+    std::string shown_after_trust() {
+        alice->post(Trust{"bob"});
+        alice.next<Notice>();
+        say(1'000'000, "the end");
+        std::string all;
+        for (;;) {
+            Event event = alice.pull();
+            if (const auto* text = std::get_if<PrivateMessage>(&event.what)) {
+                if (text->text == "the end") return all;
+                all += text->text + "|";
+            }
+            if (const auto* file = std::get_if<FileEvent>(&event.what))
+                all += concat(
+                    file->file.name, " ",
+                    file->phase == FileEvent::Phase::offered ? "is offered" : file->sentence, "|");
+        }
+    }
+};
+
+TEST_CASE("P5: an offer that was withdrawn while it was held back is none after the act of trust") {
+    ChangedBob scene;
+    scene.say(1, "a text");
+    scene.offer("plan");
+    scene.send(Kind::file_over, encode(FileOver{1, 1, "withdrew it"}));
+    CHECK(scene.shown_after_trust() == "a text|plan is offered|plan bob withdrew it|");
+}
+
+TEST_CASE("P5: what was held back of somebody who is ignored since then is not shown") {
+    ChangedBob scene;
+    scene.say(1, "a text");
+    scene.offer("plan");
+    scene.alice.next<Complaint>();
+    scene.alice.next<Complaint>();
+    scene.alice->post(Ignore{"bob"});
+    scene.alice.next<Notice>();
+    scene.alice->post(Trust{"bob"});
+    scene.alice.next<Notice>();
+    scene.settle();
+    scene.alice->post(Ignore{"bob"});
+    scene.say(1, "a text");  // it comes again, and stays hidden
+    CHECK(scene.alice.next<Notice>().text == "What bob has sent meanwhile:");
+    scene.alice.next<Notice>();  // he is not ignored any more
+    scene.say(2, "the end");
+    CHECK(scene.alice.next_private().text == "the end");
+}
+
+TEST_CASE("P5: that what was held back is lost with our connection is said") {
+    ChangedBob scene;
+    scene.say(1, "a text");
+    scene.alice.next<Complaint>();
+    scene.server.begin_again();
+    CHECK(scene.alice.next<Complaint>().text == "What was held back of bob is gone (1 in all).");
 }
 
 TEST_CASE("chapter 12: what is written before a file is offered is read before the offer") {
@@ -13559,8 +13667,11 @@ class Window {
     // With Escape, a dialog that is not there yet, and takes no keys at first.
     void close(const std::string& title) {
         std::string find = concat("xdotool search --onlyvisible --name '", title, "' 2>&1");
-        shell(concat("export DISPLAY=", number_, "; until ", find, "; do :; done; while ", find,
-                     "; do xdotool key Escape; done"));
+        shell(concat("export DISPLAY=", number_,
+                     "; end=$(($(date +%s) + 60)); in_time() { [ $(date "
+                     "+%s) -lt $end ]; }; until ",
+                     find, " || ! in_time; do :; done; while ", find,
+                     " && in_time; do xdotool key Escape; done"));
     }
     // How late the window's own timer has been, at worst.
     std::string slowest() { return line_with(gui_->output(), "slowest ").substr(8); }
