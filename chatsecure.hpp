@@ -8694,8 +8694,15 @@ class Client final : private FileHost {
     }
     void note_run(const std::string& user, std::uint64_t run) {
         Coming& coming = came_[user];
-        if (coming.run != 0 && coming.run != run) coming.after = last_to_room_;
-        coming.run = run;
+        std::uint64_t before = std::exchange(coming.run, run);
+        if (before == 0 || before == run) return;
+        coming.after = last_to_room_;
+        for (const auto& [id, message] : written_)
+            if (message.to.empty() && id <= coming.after) {
+                emit(Notice{concat("What you said to everybody just before may not have reached ",
+                                   user, ", whose program was started anew.")});
+                return;
+            }
     }
     bool came_too_late(const std::string& user, std::uint64_t id) const {
         auto found = came_.find(user);

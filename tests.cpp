@@ -7103,6 +7103,7 @@ TEST_CASE("P13: what everybody was sent is not sent again to another program of 
             CHECK(only_reader(server.receive<Fanout>()) == LoginId{3});
             continue;
         }
+        CHECK(alice.next<Notice>().text.starts_with("What you said to everybody just before"));
         for (;;) {
             DeliveryChanged changed = alice.next<DeliveryChanged>();
             if (changed.state == Delivery::waiting) continue;
