@@ -9913,10 +9913,13 @@ struct Completion {
     }
 };
 
+inline constexpr std::string_view path_separators =
+    std::filesystem::path::preferred_separator == '/' ? "/" : "/\\";
+
 // Completes a path; folders end with "/" and come first. Reads the folder; one that cannot be read
 // has no files.
 inline Completion complete_path(std::string_view begun) {
-    std::size_t name = begun.rfind('/') + 1;  // npos + 1 is 0
+    std::size_t name = begun.find_last_of(path_separators) + 1;  // npos + 1 is 0
     std::string folder(begun.substr(0, name));
     std::vector<std::string> files, folders;
     std::error_code failure;

@@ -1678,7 +1678,7 @@ class FileChooser : public Fl_Double_Window {
     void enter(const std::string& folder) { set(folder.ends_with('/') ? folder : folder + '/'); }
     void fill() {
         std::string path = path_.value();
-        folder_ = path.substr(0, path.rfind('/') + 1);  // npos + 1 is 0
+        folder_ = path.substr(0, path.find_last_of(chatsecure::path_separators) + 1);
         error_.set("");
         list_.clear();
         list_.add("../");
