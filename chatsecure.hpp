@@ -252,6 +252,9 @@ struct Error : std::runtime_error {  // something on this machine: a file, a fla
 struct NetworkError : Error {  // the connection: refused, reset, cut, gone
     using Error::Error;
 };
+struct CannotConnect : NetworkError {  // nobody answers there
+    using NetworkError::NetworkError;
+};
 struct TimedOut : NetworkError {  // nothing came in the time allowed
     using NetworkError::NetworkError;
 };
@@ -1269,7 +1272,8 @@ inline Socket connect_to_any(const std::vector<Endpoint>& endpoints, Millisecond
 }  // namespace detail
 
 // Connects to the first address of `host` that answers within `timeout`. Blocks; `cancel` ends the
-// wait early. Throws NetworkError with the reason of the attempt that failed last.
+// wait early. Throws CannotConnect with the reason of the attempt that failed last, and
+// NetworkError if no address is known.
 inline Socket connect_to(const std::string& host, std::uint16_t port, Milliseconds timeout,
                          const Waker& cancel) {
     std::vector<Endpoint> endpoints = resolve(host, port, false);
@@ -1279,7 +1283,7 @@ inline Socket connect_to(const std::string& host, std::uint16_t port, Millisecon
         socket.set_chat_options();
         return socket;
     } catch (const NetworkError& e) {
-        throw NetworkError(
+        throw CannotConnect(
             concat("Cannot connect to ", visible(host), " port ", port, ": ", e.what(), "."));
     }
 }
@@ -3501,6 +3505,7 @@ class ShownIds {
         return id <= below_ ? Verdict::too_old : Verdict::fresh;
     }
     void add(std::uint64_t id) {
+        if (judge(id) != Verdict::fresh) return;
         ids_.insert(std::lower_bound(ids_.begin(), ids_.end(), id), id);
         if (ids_.size() <= most) return;
         below_ = ids_.front();
@@ -8214,18 +8219,17 @@ class Client final : private FileHost {
                 pause = options_.first_pause;
                 converse();
                 return;
+            } catch (const CannotConnect& e) {
+                reason = e.what();
+                if (!login_.has_been_online())
+                    reason += " Is the server running, and are host and port right?";
             } catch (const ProtocolError& e) {
                 reason = e.what();
             } catch (const NetworkError& e) {
                 reason = e.what();
             }
             if (mail_.is_stopping() || quit_sent_) return;
-            if (!login_.has_been_online())
-                throw Halt(StopReason::cannot_connect,
-                           concat(reason, reason.starts_with("Cannot connect")
-                                              ? " Is the server running, and are host and port "
-                                                "right?"
-                                              : ""));
+            if (!login_.has_been_online()) throw Halt(StopReason::cannot_connect, reason);
             end_link();
             if (options_.reconnect_tries > 0 && ++tries > options_.reconnect_tries)
                 throw Halt(StopReason::cannot_connect,
@@ -8609,9 +8613,8 @@ class Client final : private FileHost {
         auto& [shown, hidden] = shown_[sender];
         ShownIds::Verdict verdict = shown.judge(text.id);
         bool fresh = verdict == ShownIds::Verdict::fresh, ignored = ignored_.contains(peer.user);
-        bool was_hidden = hidden.judge(text.id) != ShownIds::Verdict::fresh;
-        if (fresh && ignored && !was_hidden) hidden.add(text.id);
-        if (ignored || (fresh && was_hidden)) return;
+        if (fresh && ignored) hidden.add(text.id);
+        if (ignored || (fresh && hidden.judge(text.id) != ShownIds::Verdict::fresh)) return;
         if (peer.standing != Peer::Standing::trusted) return hold_back(peer, {text, to_room});
         std::uint64_t event = last_event_;  // if it came before, its event is among those until now
         if (verdict == ShownIds::Verdict::too_old) return;

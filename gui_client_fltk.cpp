@@ -263,9 +263,8 @@ std::vector<Span> wrap(std::string_view text, int width) {
 }
 
 std::string day_text(Time time) {  // (Windows knows no %e, a day without a zero)
-    std::string day = chatsecure::time_text(time, "%d");
-    return concat(chatsecure::time_text(time, "%A, "), day.substr(day.starts_with('0') ? 1 : 0),
-                  chatsecure::time_text(time, " %B %Y"));
+    int day = chatsecure::local_time(std::chrono::system_clock::to_time_t(time)).tm_mday;
+    return concat(chatsecure::time_text(time, "%A, "), day, chatsecure::time_text(time, " %B %Y"));
 }
 
 // Everybody has a face: the first letter of the name in the person's colour.
@@ -735,9 +734,6 @@ class ConversationView : public Fl_Widget {
                 redraw();
                 return 1;
             case FL_PUSH:
-                if (const Place* place = place_at(Fl::event_x(), Fl::event_y());
-                    place == nullptr || place->target.action == Action::open_link)
-                    take_focus();  // a button leaves the keyboard with whom it was
                 return push();
             case FL_DRAG:
             case FL_RELEASE:  // the last motion may come as a release only
@@ -1088,6 +1084,9 @@ class ConversationView : public Fl_Widget {
 
     int push() {
         int mx = Fl::event_x(), my = Fl::event_y();
+        const Place* place = place_at(mx, my);
+        bool button = place != nullptr && place->target.action != Action::open_link;
+        if (!button) take_focus();  // a button leaves the keyboard with whom it was
         if (Fl::event_button() == FL_RIGHT_MOUSE)
             return show_menu(point_at(mx, my).entry, mx, my), 1;
         if (!at_end_ && jump_.holds(mx, my)) return jump_to_end(), 1;
@@ -1097,8 +1096,7 @@ class ConversationView : public Fl_Widget {
             drag_ = Drag::bar;
             return drag_bar(my), 1;
         }
-        const Place* place = place_at(mx, my);
-        if (place != nullptr && place->target.action != Action::open_link) {
+        if (button) {
             if (Fl::event_clicks() == 0) press(place->target);  // "Open" comes where "Save" was
             return 1;
         }
