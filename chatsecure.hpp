@@ -40,9 +40,9 @@
 //      an hour         2, 3, 5      899        60   How two programs talk over a network at all,
 //                                                   and how they keep it to themselves: you can
 //                                                   put an encrypted channel under anything.
-//      a long evening  1 to 9      5011       334   The whole protocol: you can write a compatible
+//      a long evening  1 to 9      5032       335   The whole protocol: you can write a compatible
 //                                                   client in another language.
-//      a weekend       all        11117       741   And how to build on it: a server for a thousand
+//      a weekend       all        11369       758   And how to build on it: a server for a thousand
 //                                                   people at once, a client that survives a lost
 //                                                   connection, and programs for people.
 //
@@ -3135,9 +3135,10 @@ inline Message take_message(Reader& record) {
 //     another program is there, which does not know what the one before has shown: so it is named
 //     to the user as not delivered, for otherwise it might be shown twice.
 //   - A room message is sent again with the same id if the connection broke before the server's
-//     Taken came: to those who were here when it was sent the first time, with the same `run`, and
-//     not to who came later (they may have read newer messages, and would see this one behind
-//     them). Whoever has shown an id does not show it again.
+//     Taken came: to those who were here when it was sent the first time, with the same `run` (also
+//     if we were told before that they had left: whoever hears first that the server stops is gone
+//     first), and not to who came later (they may have read newer messages, and would see this one
+//     behind them). Whoever has shown an id does not show it again.
 //   - What comes back (Undelivered) is not sent again: the user is told whom it did not reach.
 //
 // So a server that lies about who is here or what was delivered can cause a second transmission,
@@ -6713,8 +6714,10 @@ class Server {
             }
             session->connection.outbox.push_control(
                 Goodbye{GoodbyeReason::none, "The server is stopping."});
-            session->connection.finish();
+            session->connection.outbox.finish();
         }
+        // Not before: who hears it leaves, and nobody else should be told of that.
+        for (const SessionPtr& session : sessions_) session->connection.flush();
         // The clients close their end when they see the goodbye. Those that do not are cut off.
         auto all_finished = [&] {
             return std::all_of(sessions_.begin(), sessions_.end(),
@@ -7740,6 +7743,7 @@ struct Link {
     std::set<Digest> met_cards;     // each card is met once, for as long as our own is used
     std::map<LoginId, Peer> peers;  // in ascending order, as Fanout wants it
     std::map<std::string, LoginId> by_name;
+    std::set<std::string> left;  // while something said to everybody was not confirmed
 
     // Throws ProtocolError for somebody who cannot be.
     Peer& add(const Joined& joined) {
@@ -8268,6 +8272,7 @@ class Client final : private FileHost {
         if (Clock::now() >= online_since_ + options_.return_patience) absent_.clear();
         if (absent_.size() > max_identities) absent_.clear();  // that is no room, but an attack
         for (const auto& [user, id] : link_->by_name) absent_.insert(user);
+        absent_.merge(link_->left);
         receipts_due_.clear();  // what has none will come again
         for (auto& [id, message] : written_)
             if (message.state == Written::State::sent)
@@ -8366,6 +8371,7 @@ class Client final : private FileHost {
                 auto joined = from_wire<Joined>(message.body);
                 if (joined.user == user_) break;  // nobody: that is us
                 emit(PersonJoined{link_->add(joined).user});
+                link_->left.erase(joined.user);
                 note_newcomer(joined.user);
                 somebody_came_ = true;  // perhaps a file waits for them
                 break;
@@ -8423,6 +8429,9 @@ class Client final : private FileHost {
         link_->remove(id);
         files_->peer_left(id, user);
         for (auto& [number, message] : written_) {
+            if (message.to.empty() && message.state == Written::State::sent &&
+                link_->left.size() < max_identities)
+                link_->left.insert(user);
             if (message.to != user) continue;
             if (message.state == Written::State::sent && message.sent_to == id)
                 wait_again(number, message, concat("until ", user, " is back"));
@@ -8690,8 +8699,9 @@ class Client final : private FileHost {
     }
     // What was sent to everybody is not for who comes later, also if it has to be sent again: they
     // would read it behind what is written to them in the meantime. `absent_` are those who were
-    // here when we lost the connection: for them it was sent, if it is the same program of theirs
-    // that is back (another one does not know what the one before has shown).
+    // here when we lost the connection, or had left while something had no Taken: for them it was
+    // sent, if it is the same program of theirs that is back (another one does not know what the
+    // one before has shown).
     void note_newcomer(const std::string& user) {
         if (absent_.erase(user) == 0) came_[user].after = last_to_room_;
     }
@@ -9196,7 +9206,7 @@ class Client final : private FileHost {
     };
     std::map<std::string, Coming> came_;
     Clock::time_point written_until_ = Clock::time_point::max();  // what waits in `written_`
-    std::set<std::string> absent_;      // who was there before the connection was lost
+    std::set<std::string> absent_;                                // see note_newcomer()
     Clock::time_point online_since_{};  // and has been waited for from then on
     struct Seen {
         ShownIds shown, hidden;
