@@ -42,7 +42,7 @@
 //                                                   put an encrypted channel under anything.
 //      a long evening  1 to 9      5032       335   The whole protocol: you can write a compatible
 //                                                   client in another language.
-//      a weekend       all        11369       758   And how to build on it: a server for a thousand
+//      a weekend       all        11387       759   And how to build on it: a server for a thousand
 //                                                   people at once, a client that survives a lost
 //                                                   connection, and programs for people.
 //
@@ -7373,6 +7373,11 @@ struct Person {
 struct People {
     std::vector<Person> people;
 };
+// Something of this is new: told behind LoggedIn and PersonJoined for each who is here, and when it
+// changes.
+struct PersonChanged {
+    Person now;
+};
 struct Notice {
     std::string text;
 };
@@ -7398,7 +7403,7 @@ struct Event {
     std::variant<Connecting, ServerKeyUnknown, MakingIdentity, LoggedIn, ConnectionLost,
                  PersonJoined, PersonLeft, RoomMessage, PrivateMessage, DeliveryChanged,
                  MessagesLost, Complaint, IdentityReplaced, IdentityPinned, IdentityChanged,
-                 SafetyNumber, People, FileEvent, FileList, Notice, Problem, Stopped>
+                 SafetyNumber, People, PersonChanged, FileEvent, FileList, Notice, Problem, Stopped>
         what;
 };
 
@@ -8258,7 +8263,10 @@ class Client final : private FileHost {
         std::erase_if(came_, [&](const auto& entry) {
             return !link_->by_name.contains(entry.first) && !absent_.contains(entry.first);
         });
-        for (const auto& [user, id] : link_->by_name) note_newcomer(user);
+        for (const auto& [user, id] : link_->by_name) {
+            note_newcomer(user);
+            tell_person(user);
+        }
         online_since_ = Clock::now();
         if (!files_) files_.emplace(static_cast<FileHost&>(*this), options_.files);
     }
@@ -8373,6 +8381,7 @@ class Client final : private FileHost {
                 emit(PersonJoined{link_->add(joined).user});
                 link_->left.erase(joined.user);
                 note_newcomer(joined.user);
+                tell_person(joined.user);
                 somebody_came_ = true;  // perhaps a file waits for them
                 break;
             }
@@ -8457,6 +8466,10 @@ class Client final : private FileHost {
     void accept_card(Peer& peer, ByteView bytes) {
         if (peer.standing != Peer::Standing::unknown) return;
         somebody_came_ = true;
+        judge_card(peer, bytes);
+        tell_person(peer.user);
+    }
+    void judge_card(Peer& peer, ByteView bytes) {
         try {
             peer.card.emplace(bytes, peer.user);
             if (!link_->met_cards.insert(peer.card->hash).second)
@@ -8982,6 +8995,7 @@ class Client final : private FileHost {
         } catch (const ProtocolError& e) {
             peer.standing = Peer::Standing::refused;
             complain(peer.user, e.what());
+            tell_person(peer.user);
             return false;
         }
     }
@@ -9009,19 +9023,20 @@ class Client final : private FileHost {
     }
 
     bool perform(const ListPeople&) {
-        People event;
-        auto add = [&](const std::string& user, bool self, Peer::Standing standing) {
-            const Pin* pin = login_.pins().find(user);
-            bool met = standing != Peer::Standing::unknown;
-            bool trusted = !met || standing == Peer::Standing::trusted;
-            bool verified = !self && pin != nullptr && pin->verified && trusted;
-            event.people.push_back({user, self, verified, trusted, ignored_.contains(user), met});
-        };
-        add(user_, true, Peer::Standing::trusted);
-        for (const auto& [user, id] : link_->by_name) add(user, false, link_->find(id)->standing);
+        People event{{{.user = user_, .self = true, .met = true}}};
+        for (const auto& [user, id] : link_->by_name) event.people.push_back(what_we_know_of(user));
         emit(std::move(event));
         return true;
     }
+    Person what_we_know_of(const std::string& user) {
+        const Peer* peer = link_->find(user);
+        const Pin* pin = login_.pins().find(user);
+        bool met = peer != nullptr && peer->standing != Peer::Standing::unknown;
+        bool trusted = !met || peer->standing == Peer::Standing::trusted;
+        bool verified = pin != nullptr && pin->verified && trusted;
+        return {user, false, verified, trusted, ignored_.contains(user), met};
+    }
+    void tell_person(const std::string& user) { emit(PersonChanged{what_we_know_of(user)}); }
 
     bool perform(const Verify& verify) {
         if (verify.user == user_) throw Error("That is you.");
@@ -9051,6 +9066,7 @@ class Client final : private FileHost {
         told_numbers_.insert_or_assign(verify.user, theirs);
         emit(SafetyNumber{verify.user, safety_number(user_, mine, verify.user, theirs), mine,
                           theirs, pin->verified && !changed});
+        if (verify.agree) tell_person(verify.user);
         return true;
     }
 
@@ -9072,6 +9088,7 @@ class Client final : private FileHost {
         peer.standing = Peer::Standing::trusted;
         somebody_came_ = true;
         emit(Notice{concat("From now on ", peer.user, " is ", peer.card->fingerprint.text(), ".")});
+        tell_person(peer.user);
         std::size_t count = std::exchange(peer.held_count, 0);
         std::vector<Peer::HeldBack> held_back = std::exchange(peer.held_back, {});
         peer.held_bytes = 0;
@@ -9097,6 +9114,7 @@ class Client final : private FileHost {
         emit(Notice{concat(
             "What ", ignore.user, " writes and offers is ",
             now ? "hidden, and not kept, until you leave or do this once more." : "shown again.")});
+        tell_person(ignore.user);
         return true;
     }
 

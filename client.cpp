@@ -192,6 +192,7 @@ struct Describe {
                 person.trusted ? "" : " (not trusted)", person.ignored ? " (ignored)" : ""));
         return {{Tone::quiet, concat("* online: ", chatsecure::listed(names))}};
     }
+    Lines operator()(const chatsecure::PersonChanged&) const { return {}; }
     Lines operator()(const FileEvent& e) const {
         using enum FileEvent::Phase;
         std::string size = readable_size(e.file.size);

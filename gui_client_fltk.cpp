@@ -2426,7 +2426,6 @@ class App final : Wishes {
         model_.connected = true;
         no_connection_.clear();
         set_state(concat("online as ", e.user), ink::online);
-        ask_about_people();
         if (e.again) return note("", "Connected again.");
         flags_.form.password = {};  // wiped, as the field's
         sign_in_.forget_password();
@@ -2453,7 +2452,6 @@ class App final : Wishes {
         c.changed.reset();
         c.number.reset();
         come_or_go(e.user, true);
-        ask_about_people();
     }
     void on(const chatsecure::PersonLeft& e) { come_or_go(e.user, false); }
     // Told where one may be writing to them, too.
@@ -2465,7 +2463,6 @@ class App final : Wishes {
         if (!c.entries.empty()) note(user, what);
     }
     void on(const chatsecure::RoomMessage& e) {
-        check_trust(e.from);
         add("", {.from = e.from,
                  .text = visible_lines(e.text),
                  .own = e.own,
@@ -2474,7 +2471,6 @@ class App final : Wishes {
     }
     void on(const chatsecure::PrivateMessage& e) {
         reply_to_ = e.peer;
-        check_trust(e.peer);
         bool is_new = e.own && model_.find(e.peer) == nullptr;
         add(e.peer, {.from = e.own ? client_->user() : e.peer,
                      .text = visible_lines(e.text),
@@ -2519,7 +2515,6 @@ class App final : Wishes {
     }
     void on(const chatsecure::IdentityChanged& e) {
         Conversation& c = model_.person(e.user);
-        c.trusted = c.verified = false;
         c.changed = e;
         c.number.reset();  // it was another one's
         c.number_asked = false;
@@ -2531,8 +2526,6 @@ class App final : Wishes {
     void on(const chatsecure::SafetyNumber& e) {
         Conversation& c = model_.person(e.user);
         c.number = e;
-        if (e.verified && std::exchange(c.changed, std::nullopt)) c.trusted = true;  // in one act
-        check_trust(e.user);
         if (e.verified != c.verified)
             note(e.user,
                  concat(e.user, e.verified ? " is verified." : " is not verified any more."));
@@ -2546,23 +2539,20 @@ class App final : Wishes {
     }
     void on(const chatsecure::People& e) {
         std::string names;
-        for (const chatsecure::Person& p : e.people) {
+        for (const chatsecure::Person& p : e.people)
             names += concat(names.empty() ? "" : ", ", p.user, p.self ? " (you)" : "");
-            Conversation* c = model_.find(p.user);
-            if (p.self || c == nullptr) continue;
-            c->ignored = p.ignored;
-            if (p.met) {  // otherwise what we knew of them still stands
-                c->trusted = p.trusted;
-                if (p.trusted && std::exchange(c->changed, std::nullopt)) {
-                    c->number.reset();  // perhaps of somebody who is not trusted
-                    c->number_asked = false;
-                }
-            }
-            set_verified(*c, p.verified && c->trusted);
+        note(concat("Online: ", names));
+    }
+    void on(const chatsecure::PersonChanged& e) {
+        Conversation* c = model_.find(e.now.user);
+        if (c == nullptr) return;
+        c->ignored = e.now.ignored;
+        if (e.now.met) c->trusted = e.now.trusted;  // otherwise what we knew still stands
+        if (e.now.met && c->trusted && c->changed) {
+            if (!c->knows_number()) c->number.reset(), c->number_asked = false;
+            c->changed.reset();
         }
-        if (std::exchange(who_, false)) note(concat("Online: ", names));
-        people_asked_ = false;
-        if (std::exchange(people_changed_, false)) ask_about_people();
+        set_verified(*c, e.now.verified && c->trusted);
         show_details();
     }
     void on(const chatsecure::Notice& e) { note(visible(e.text)); }
@@ -2613,11 +2603,6 @@ class App final : Wishes {
 
     // ---- The model changes ----------------------------------------------------------------------
 
-    // The identity had changed, and here is a sign that it is settled: is it?
-    void check_trust(const std::string& user) {
-        if (const Conversation* c = model_.find(user); c != nullptr && c->changed)
-            ask_about_people();
-    }
     void set_verified(Conversation& c, bool verified) {
         if (verified && !c.verified) reports_.line(concat("verified ", c.name));
         c.verified = verified;
@@ -2722,13 +2707,6 @@ class App final : Wishes {
         refresh();
         return false;
     }
-    // Who is trusted, verified, ignored. Asked once at a time, however many come and go meanwhile.
-    void ask_about_people() {
-        if (people_asked_)
-            people_changed_ = true;
-        else
-            people_asked_ = client_->try_post(chatsecure::ListPeople{});
-    }
 
     // Each conversation has its own half-typed line, so none goes to the wrong one.
     void choose(const std::string& name) override {
@@ -2770,13 +2748,7 @@ class App final : Wishes {
                 if (to != nullptr && !to->trusted) return blocked(to->name), false;
             }
             if (const auto* verify = std::get_if<Verify>(&*command)) verifying_ = verify->user;
-            who_ = who_ || std::holds_alternative<ListPeople>(*command);
-            bool changes_people = std::holds_alternative<Ignore>(*command) ||
-                                  std::holds_alternative<Trust>(*command) ||
-                                  std::holds_alternative<Verify>(*command);
-            bool taken = post(std::move(*command));
-            if (taken && changes_people) ask_about_people();
-            return taken;
+            return post(std::move(*command));
         } catch (const Error& e) {
             warn(model_.current, visible(e.what()));
             refresh();
@@ -2913,13 +2885,9 @@ class App final : Wishes {
         const Conversation& c = model_.shown();
         if (!c.knows_number()) return;
         post(chatsecure::Verify{c.name, !c.verified, c.number->theirs});
-        ask_about_people();
         main_.details.take_harmless_focus();
     }
-    void toggle_ignored() override {
-        post(chatsecure::Ignore{model_.current});
-        ask_about_people();
-    }
+    void toggle_ignored() override { post(chatsecure::Ignore{model_.current}); }
 
     // ---- Settings -------------------------------------------------------------------------------
 
@@ -3016,11 +2984,8 @@ class App final : Wishes {
     Reports reports_{flags_.report};
     std::filesystem::path settings_file_ = flags_.options.home / "window";
     Settings settings_ = load_settings(settings_file_);
-    std::future<void> saving_;     // its destructor joins the thread
-    std::string verifying_;        // whose safety number a line has asked for
-    bool people_asked_ = false;    // ListPeople is on its way,
-    bool people_changed_ = false;  // and to be sent once more
-    bool who_ = false;             // and its answer to be shown
+    std::future<void> saving_;  // its destructor joins the thread
+    std::string verifying_;     // whose safety number a line has asked for
     std::string reply_to_, title_;
     std::filesystem::path folder_;                  // where the last file was chosen
     std::string no_connection_;                     // why; empty: there is one

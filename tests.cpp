@@ -6181,10 +6181,15 @@ TEST_CASE("chapter 12: both sides see the same safety number, and verification i
     CHECK_FALSE(at_alice.verified);
     alice->post(Verify{"bob", true});
     CHECK(alice.next<SafetyNumber>().verified);
+    Person told = alice.next<PersonChanged>().now;
+    CHECK(told.verified);
+    CHECK(told.met);
     alice->post(ListPeople{});
-    Person listed = alice.next<People>().people.at(1);
-    CHECK(listed.verified);
-    CHECK(listed.met);
+    CHECK(alice.next<People>().people.at(1).verified);
+    for (bool ignored : {true, false}) {
+        alice->post(Ignore{"bob"});
+        CHECK(alice.next<PersonChanged>().now.ignored == ignored);
+    }
     // Only what was compared is marked: not what is known when the click arrives.
     alice->post(Verify{"bob", true, at_bob.theirs});
     CHECK(alice.next<Problem>().text.find("not the identity that is known") != std::string::npos);
@@ -6861,8 +6866,7 @@ TEST_CASE(
         // He comes back, and she trusts him after all; but nobody else in his place.
         server.send(Joined{LoginId{3}, "bob"});
         CHECK(alice.next<PersonJoined>().user == "bob");
-        alice->post(ListPeople{});
-        CHECK_FALSE(alice.next<People>().people.at(1).met);
+        CHECK_FALSE(alice.next<PersonChanged>().now.met);
         alice->post(Trust{"bob", changed.pinned});
         server.receive<GetCard>();
         LoginKeys back(test_key(0), "bob", 2001);
@@ -7383,6 +7387,7 @@ TEST_CASE(
     CHECK(scene.alice.next<SafetyNumber>().theirs == test_key(0).public_key().fingerprint());
     scene.alice->post(Verify{"bob", true});  // compared, and trusted, in one act
     CHECK(scene.alice.next<Notice>().text.starts_with("From now on bob is "));
+    CHECK(scene.alice.next<PersonChanged>().now.trusted);  // before what he wrote is shown
     CHECK(scene.alice.next<Notice>().text == "What bob has sent meanwhile:");
     CHECK(scene.alice.next_private().text == "1");
     CHECK(scene.alice.next_private().text == "2");
@@ -7390,14 +7395,10 @@ TEST_CASE(
     CHECK(offered.phase == FileEvent::Phase::offered);
     CHECK(offered.file.name == "plan");
     CHECK(scene.alice.next<SafetyNumber>().verified);
-    scene.alice->post(ListPeople{});
-    Person bob = scene.alice.next<People>().people.at(1);
-    CHECK(bob.verified);
-    CHECK(bob.trusted);
+    CHECK(scene.alice.next<PersonChanged>().now.verified);
     scene.alice->post(Verify{"bob", false});  // on second thoughts
     CHECK_FALSE(scene.alice.next<SafetyNumber>().verified);
-    scene.alice->post(ListPeople{});
-    CHECK_FALSE(scene.alice.next<People>().people.at(1).verified);
+    CHECK_FALSE(scene.alice.next<PersonChanged>().now.verified);
 }
 
 TEST_CASE("P5: an offer that was withdrawn while it was held back is none after the act of trust") {
