@@ -9111,10 +9111,10 @@ class Client final : private FileHost {
             throw Error(concat("There is nobody called ", ignore.user, " here."));
         bool now = ignored_.insert(ignore.user).second;
         if (!now) ignored_.erase(ignore.user);
+        tell_person(ignore.user);
         emit(Notice{concat(
             "What ", ignore.user, " writes and offers is ",
             now ? "hidden, and not kept, until you leave or do this once more." : "shown again.")});
-        tell_person(ignore.user);
         return true;
     }
 
