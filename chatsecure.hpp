@@ -42,7 +42,7 @@
 //                                                   put an encrypted channel under anything.
 //      a long evening  1 to 9      5032       335   The whole protocol: you can write a compatible
 //                                                   client in another language.
-//      a weekend       all        11387       759   And how to build on it: a server for a thousand
+//      a weekend       all        11394       760   And how to build on it: a server for a thousand
 //                                                   people at once, a client that survives a lost
 //                                                   connection, and programs for people.
 //
@@ -3135,10 +3135,10 @@ inline Message take_message(Reader& record) {
 //     another program is there, which does not know what the one before has shown: so it is named
 //     to the user as not delivered, for otherwise it might be shown twice.
 //   - A room message is sent again with the same id if the connection broke before the server's
-//     Taken came: to those who were here when it was sent the first time, with the same `run` (also
-//     if we were told before that they had left: whoever hears first that the server stops is gone
-//     first), and not to who came later (they may have read newer messages, and would see this one
-//     behind them). Whoever has shown an id does not show it again.
+//     Taken came: to those who were here when it was sent the first time, and still when the
+//     connection broke, with the same `run`; and not to who came later (they may have read newer
+//     messages, and would see this one behind them). Whoever has shown an id does not show it
+//     again.
 //   - What comes back (Undelivered) is not sent again: the user is told whom it did not reach.
 //
 // So a server that lies about who is here or what was delivered can cause a second transmission,
@@ -7365,16 +7365,25 @@ struct SafetyNumber {
     Fingerprint mine, theirs;
     bool verified = false;
 };
+// What the key card of somebody's login says of who they are.
+enum class Standing : std::uint8_t {
+    unknown,  // it was not needed yet
+    trusted,
+    changed,  // another identity than before, or an old card: nothing passes until Trust
+    refused,  // no valid card: nothing passes
+};
+inline bool may_pass(Standing standing) { return standing <= Standing::trusted; }
+
 struct Person {
     std::string user;
-    bool self = false, verified = false, trusted = true, ignored = false;
-    bool met = false;  // this login has shown its key card: before, `trusted` is only a hope
+    Standing standing{};
+    bool self = false, verified = false, ignored = false;
 };
 struct People {
     std::vector<Person> people;
 };
-// Something of this is new: told behind LoggedIn and PersonJoined for each who is here, and when it
-// changes.
+// Perhaps something of this is new: told behind LoggedIn and PersonJoined for each who is here, and
+// after whatever changes it.
 struct PersonChanged {
     Person now;
 };
@@ -7706,7 +7715,7 @@ struct Peer {
     std::string user;
     bool card_requested = false;
     std::optional<const CheckedCard> card;
-    enum class Standing { unknown, trusted, changed, refused } standing = Standing::unknown;
+    Standing standing = Standing::unknown;
     std::shared_ptr<PairSender> sender;    // once we have opened to them
     std::shared_ptr<BulkLane> bulk;        // once a file goes to them
     std::optional<PairReceiver> receiver;  // once they have opened to us
@@ -7748,12 +7757,12 @@ struct Link {
     std::set<Digest> met_cards;     // each card is met once, for as long as our own is used
     std::map<LoginId, Peer> peers;  // in ascending order, as Fanout wants it
     std::map<std::string, LoginId> by_name;
-    std::set<std::string> left;  // while something said to everybody was not confirmed
+    bool said_to_room = false;  // something of ours was sent to everybody
 
     // Throws ProtocolError for somebody who cannot be.
     Peer& add(const Joined& joined) {
         if (!is_valid_name(joined.user) || joined.id == LoginId{} || peers.size() >= max_people ||
-            peers.contains(joined.id))
+            peers.contains(joined.id) || by_name.contains(joined.user))
             throw ProtocolError("The server announced somebody who cannot be.");
         by_name[joined.user] = joined.id;
         Peer& peer = peers[joined.id];
@@ -7772,8 +7781,7 @@ struct Link {
     void remove(LoginId id) {
         auto found = peers.find(id);
         if (found == peers.end()) return;
-        auto name = by_name.find(found->second.user);
-        if (name != by_name.end() && name->second == id) by_name.erase(name);
+        by_name.erase(found->second.user);
         peers.erase(found);
     }
 
@@ -8280,7 +8288,6 @@ class Client final : private FileHost {
         if (Clock::now() >= online_since_ + options_.return_patience) absent_.clear();
         if (absent_.size() > max_identities) absent_.clear();  // that is no room, but an attack
         for (const auto& [user, id] : link_->by_name) absent_.insert(user);
-        absent_.merge(link_->left);
         receipts_due_.clear();  // what has none will come again
         for (auto& [id, message] : written_)
             if (message.state == Written::State::sent)
@@ -8378,8 +8385,9 @@ class Client final : private FileHost {
             case Joined::type: {
                 auto joined = from_wire<Joined>(message.body);
                 if (joined.user == user_) break;  // nobody: that is us
+                // Nobody is here twice: otherwise one would read along whom nobody sees any more.
+                if (const Peer* before = link_->find(joined.user)) remove_peer(before->id);
                 emit(PersonJoined{link_->add(joined).user});
-                link_->left.erase(joined.user);
                 note_newcomer(joined.user);
                 tell_person(joined.user);
                 somebody_came_ = true;  // perhaps a file waits for them
@@ -8436,11 +8444,9 @@ class Client final : private FileHost {
         std::string user = peer->user;
         tell_held_back_is_gone(*peer);
         link_->remove(id);
+        came_.erase(user);
         files_->peer_left(id, user);
         for (auto& [number, message] : written_) {
-            if (message.to.empty() && message.state == Written::State::sent &&
-                link_->left.size() < max_identities)
-                link_->left.insert(user);
             if (message.to != user) continue;
             if (message.state == Written::State::sent && message.sent_to == id)
                 wait_again(number, message, concat("until ", user, " is back"));
@@ -8453,7 +8459,7 @@ class Client final : private FileHost {
 
     // True when it is known whether the peer can be trusted; else asks for the card.
     bool is_settled(Peer& peer) {
-        if (peer.standing != Peer::Standing::unknown) return true;
+        if (peer.standing != Standing::unknown) return true;
         if (!std::exchange(peer.card_requested, true)) push_control(GetCard{peer.id});
         return false;
     }
@@ -8464,7 +8470,7 @@ class Client final : private FileHost {
 
     // The first card of a login settles who it is; a different one later is ignored.
     void accept_card(Peer& peer, ByteView bytes) {
-        if (peer.standing != Peer::Standing::unknown) return;
+        if (peer.standing != Standing::unknown) return;
         somebody_came_ = true;
         judge_card(peer, bytes);
         tell_person(peer.user);
@@ -8476,7 +8482,7 @@ class Client final : private FileHost {
                 throw ProtocolError(concat("The server showed a key card of ", peer.user,
                                            " a second time, as another login. It is not used."));
         } catch (const ProtocolError& e) {
-            peer.standing = Peer::Standing::refused;
+            peer.standing = Standing::refused;
             complain(peer.user, e.what());
             return;
         }
@@ -8484,18 +8490,18 @@ class Client final : private FileHost {
         switch (login_.pins().judge(*peer.card)) {
             case PinStore::Verdict::first_seen:
                 emit(IdentityPinned{peer.user, peer.card->fingerprint});
-                peer.standing = Peer::Standing::trusted;
+                peer.standing = Standing::trusted;
                 break;
             case PinStore::Verdict::known:
-                peer.standing = Peer::Standing::trusted;
+                peer.standing = Standing::trusted;
                 break;
             case PinStore::Verdict::changed:
-                peer.standing = Peer::Standing::changed;
+                peer.standing = Standing::changed;
                 emit(IdentityChanged{peer.user, login_.pins().find(peer.user)->fingerprint,
                                      peer.card->fingerprint});
                 break;
             case PinStore::Verdict::replayed:
-                peer.standing = Peer::Standing::changed;
+                peer.standing = Standing::changed;
                 emit(Complaint{peer.user,
                                concat("The server showed an old key card of ", peer.user,
                                       ", from an earlier login. It is not used, unless you trust ",
@@ -8542,7 +8548,7 @@ class Client final : private FileHost {
 
     // It was sealed with keys that never arrived. (Of a peer who was refused we have said enough.)
     void tell_unopenable(const Peer& peer) {
-        if (peer.standing != Peer::Standing::refused)
+        if (peer.standing != Standing::refused)
             complain(peer.user,
                      concat("Something arrived from ", peer.user, " that cannot be opened."));
     }
@@ -8551,7 +8557,7 @@ class Client final : private FileHost {
         try {
             OpenPayload open = decode<OpenPayload>(body, "somebody's keys");
             accept_card(peer, open.card);
-            if (peer.receiver || peer.standing == Peer::Standing::refused ||
+            if (peer.receiver || peer.standing == Standing::refused ||
                 sha256(open.card) != peer.card->hash)
                 throw ProtocolError(
                     concat("Keys came from ", peer.user,
@@ -8590,7 +8596,7 @@ class Client final : private FileHost {
                 if (auto text = Text::decoded(opened.body)) receive_text(peer, false, *text);
                 return;
             case Kind::receipt:
-                if (peer.standing == Peer::Standing::trusted) receive_receipt(peer, opened.body);
+                if (peer.standing == Standing::trusted) receive_receipt(peer, opened.body);
                 return;
             case Kind::file_offer:
             case Kind::file_accept:
@@ -8607,7 +8613,7 @@ class Client final : private FileHost {
     void receive_file(Peer& peer, OpenedPayload opened) {
         bool offer = opened.kind == Kind::file_offer;
         if (offer && ignored_.contains(peer.user)) return;
-        if (peer.standing == Peer::Standing::trusted)
+        if (peer.standing == Standing::trusted)
             files_->receive(as_file_peer(peer), std::move(opened));
         else if (offer || opened.kind == Kind::file_over)
             hold_back(peer, {std::move(opened)});
@@ -8637,7 +8643,7 @@ class Client final : private FileHost {
         bool fresh = verdict == ShownIds::Verdict::fresh, ignored = ignored_.contains(peer.user);
         if (fresh && ignored) hidden.add(text.id);
         if (ignored || (fresh && hidden.judge(text.id) != ShownIds::Verdict::fresh)) return;
-        if (peer.standing != Peer::Standing::trusted) return hold_back(peer, {text, to_room});
+        if (peer.standing != Standing::trusted) return hold_back(peer, {text, to_room});
         std::uint64_t event = last_event_;  // if it came before, its event is among those until now
         if (verdict == ShownIds::Verdict::too_old) return;
         if (fresh) {
@@ -8648,7 +8654,7 @@ class Client final : private FileHost {
         if (!to_room) receipts_due_.push_back({event, peer.id, text.id});
     }
     void hold_back(Peer& peer, Peer::HeldBack held) {
-        if (peer.standing != Peer::Standing::changed) return;
+        if (peer.standing != Standing::changed) return;
         const auto* sealed = std::get_if<OpenedPayload>(&held.what);
         bool counts = sealed == nullptr || sealed->kind == Kind::file_offer;
         if (counts && is_worth_telling(++peer.held_count))
@@ -8712,11 +8718,11 @@ class Client final : private FileHost {
     }
     // What was sent to everybody is not for who comes later, also if it has to be sent again: they
     // would read it behind what is written to them in the meantime. `absent_` are those who were
-    // here when we lost the connection, or had left while something had no Taken: for them it was
-    // sent, if it is the same program of theirs that is back (another one does not know what the
-    // one before has shown).
+    // here when we lost the connection: for them it was sent, if they are back before it is sent
+    // again, and it is the same program of theirs (another one does not know what the one before
+    // has shown).
     void note_newcomer(const std::string& user) {
-        if (absent_.erase(user) == 0) came_[user].after = last_to_room_;
+        if (absent_.erase(user) == 0 || link_->said_to_room) came_[user].after = last_to_room_;
     }
     void note_run(const std::string& user, std::uint64_t run) {
         Coming& coming = came_[user];
@@ -8847,6 +8853,7 @@ class Client final : private FileHost {
         if (tag != 0) {
             note_sent(message, tag);
             last_to_room_ = std::max(last_to_room_, id);
+            link_->said_to_room = true;
             return true;
         }
         if (late) {
@@ -8985,7 +8992,7 @@ class Client final : private FileHost {
 
     // Makes sure that we can seal for a peer. False if we must not.
     bool open_to(Peer& peer) {
-        if (peer.standing != Peer::Standing::trusted) return false;
+        if (peer.standing != Standing::trusted) return false;
         if (peer.sender) return true;
         try {
             Bytes open;
@@ -8993,7 +9000,7 @@ class Client final : private FileHost {
             push(Send{peer.id, Lane::interactive, 0, open});  // 0: not a message
             return true;
         } catch (const ProtocolError& e) {
-            peer.standing = Peer::Standing::refused;
+            peer.standing = Standing::refused;
             complain(peer.user, e.what());
             tell_person(peer.user);
             return false;
@@ -9002,7 +9009,7 @@ class Client final : private FileHost {
 
     // Why nothing is sent to a peer, who ..., and what to do.
     static std::string why_not(const Peer& peer) {
-        if (peer.standing == Peer::Standing::refused) return "has shown no valid key card";
+        if (peer.standing == Standing::refused) return "has shown no valid key card";
         return concat("has another identity than before: compare safety numbers (/verify ",
                       peer.user, "), then /trust ", peer.user);
     }
@@ -9023,7 +9030,7 @@ class Client final : private FileHost {
     }
 
     bool perform(const ListPeople&) {
-        People event{{{.user = user_, .self = true, .met = true}}};
+        People event{{{.user = user_, .standing = Standing::trusted, .self = true}}};
         for (const auto& [user, id] : link_->by_name) event.people.push_back(what_we_know_of(user));
         emit(std::move(event));
         return true;
@@ -9031,10 +9038,9 @@ class Client final : private FileHost {
     Person what_we_know_of(const std::string& user) {
         const Peer* peer = link_->find(user);
         const Pin* pin = login_.pins().find(user);
-        bool met = peer != nullptr && peer->standing != Peer::Standing::unknown;
-        bool trusted = !met || peer->standing == Peer::Standing::trusted;
-        bool verified = pin != nullptr && pin->verified && trusted;
-        return {user, false, verified, trusted, ignored_.contains(user), met};
+        Standing standing = peer != nullptr ? peer->standing : Standing::unknown;
+        bool verified = pin != nullptr && pin->verified && may_pass(standing);
+        return {user, standing, false, verified, ignored_.contains(user)};
     }
     void tell_person(const std::string& user) { emit(PersonChanged{what_we_know_of(user)}); }
 
@@ -9043,9 +9049,10 @@ class Client final : private FileHost {
         Peer* peer = link_->find(verify.user);
         if (peer != nullptr && !is_settled(*peer)) return false;
         const Pin* pin = login_.pins().find(verify.user);
-        bool changed = peer != nullptr && peer->standing == Peer::Standing::changed;
+        bool changed = peer != nullptr && peer->standing == Standing::changed;
         if (pin == nullptr)
-            throw Error(concat("You have not met ", verify.user, " yet, who is not online."));
+            throw Error(concat("You have not met ", verify.user, " yet, who ",
+                               peer != nullptr ? why_not(*peer) : "is not online", "."));
         // Of somebody whose identity has changed, the number to compare is the new one's.
         Fingerprint mine = login_.identity().public_key().fingerprint();
         Fingerprint theirs = changed ? peer->card->fingerprint : pin->fingerprint;
@@ -9060,12 +9067,10 @@ class Client final : private FileHost {
                                    verify.user, ": /verify ", verify.user, " again."));
             if (changed) accept_identity(*peer);  // compared and trusted in one act
             login_.pins().set_verified(verify.user, true);
-            pin = login_.pins().find(verify.user);
-            changed = false;
         }
         told_numbers_.insert_or_assign(verify.user, theirs);
         emit(SafetyNumber{verify.user, safety_number(user_, mine, verify.user, theirs), mine,
-                          theirs, pin->verified && !changed});
+                          theirs, what_we_know_of(verify.user).verified});
         if (verify.agree) tell_person(verify.user);
         return true;
     }
@@ -9074,7 +9079,9 @@ class Client final : private FileHost {
         Peer* peer = link_->find(trust.user);
         if (peer == nullptr) throw Error(concat(trust.user, " is not online."));
         if (!is_settled(*peer)) return false;
-        if (peer->standing != Peer::Standing::changed)
+        if (peer->standing == Standing::refused)
+            throw Error(concat(trust.user, " ", why_not(*peer), "."));
+        if (peer->standing != Standing::changed)
             throw Error(concat("The identity of ", trust.user, " has not changed."));
         if (trust.compared && *trust.compared != peer->card->fingerprint)
             throw Error(
@@ -9085,7 +9092,7 @@ class Client final : private FileHost {
     // From now on it is trusted; what was held back is shown.
     void accept_identity(Peer& peer) {
         login_.pins().trust(*peer.card);
-        peer.standing = Peer::Standing::trusted;
+        peer.standing = Standing::trusted;
         somebody_came_ = true;
         emit(Notice{concat("From now on ", peer.user, " is ", peer.card->fingerprint.text(), ".")});
         tell_person(peer.user);

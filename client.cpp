@@ -187,9 +187,10 @@ struct Describe {
     Lines operator()(const chatsecure::People& e) const {
         std::vector<std::string> names;
         for (const chatsecure::Person& person : e.people)
-            names.push_back(concat(
-                person.user, person.self ? " (you)" : "", person.verified ? " (verified)" : "",
-                person.trusted ? "" : " (not trusted)", person.ignored ? " (ignored)" : ""));
+            names.push_back(concat(person.user, person.self ? " (you)" : "",
+                                   person.verified ? " (verified)" : "",
+                                   chatsecure::may_pass(person.standing) ? "" : " (not trusted)",
+                                   person.ignored ? " (ignored)" : ""));
         return {{Tone::quiet, concat("* online: ", chatsecure::listed(names))}};
     }
     Lines operator()(const chatsecure::PersonChanged&) const { return {}; }

@@ -56,7 +56,7 @@
 namespace {
 
 using chatsecure::concat;
-using chatsecure::Span, chatsecure::visible, chatsecure::visible_lines;
+using chatsecure::Span, chatsecure::Standing, chatsecure::visible, chatsecure::visible_lines;
 using Time = std::chrono::system_clock::time_point;
 
 // ---- How it looks: set here and nowhere else ----------------------------------------------------
@@ -419,12 +419,20 @@ struct Conversation {
     std::deque<Entry> entries;
     std::size_t dropped = 0;  // entries that are gone: entries[0] has this number
     unsigned unread = 0;
-    bool online = false, verified = false, trusted = true, ignored = false;
+    bool online = false, verified = false, ignored = false;
+    Standing standing = Standing::unknown;
     std::string draft;  // what is half typed, while another conversation is shown
     std::optional<chatsecure::IdentityChanged> changed;  // and it was not trusted since
     std::optional<chatsecure::SafetyNumber> number;
     bool number_asked = false;  // once, until something has happened
 
+    bool is_trusted() const { return may_pass(standing); }
+    // They ..., so nothing passes.
+    const char* doubt() const {
+        return standing == Standing::refused ? "has shown no valid key card"
+               : changed                     ? "has another identity than before"
+                                             : "has shown an old key card";
+    }
     // The safety number is that of the identity that somebody has now.
     bool knows_number() const { return number && (!changed || number->theirs == changed->seen); }
 
@@ -534,9 +542,9 @@ class Model {
                                : concat(here, " others are online");
         }
         return concat(c.online ? "online" : "offline",
-                      !c.trusted   ? " \u00b7 identity has changed"
-                      : c.verified ? " \u00b7 verified"
-                                   : "",
+                      !c.is_trusted() ? " \u00b7 not trusted"
+                      : c.verified    ? " \u00b7 verified"
+                                      : "",
                       c.ignored ? " \u00b7 ignored" : "");
     }
 
@@ -561,11 +569,11 @@ class Model {
             if (!c.draft.empty()) names.push_back(c.title());
         return names;
     }
-    // Who is here and does not read what is said to everybody, because their identity has changed.
+    // Who is here and does not read what is said to everybody, because they are not trusted.
     std::vector<std::string> left_out() const {
         std::vector<std::string> names;
         for (const auto& [name, c] : conversations)
-            if (c.online && !c.trusted) names.push_back(name);
+            if (c.online && !c.is_trusted()) names.push_back(name);
         return names;
     }
 
@@ -575,7 +583,8 @@ class Model {
         if (conversations.size() < forget_at_) return;
         std::erase_if(conversations, [&](const auto& entry) {
             const auto& [name, c] = entry;
-            return !name.empty() && name != current && !c.online && c.trusted && c.entries.empty();
+            return !name.empty() && name != current && !c.online && c.is_trusted() &&
+                   c.entries.empty();
         });
         forget_at_ = 2 * conversations.size() + 1000;
     }
@@ -1363,11 +1372,11 @@ class PeopleList : public Fl_Widget {
             fl_color(ink::on_accent);
             fl_draw(number.c_str(), right, badge, wide, tall, FL_ALIGN_CENTER, nullptr, 0);
         }
-        if (!c.trusted || c.verified) {
+        if (!c.is_trusted() || c.verified) {
             use_font(narrow ? small_size : text_size, bold);
             right = narrow ? x() + 8 : right - scaled(16);
-            fl_color(c.trusted ? ink::online : ink::warning);
-            draw_at(c.trusted ? "\u2713" : "!", right, narrow ? at + scaled(14) : base);
+            fl_color(c.is_trusted() ? ink::online : ink::warning);
+            draw_at(c.is_trusted() ? "\u2713" : "!", right, narrow ? at + scaled(14) : base);
         }
         use_font(text_size, c.unread > 0 || c.name.empty() ? bold : plain);
         fl_color(c.online || c.name.empty() || current ? ink::text : ink::quiet);
@@ -2052,7 +2061,7 @@ class MainWindow : public Fl_Double_Window {
             fl_color(ink::text);
             draw_text(model_.shown().title(), left, scaled(title_size) + 7, room);
             use_font(small_size);
-            fl_color(model_.shown().trusted ? ink::quiet : ink::warning);
+            fl_color(model_.shown().is_trusted() ? ink::quiet : ink::warning);
             draw_text(model_.subtitle(), left, scaled(title_size + small_size) + 13, room);
         }
         draw_disc(std::min(margin, menu_.x() - 12), h() - 28, 8, state_colour_);
@@ -2201,9 +2210,12 @@ Details::Content describe(const Conversation& c) {
                 "Messages are sealed for those who are online; the server cannot read them.\n \n"
                 "Choose a person on the left to see their identity."};
     Details::Content content{c.name};
-    bool known = c.knows_number();
-    content.story = known ? "Compare all of the safety number, by telephone or face to face. If "
-                            "yours is another one, somebody reads along: do not trust it."
+    bool known = c.knows_number() && c.standing != Standing::refused;
+    content.story = c.standing == Standing::refused
+                        ? "What was shown as their key card is none. Nothing can be sealed for "
+                          "them, nor is anything of them opened; another login may be better."
+                    : known ? "Compare all of the safety number, by telephone or face to face. If "
+                              "yours is another one, somebody reads along: do not trust it."
                     : c.online
                         ? "Asking for the safety number \u2026"
                         : concat(c.name, " is offline: the safety number is there when they are.");
@@ -2214,9 +2226,12 @@ Details::Content describe(const Conversation& c) {
             concat("Known:\n", grouped(c.changed->pinned), "\nNow:\n", grouped(c.changed->seen));
         content.act = known ? "Trust the new identity" : nullptr;
     } else if (known) {
+        if (!c.is_trusted()) content.story = "This is an old key card. " + content.story;
         if (c.verified) content.story = "\u2713 You have compared the number.";
         content.prints = concat("Identity:\n", grouped(c.number->theirs));
-        content.act = c.verified ? "Not verified after all" : "Mark as verified";
+        content.act = !c.is_trusted() ? "Trust it all the same"
+                      : c.verified    ? "Not verified after all"
+                                      : "Mark as verified";
         content.compares = !c.verified;
     }
     content.ignore = c.ignored ? "Ignore no longer" : "Ignore them";
@@ -2448,7 +2463,7 @@ class App final : Wishes {
     void on(const chatsecure::PersonJoined& e) {
         Conversation& c = model_.person(e.user);
         c.number_asked = false;
-        c.trusted = true;  // until this login's card tells otherwise
+        c.standing = Standing::unknown;
         c.changed.reset();
         c.number.reset();
         come_or_go(e.user, true);
@@ -2494,7 +2509,7 @@ class App final : Wishes {
              concat(e.to.empty() ? "Not sent to everyone: "
                                  : concat("Not delivered to ", e.to, ", who "),
                     visible(e.reason), ": ", visible_lines(e.text)));
-        if (c != nullptr && !c->trusted) give_back(*c, text);
+        if (c != nullptr && !c->is_trusted()) give_back(*c, text);
     }
     // Where it belongs, and no louder: others could fill the list with alarms.
     void on(const chatsecure::Complaint& e) {
@@ -2515,6 +2530,8 @@ class App final : Wishes {
     }
     void on(const chatsecure::IdentityChanged& e) {
         Conversation& c = model_.person(e.user);
+        c.standing = Standing::changed;
+        c.verified = false;
         c.changed = e;
         c.number.reset();  // it was another one's
         c.number_asked = false;
@@ -2544,16 +2561,16 @@ class App final : Wishes {
         note(concat("Online: ", names));
     }
     void on(const chatsecure::PersonChanged& e) {
-        Conversation* c = model_.find(e.now.user);
-        if (c == nullptr) return;
-        c->ignored = e.now.ignored;
-        if (e.now.met) c->trusted = e.now.trusted;  // otherwise what we knew still stands
-        if (e.now.met && c->trusted && c->changed) {
-            if (!c->knows_number()) c->number.reset(), c->number_asked = false;
-            c->changed.reset();
+        Conversation& c = model_.person(e.now.user);
+        c.ignored = e.now.ignored;
+        // That an identity has changed is true for the next login, too, until its card is here.
+        if (e.now.standing != Standing::unknown || !c.changed) c.standing = e.now.standing;
+        if (c.is_trusted() && c.changed) {
+            if (!c.knows_number()) c.number.reset(), c.number_asked = false;
+            c.changed.reset();
         }
-        set_verified(*c, e.now.verified && c->trusted);
-        show_details();
+        set_verified(c, e.now.verified && c.is_trusted());
+        if (c.name == model_.current) show_details();
     }
     void on(const chatsecure::Notice& e) { note(visible(e.text)); }
     void on(const chatsecure::Problem& e) {
@@ -2682,13 +2699,13 @@ class App final : Wishes {
         const Conversation& c = model_.shown();
         if (!no_connection_.empty()) return no_connection_;
         if (std::vector<std::string> out = model_.left_out(); c.name.empty() && !out.empty())
-            return concat("Not read by ", chatsecure::listed(out),
-                          ", nor is shown what they write: their identity has changed, and you "
-                          "have not trusted the new one. Choose them on the left.");
-        if (!c.trusted)
-            return concat("The identity of ", c.name,
-                          " has changed. Nothing is sent to or shown from ", c.name,
-                          " until you trust the new one: Details.");
+            return concat(
+                "Not read by ", chatsecure::listed(out),
+                ", nor is shown what they write: the identity that they have shown is not "
+                "trusted. Choose them on the left.");
+        if (!c.is_trusted())
+            return concat(c.name, " ", c.doubt(), ". Nothing is sent to or shown from ", c.name,
+                          c.standing == Standing::changed ? " until you trust it: Details." : ".");
         return c.ignored ? concat("You ignore ", c.name,
                                   ". What they write and offer is hidden: Details.")
                          : "";
@@ -2745,7 +2762,7 @@ class App final : Wishes {
             if (const auto* tell = std::get_if<Tell>(&*command)) {
                 const Conversation* to = model_.find(tell->user);
                 if (to != nullptr && tell->user != model_.current) choose(tell->user);
-                if (to != nullptr && !to->trusted) return blocked(to->name), false;
+                if (to != nullptr && !to->is_trusted()) return blocked(*to), false;
             }
             if (const auto* verify = std::get_if<Verify>(&*command)) verifying_ = verify->user;
             return post(std::move(*command));
@@ -2756,10 +2773,10 @@ class App final : Wishes {
         }
     }
     // What was written stays in the input, and what has to be done first is shown.
-    void blocked(const std::string& user) {
-        reports_.line(concat("blocked ", user));
-        warn(user, concat("Nothing goes to ", user,
-                          ": the identity has changed. Details says how to go on."));
+    void blocked(const Conversation& c) {
+        reports_.line(concat("blocked ", c.name));
+        warn(c.name, concat("Nothing goes to ", c.name, ", who ", c.doubt(),
+                            ". Details says how to go on."));
         main_.show_details(true);
         show_details();
         refresh();
@@ -2840,7 +2857,7 @@ class App final : Wishes {
         }
         const Conversation& c = model_.shown();
         const std::string to = c.name;  // also if another one is chosen in the meantime
-        if (!c.trusted) return blocked(to);
+        if (!c.is_trusted()) return blocked(c);
         if (!c.online) {
             warn(c.name, concat(c.name, " is not online. A file goes from hand to hand."));
             return refresh();
@@ -2877,7 +2894,8 @@ class App final : Wishes {
     void show_details() {
         if (!main_.has_details()) return;
         Conversation& c = model_.person(model_.current);
-        if (!c.name.empty() && !c.knows_number() && !std::exchange(c.number_asked, true))
+        if (!c.name.empty() && c.standing != Standing::refused && !c.knows_number() &&
+            !std::exchange(c.number_asked, true))
             client_->try_post(chatsecure::Verify{c.name});
         main_.details.set(describe(c));
     }
