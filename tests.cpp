@@ -7067,7 +7067,9 @@ TEST_CASE("P13: what is sent to everybody a second time is not for who came in b
         CAPTURE(static_cast<int>(carol));
         HostileServer server;
         TempDir home;
-        Chatter alice(options_for_hostile(server, home));
+        ClientOptions options = options_for_hostile(server, home);
+        options.regather = Milliseconds(1);
+        Chatter alice(options);
         auto show_cards = [&](std::map<LoginId, std::string> people, std::uint64_t issued) {
             while (!people.empty()) {
                 LoginId id = server.receive<GetCard>().id;
