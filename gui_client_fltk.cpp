@@ -2463,7 +2463,6 @@ class App final : Wishes {
     void on(const chatsecure::PersonJoined& e) {
         Conversation& c = model_.person(e.user);
         c.number_asked = false;
-        c.standing = Standing::unknown;
         c.changed.reset();
         c.number.reset();
         come_or_go(e.user, true);
@@ -2526,19 +2525,15 @@ class App final : Wishes {
         model_.person(e.user).number_asked = false;
         note(e.user, concat("First contact with ", e.user, ". To be certain that it is ", e.user,
                             ", compare the safety number: Details."));
-        show_details();
     }
     void on(const chatsecure::IdentityChanged& e) {
         Conversation& c = model_.person(e.user);
-        c.standing = Standing::changed;
-        c.verified = false;
         c.changed = e;
         c.number.reset();  // it was another one's
         c.number_asked = false;
         warn(e.user,
              concat("THE IDENTITY OF ", e.user, " HAS CHANGED. Nothing is sent to or shown from ",
                     e.user, " until you trust the new one: Details."));
-        show_details();
     }
     void on(const chatsecure::SafetyNumber& e) {
         Conversation& c = model_.person(e.user);
@@ -2555,11 +2550,12 @@ class App final : Wishes {
         show_details();
     }
     void on(const chatsecure::People& e) {
-        std::string names;
+        std::vector<std::string> names;
         for (const chatsecure::Person& p : e.people)
-            names += concat(names.empty() ? "" : ", ", p.user, p.self ? " (you)" : "");
-        note(concat("Online: ", names));
+            names.push_back(p.user + (p.self ? " (you)" : ""));
+        note(concat("Online: ", chatsecure::listed(names)));
     }
+    // Comes behind PersonJoined, IdentityPinned and IdentityChanged, too.
     void on(const chatsecure::PersonChanged& e) {
         Conversation& c = model_.person(e.now.user);
         c.ignored = e.now.ignored;

@@ -6539,6 +6539,11 @@ class HostileServer {
             if (message.type == T::type) return from_wire<T>(message.body);
         }
     }
+    // Returns when the client has handled all that was sent to it. What it says meanwhile is lost.
+    void settle() {
+        send(Ping{7});
+        CHECK(receive<Pong>().number == 7);
+    }
     void ping(std::uint64_t times) {
         for (std::uint64_t i = 1; i <= times; ++i) {
             connection_->outbox.push_control(Ping{i});
@@ -6848,8 +6853,7 @@ TEST_CASE(
         };
         server.send(Delivered{LoginId{2}, Lane::interactive, open});
         say("trust me");
-        server.send(Ping{7});
-        CHECK(server.receive<Pong>().number == 7);  // all of it has been handled
+        server.settle();
         alice->post(Say{"hello?"});  // goes to nobody: the only other one is not trusted
         CHECK(alice.next<RoomMessage>().own);
         alice->post(ListPeople{});
@@ -7030,8 +7034,7 @@ TEST_CASE("P5: whatever is played back, under whatever number or name, nobody sa
     server.send(Joined{LoginId{5}, "alice"});  // ourselves, with our own identity
     play(5, own_open, own_text);
     server.send(Joined{LoginId{6}, "bob"});
-    server.send(Ping{7});
-    server.receive<Pong>();  // all of it has been handled
+    server.settle();
     alice->post(ListPeople{});
     for (;;) {
         Event event = alice.pull();
@@ -7118,9 +7121,8 @@ TEST_CASE("P13: what everybody was sent is sent again to the same programs, and 
         CHECK(only_reader(server.receive<Fanout>()) == LoginId{2});
         if (bob == Bob::had_left || bob == Bob::had_come_back) server.send(Left{LoginId{2}});
         if (bob == Bob::had_come_back) server.send(Joined{LoginId{3}, "bob"});
-        server.send(Ping{1});
-        server.receive<Pong>();  // all of it has been handled
-        server.begin_again();    // and there was no Taken
+        server.settle();
+        server.begin_again();  // and there was no Taken
         server.let_in({{4, "bob"}});
         show_card(bob == Bob::is_another_program ? 8 : 7);
         if (bob == Bob::is_back) {
@@ -7175,8 +7177,7 @@ TEST_CASE("P4: nobody reads along whom the server has let go under another numbe
     AliceAndBob scene;
     scene.server.send(Joined{LoginId{4}, "bob"});  // he is here: that was his login until now
     scene.server.send(Left{LoginId{4}});
-    scene.server.ping(1);
-    scene.server.receive<Pong>();
+    scene.server.settle();
     scene.alice->post(Say{"who is here?"});
     CHECK(scene.alice.next<Notice>().text == "Nobody else is here to read it.");
 }
@@ -7199,8 +7200,7 @@ TEST_CASE(
     }
     for (int i = 0; i < 100; ++i)
         scene.server.send(Undelivered{LoginId{2}, 0});  // says nothing new
-    scene.server.send(Ping{1});
-    scene.server.receive<Pong>();
+    scene.server.settle();
     scene.alice->post(Tell{"bob", "second"});
     CHECK(scene.first_words_for(scene.bob) == "second");
     scene.server.send(Left{LoginId{2}});  // and he is back, with the same program
@@ -7225,8 +7225,7 @@ TEST_CASE("P13: what is hidden stays hidden, also if it comes again, and is neve
     scene.alice->post(Ignore{"bob"});
     CHECK(scene.alice.next<Notice>().text.starts_with("What bob writes and offers is hidden"));
     send(41, "nobody hears me");
-    scene.server.send(Ping{1});
-    scene.server.receive<Pong>();
+    scene.server.settle();
     scene.alice->post(Ignore{"bob"});
     scene.alice.next<Notice>();
     send(41, "nobody hears me");  // his program still hopes for a receipt
@@ -7238,8 +7237,7 @@ TEST_CASE("P13: what is hidden stays hidden, also if it comes again, and is neve
     scene.alice->post(Ignore{"bob"});  // more than is remembered one by one
     scene.alice.next<Notice>();
     for (std::uint64_t id = 100; id < 700; ++id) send(id, "and again");
-    scene.server.send(Ping{1});
-    scene.server.receive<Pong>();
+    scene.server.settle();
     scene.alice->post(Ignore{"bob"});
     for (std::uint64_t id = 100; id < 700; ++id) send(id, concat("and again ", id));
     send(700, "the end");
@@ -7260,15 +7258,13 @@ TEST_CASE("P13: what is sent a second time is shown once, and confirmed each tim
     LoginKeys bob_again(test_key(2), "bob", 2000);
     send_as(2, scene.bob);
     CHECK(scene.alice.next_private().text == "the same");
-    scene.server.send(Ping{1});
-    scene.server.receive<Pong>();
+    scene.server.settle();
     CHECK_FALSE(scene.alice.poll());  // asking for another event says that the one before was shown
     CHECK(receipt_for(scene.bob) == "0000000000000029");
     scene.server.send(Left{LoginId{2}});
     scene.server.send(Joined{LoginId{3}, "bob"});
     send_as(3, bob_again);
-    scene.server.send(Ping{2});
-    scene.server.receive<Pong>();
+    scene.server.settle();
     while (std::optional<Event> event = scene.alice.poll())
         CHECK_FALSE(std::holds_alternative<PrivateMessage>(event->what));
     CHECK(receipt_for(bob_again) == "0000000000000029");
@@ -7288,8 +7284,7 @@ TEST_CASE("P10: a member who sends nonsense fills no screen, and after one bad O
     alice.next<LoggedIn>();
     CheckedCard alice_card(server.alice_card(), "alice");
     auto lines = [&] {  // about what has been handled until now
-        server.send(Ping{1});
-        server.receive<Pong>();
+        server.settle();
         int count = 0;
         while (alice.poll()) ++count;
         return count;
@@ -7365,8 +7360,7 @@ struct ChangedBob : AliceAndBob {
         send(Kind::file_offer, encode(FileOffer{1, name, 9, 0}));
     }
     void settle() {  // until all of it has been looked at
-        server.send(Ping{1});
-        server.receive<Pong>();
+        server.settle();
     }
     // What she is shown of him when she trusts him; then a last word.
     std::string shown_after_trust() {
@@ -12386,10 +12380,9 @@ void check_exit_codes(const Transcripts& people, Faults& faults) {
 Faults missing_texts(const Transcripts& people, bool server_killed) {
     Faults faults;
     auto was_confirmed = [](const Run& run, const std::string& user, const std::string& text) {
-        auto begins = [](const char* words) {
-            return [=](const std::string& line) { return line.starts_with(words); };
-        };
-        auto lost = std::ranges::find_if(run.lines, begins("* connection lost: "));
+        auto lost = std::ranges::find_if(run.lines, [](const std::string& line) {
+            return line.starts_with("* connection lost: ");
+        });
         auto written = std::ranges::find(run.lines, concat(user, ": ", text));
         auto waits = concat("* waiting until the connection is back: \"", text, "\"");
         return written < lost && std::ranges::find(run.lines, waits) == run.lines.end();
